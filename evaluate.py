@@ -1,0 +1,403 @@
+"""Measure runs: how close the model's beliefs are to the group's, and what its answers express.
+
+    python evaluate.py out/toy-gdpo-seed0 [OUT ...]
+
+Fifth in reading order. Prints one table over runs and writes the same numbers, with intervals, to
+OUT/eval.json. Metrics as in section 5.1.1 of the paper; all intervals are 95% bootstrap intervals
+over survey questions. train.py uses the first half of this file while it trains.
+
+Left out here: BPC by an LLM judge, RS, figures.
+"""
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import scipy.special
+import scipy.stats
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import (BRANCHES, Parser, Tokenizer, add_flags, class_ids, collate, encode_rows, load_meta,
+                  load_rows, run, write)
+from losses import ANSWER, RESPONSE, Scores, logratios, margin, score
+from model import load_model
+
+EVAL_BRANCHES = ("chosen", "own", "given")
+KINDS = ("majority", "minority", "other")
+
+
+# ---------------------------------------------------------------------------------------------
+# Scoring rows with a model (used by train.py too)
+
+def rank_and_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def progress(*args, **kwargs):
+    """A progress bar; where nobody watches (a log file), a line every 30 seconds."""
+    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **kwargs)
+
+
+def autocast(device, dtype):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def to_tensors(batch, device):
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def score_rows(model, items, branches, classes, dtype="float32", desc="scoring", tokens=16384):
+    """Scores of all items, in their order, on the CPU: batches of like length, of about `tokens`
+    tokens, dealt out over the ranks and gathered; every row once, however uneven the shares."""
+    rank, size = rank_and_size()
+    device = model.head.device
+    lengths = [i.length(branches) for i in items]
+    mine = sorted(range(len(items)), key=lambda i: (lengths[i], i))[rank::size]
+    parts, start = [], 0
+    bar = progress(total=len(mine), desc=desc, unit="row", leave=False, disable=rank > 0, delay=1)
+    while start < len(mine):
+        stop, longest = start + 1, lengths[mine[start]]
+        while stop < len(mine) and (stop + 1 - start) * len(branches) * lengths[mine[stop]] <= tokens:
+            stop += 1
+        index = mine[start:stop]
+        batch = to_tensors(collate([items[i] for i in index], branches, classes), device)
+        with autocast(device, dtype):
+            s = score(model(batch["ids"]), model.head, batch)
+        parts.append((index, {f.name: getattr(s, f.name).float().cpu() for f in fields(s)
+                              if f.name != "ref"}))
+        bar.update(stop - start)
+        start = stop
+    bar.close()
+    if size > 1:
+        everyone = [None] * size
+        dist.all_gather_object(everyone, parts)
+        parts = sum(everyone, [])
+    place = torch.tensor([i for index, _ in parts for i in index]).argsort()
+    return Scores(**{k: torch.cat([p[k] for _, p in parts])[place] for k in parts[0][1]})
+
+
+def jsd(p, q):
+    """Jensen-Shannon distance of distributions along the last axis: square root, natural log,
+    float64, both normalised to 1; between 0 and sqrt(log 2) = 0.8326."""
+    p, q = (np.asarray(x, np.float64) / np.sum(x, -1, keepdims=True, dtype=np.float64) for x in (p, q))
+    m = (p + q) / 2
+    divergence = (scipy.special.rel_entr(p, m) + scipy.special.rel_entr(q, m)).sum(-1) / 2
+    return np.sqrt(np.maximum(divergence, 0))          # scipy's own gives NaN where p is nearly q
+
+
+def belief_metrics(s):
+    """JSD of the model's class distribution to the target, and its class mass: {name: (B,)}."""
+    q = s.class_logps.double().exp().numpy()
+    return {"jsd": jsd(q, s.target.numpy()), "class_mass": q.sum(-1)}
+
+
+def margin_metrics(s, beta):
+    """Reward margins (B,) in nats of the two kinds: "joint", belief and answer together, each with
+    its own belief, as DPO trains them; "given", the answer alone after the accepted belief, as GDPO
+    does. s has the branches of EVAL_BRANCHES and a reference."""
+    joint, given = logratios(s, ANSWER), logratios(s, [RESPONSE])
+    return {"joint": margin(joint[:, 0], joint[:, 1], beta).double().numpy(),
+            "given": margin(given[:, 0], given[:, 2], beta).double().numpy()}
+
+
+def by_kind(metrics, items):
+    """{name: (B,)} -> {name_majority, name_minority, name_other: (B,)}, NaN where not that kind."""
+    kinds = np.array([i.kind for i in items])
+    return {f"{name}_{kind}": np.where(kinds == kind, values, np.nan)
+            for name, values in metrics.items() for kind in KINDS}
+
+
+def pick_branches(s, branches):
+    """The Scores that a loss with these branches sees, out of Scores over EVAL_BRANCHES."""
+    at = [EVAL_BRANCHES.index(b) for b in branches]
+    return Scores(s.logps[:, at], s.counts[:, at], s.class_logps, s.target, s.n_options,
+                  None if s.ref is None else s.ref[:, at])
+
+
+def eval_metrics(s, items, loss, o):
+    """Means over the eval split for the log: the loss and its parts, JSD, class mass, margins."""
+    values, parts = loss.objective(pick_branches(s, loss.branches), o)
+    rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
+    rows = {k: v.double().numpy() for k, v in rows.items()} | belief_metrics(s)
+    if s.ref is not None:
+        rows |= by_kind(margin_metrics(s, o.beta), items)
+    return {k: mean(v) for k, v in rows.items()}
+
+
+def mean(values):
+    """Mean of the entries that are numbers, or None where there is none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+# ---------------------------------------------------------------------------------------------
+# The reference distributions of Figure 4
+
+def reference_distributions(target):
+    """name -> (B, K): what a model without training would say. target (B, K) float64."""
+    target = np.asarray(target, np.float64)
+    B, K = target.shape
+    rows, top, bottom = np.arange(B), target.argmax(-1), target.argmin(-1)
+    majority = np.zeros_like(target)
+    majority[rows, top] = 1
+    order, reverse = np.argsort(target, -1, kind="stable"), np.empty_like(target)
+    # differs: the authors' code sorts the shares; as in the text, the largest is swapped with the
+    # smallest, the second largest with the second smallest, and so on.
+    for i in range(K):
+        reverse[rows, order[:, i]] = target[rows, order[:, K - 1 - i]]
+    out = {"majority": majority, "reverse": reverse, "uniform": np.full_like(target, 1 / K)}
+    for level in (0.05, 0.1):
+        noisy = target.copy()
+        noisy[rows, top] -= level
+        noisy[rows, bottom] += level
+        out[f"noise({level})"] = noisy
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampled answers: JSD of samples, CBC, expressed opinion
+
+@torch.no_grad()
+def sample_rows(model, items, tokenizer, n_samples, max_new_tokens, seed, dtype, batch=512):
+    """n_samples answers to every item's prompt at temperature 1: a list of lists of texts. An
+    answer's randomness depends on the seed, its row and its number alone."""
+    jobs = [(i, k) for i in range(len(items)) for k in range(n_samples)]
+    jobs.sort(key=lambda job: (len(items[job[0]].prompt), job))
+    texts = [[None] * n_samples for _ in items]
+    bar = progress(total=len(jobs), desc="sampling", unit="answer", leave=False, delay=1)
+    for start in range(0, len(jobs), batch):
+        part = jobs[start:start + batch]
+        with autocast(model.head.device, dtype):
+            new = model.generate([items[i].prompt for i, _ in part], max_new_tokens, 1.0,
+                                 tokenizer.eos, [(seed, items[i].row, k) for i, k in part])
+        for (i, k), ids in zip(part, new):
+            texts[i][k] = tokenizer.decode(ids)
+        bar.update(len(part))
+    bar.close()
+    return texts
+
+
+def sampled_counts(texts, meta):
+    """How often each class begins the answers: (B, K). An answer that begins with no class label
+    counts for the class off the scale, or for none where there is no such class."""
+    classes = meta["classes"]
+    counts = np.zeros((len(texts), len(classes)))
+    for row, answers in enumerate(texts):
+        for text in answers:
+            label = text[:1] if text[:1] in classes else meta.get("off_scale")
+            if label is not None:
+                counts[row, classes.index(label)] += 1
+    return counts
+
+
+def class_belief_consistency(texts, meta):
+    """CBC of section 5.1.1 (B,): how often the belief's text maps back to the class before it."""
+    belief_map = meta["belief_to_class"]
+    def consistent(text):
+        belief = re.match(r"(.)<(.*?)>", text, re.S)
+        return belief is not None and str(belief_map.get(belief[2])) == belief[1]
+    return np.array([np.mean([consistent(t) for t in answers]) for answers in texts])
+
+
+def expressed_opinion(texts, meta):
+    """How often the response expresses the class that the model announced (B,), by the rule of the
+    templates: the first stance phrase in it is one of that class's. No phrase: not expressed."""
+    stances = {phrase.lower(): label for phrase, label in meta["stances"].items()}
+    find = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in sorted(stances, key=len, reverse=True)))
+    def expresses(text):
+        answer = re.match(r"(.)<.*?>(.*)", text, re.S)
+        phrase = find.search(answer[2].lower()) if answer else None
+        return phrase is not None and stances[phrase[0]] == answer[1]
+    return np.array([np.mean([expresses(t) for t in answers]) for answers in texts])
+
+
+def sampling_floor(target, n_samples, draws=64):
+    """JSD (B,) that n_samples answers of a perfect model would score: the mean over `draws`
+    multinomial draws from the target itself."""
+    rng = np.random.default_rng(0)
+    p = target / target.sum(-1, keepdims=True)
+    return np.mean([jsd(rng.multinomial(n_samples, p), p) for _ in range(draws)], axis=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# A table over runs
+
+@dataclass
+class Config:
+    split: str = "test"          # which rows: train, eval or test
+    checkpoint: str = "best"     # which weights of a run: best or last
+    data: str = ""               # dataset folder; empty: the one the run was trained on
+    samples: int = 8             # answers sampled for each row (the authors' number); 0: none
+    max_new_tokens: int = 64     # longest sampled answer
+    seed: int = 0                # of the samples
+    device: str = "auto"         # auto, cpu or cuda
+
+
+class Evaluation:
+    """What runs on one dataset share: its rows, and the reference's log-probs by checkpoint."""
+    def __init__(self, folder, split):
+        self.meta = load_meta(folder)
+        self.name = f"{folder}/{split}.jsonl"
+        self.rows = load_rows(self.name, self.meta["classes"])
+        train = load_rows(Path(folder) / "train.jsonl", self.meta["classes"])
+        self.trained = {str(r.get("question_id") or r["prompt"]) for r in train}
+        self.references = {}
+
+    def score(self, folder, device, run_config):
+        """(items, model, tokenizer, Scores over EVAL_BRANCHES) of a checkpoint folder."""
+        model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
+        ids = class_ids(tokenizer, self.meta["classes"])
+        limit = min(run_config["max_length"] or model.cfg.n_ctx, model.cfg.n_ctx)
+        items = encode_rows(self.rows, tokenizer, self.meta["classes"], limit,
+                            run_config["overlong"], self.name)
+        s = score_rows(model, items, EVAL_BRANCHES, ids, run_config["dtype"])
+        return items, model, tokenizer, s
+
+    def measure(self, out, o, run_config, device):
+        """{metric: (B,)} of one run, and its items."""
+        items, model, tokenizer, s = self.score(Path(out) / o.checkpoint, device, run_config)
+        metrics = belief_metrics(s)
+        if run_config["init"]:
+            init = run_config["init"]
+            if init not in self.references:
+                self.references[init] = self.score(init, device, run_config)[3].logps
+            s.ref = self.references[init]
+            metrics |= by_kind(margin_metrics(s, run_config["beta"]), items)
+        if o.samples:
+            texts = sample_rows(model, items, tokenizer, o.samples, o.max_new_tokens, o.seed,
+                                run_config["dtype"])
+            target, counts = s.target.double().numpy(), sampled_counts(texts, self.meta)
+            metrics["sampled_jsd"] = jsd(counts + 1e-12, target)
+            metrics["sampling_floor"] = sampling_floor(target, o.samples)
+            if self.meta.get("belief_to_class"):
+                metrics["cbc"] = class_belief_consistency(texts, self.meta)
+            if self.meta.get("stances"):
+                metrics["opinion"] = expressed_opinion(texts, self.meta)
+        return metrics, items
+
+
+def interval(values, questions):
+    """(mean, low, high): 95% bootstrap interval over questions, each with all its rows."""
+    good = ~np.isnan(values)
+    if not good.any():
+        return None
+    _, index = np.unique(np.asarray(questions)[good], return_inverse=True)
+    sums, counts = np.bincount(index, values[good]), np.bincount(index)
+    ratio = lambda s, c, axis=-1: s.sum(axis) / c.sum(axis)
+    if len(sums) < 2:
+        return [float(ratio(sums, counts))] * 3
+    b = scipy.stats.bootstrap((sums, counts), ratio, paired=True, vectorized=True, n_resamples=2000,
+                              method="percentile", random_state=0).confidence_interval
+    return [float(ratio(sums, counts)), float(b.low), float(b.high)]
+
+
+def summary(metrics, items, trained):
+    """{"seen": {metric: [mean, low, high]}, "unseen": ...}: questions with a paraphrase in training
+    and questions never trained on."""
+    questions = np.array([i.question for i in items])
+    seen = np.array([q in trained for q in questions])
+    return {name: {"rows": int(mask.sum()), "questions": len(set(questions[mask])),
+                   **{k: interval(v[mask], questions[mask]) for k, v in metrics.items()}}
+            for name, mask in (("seen", seen), ("unseen", ~seen)) if mask.any()}
+
+
+BELIEFS = {"jsd": "JSD", "class_mass": "mass", "sampled_jsd": "sampled JSD", "cbc": "CBC",
+           "opinion": "opinion"}
+MARGINS = {f"{kind}_{k}": f"{kind} {k}" for kind in ("joint", "given") for k in KINDS}
+
+
+def table(results, part, columns):
+    """One line per run of mean and half-width of its interval, or per loss where seeds repeat."""
+    lines = [f"{'':28}" + "".join(f"{text:>15}" for text in columns.values())]
+    for name, result in results.items():
+        cells = [result[part].get(k) for k in columns]
+        lines.append(f"{name:28}" + "".join(
+            f"{'-' if c is None else f'{c[0]:.3f} ±{(c[2] - c[1]) / 2:.3f}':>15}" for c in cells))
+    return "\n".join(lines)
+
+
+def over_seeds(results, configs):
+    """Results of runs that differ in their seed alone -> {loss (n seeds): mean and spread}, the
+    spread one standard deviation over seeds, shown in the place of the interval."""
+    groups = {}
+    for out, result in results.items():
+        key = (configs[out]["data"], configs[out]["model"], configs[out]["loss"])
+        groups.setdefault(key, []).append(result)
+    merged = {}
+    for (data, model, loss), several in groups.items():
+        if len(several) > 1:
+            merged[f"{loss} ({len(several)} seeds)"] = {part: {
+                k: spread([r[part][k][0] for r in several if r[part].get(k)])
+                for k in several[0][part] if k not in ("rows", "questions")} for part in several[0]}
+    return merged
+
+
+def spread(values):
+    m, sd = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return [m, m - sd, m + sd] if len(values) else None
+
+
+def reference_lines(e):
+    """JSD of Figure 4's reference distributions on the rows, in one line."""
+    target = np.array([r["probabilities"] for r in e.rows])
+    return "JSD without training: " + ", ".join(
+        f"{name} {jsd(q, target).mean():.3f}" for name, q in reference_distributions(target).items())
+
+
+def read_run(out):
+    config = Path(out) / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{out} is not the folder of a run (no config.json): give the OUT of "
+                                "train.py, such as out/toy-gdpo-seed0")
+    return json.loads(config.read_text())
+
+
+def main():
+    parser = Parser(description="Measure runs: one table over all of them.")
+    parser.add_argument("OUT", nargs="+", help="run folders of train.py")
+    add_flags(parser, Config)
+    flags = vars(parser.parse_args())
+    outs, o = flags.pop("OUT"), Config(**flags)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
+    configs = {out: read_run(out) for out in outs}
+    evaluations, results = {}, {}
+    for out in progress(outs, desc="runs", unit="run", disable=len(outs) == 1):
+        data = o.data or configs[out]["data"]
+        if data not in evaluations:
+            evaluations[data] = Evaluation(data, o.split)
+        e = evaluations[data]
+        metrics, items = e.measure(out, o, configs[out], device)
+        results[out] = summary(metrics, items, e.trained)
+        write(Path(out) / "eval.json", json.dumps({"split": o.split, "checkpoint": o.checkpoint,
+              "data": data, "samples": o.samples, **results[out]}, indent=1) + "\n")
+    report(results, configs, evaluations, o)
+
+
+def report(results, configs, evaluations, o):
+    merged = over_seeds(results, configs)
+    for part in ("seen", "unseen"):
+        some = next((r[part] for r in results.values() if part in r), None)
+        if some is None:
+            continue
+        print(f"\n{part} questions: {some['rows']} {o.split} rows, {some['questions']} questions; "
+              f"the runs' {o.checkpoint} weights" + (
+                  f"; {o.samples} samples a row (a perfect model's sampled JSD: "
+                  f"{some['sampling_floor'][0]:.3f})" if o.samples else ""))
+        for columns in (BELIEFS, MARGINS):
+            columns = {k: v for k, v in columns.items() if any(k in r.get(part, {}) for r in results.values())}
+            print(table(results, part, columns))
+            if merged:
+                print("mean ± standard deviation over seeds\n" + table(merged, part, columns))
+    for data, e in evaluations.items():
+        print(f"\n{data}: {reference_lines(e)}")
+    print("± half of the 95% bootstrap interval over questions. joint: belief and answer, each with its "
+          "own belief; given: the answer after the accepted belief.")
+
+
+if __name__ == "__main__":
+    run(main)

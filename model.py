@@ -1,0 +1,388 @@
+"""The language model: GPT-2 and Pythia (GPT-NeoX) by hand, in one class.
+
+First in reading order: model.py -> data.py -> losses.py -> train.py -> evaluate.py -> synth.py.
+The two families differ in the fields of GPTConfig below and in nothing else. Module names mirror
+Hugging Face's GPT-2, so that loading a checkpoint is one visible table of renames.
+
+Left out on purpose: dropout (policy and reference must agree, so it is off in every run), biases
+as an option, any attention kernel of our own (torch's scaled_dot_product_attention is called).
+
+Letters in all files: B rows (pairs), N sequences, T tokens, V vocabulary, K belief classes,
+C channels, H heads, D head size, S branches of a row, M scored tokens.
+"""
+import json
+import math
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257    # rows of the embedding table, padding included
+    n_ctx: int = 1024          # longest sequence
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int = 3072        # width of the MLP
+    eps: float = 1e-5          # of every LayerNorm
+    rotary: float = 0.0        # share of a head that is rotated; 0: learned positions (GPT-2)
+    rotary_base: float = 10000.0
+    parallel: bool = False     # attention and MLP read the same x (Pythia), not one after the other
+    tanh_gelu: bool = True     # GPT-2 has the tanh form; Pythia the exact one
+    tied: bool = True          # the head is the embedding table; Pythia has its own
+
+
+def rotate(x, cos, sin):
+    """Rotary positions on the first 2 * cos.shape[-1] channels of each head, in two halves.
+    x (B, H, T, D); cos, sin (B or 1, 1, T, D_rot / 2)."""
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x, rope, mask, cache, pos):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)      # (B, T, H, D) each
+        if rope is not None:
+            q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if cache is not None:                           # (2, B, T_max, H, D), filled at `pos`
+            rows = torch.arange(B, device=x.device)[:, None]
+            cache[0][rows, pos], cache[1][rows, pos] = k.type_as(cache), v.type_as(cache)
+            k, v = cache[:, :, :mask.shape[-1]] if mask is not None else (k, v)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                       # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.c_fc = nn.Linear(cfg.n_embd, cfg.n_inner)
+        self.c_proj = nn.Linear(cfg.n_inner, cfg.n_embd)
+        self.approximate = "tanh" if cfg.tanh_gelu else "none"
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.n_embd, cfg.eps)
+        self.attn = Attention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd, cfg.eps)
+        self.mlp = MLP(cfg)
+        self.parallel = cfg.parallel
+
+    def forward(self, x, *where):
+        a = self.attn(self.ln_1(x), *where)
+        if self.parallel:
+            return x + a + self.mlp(self.ln_2(x))
+        x = x + a
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.n_embd % cfg.n_head:
+            raise ValueError(f"n_embd {cfg.n_embd} does not divide into {cfg.n_head} heads")
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        if not cfg.rotary:
+            self.wpe = nn.Embedding(cfg.n_ctx, cfg.n_embd)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd, cfg.eps)
+        if not cfg.tied:
+            self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+
+    @property
+    def head(self):
+        """The (V, C) matrix that turns hidden states into logits."""
+        return self.wte.weight if self.cfg.tied else self.lm_head.weight
+
+    def init_weights(self, seed):
+        """GPT-2's initialisation: normal 0.02, residual projections divided by sqrt(2 L)."""
+        g = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "ln_" in name:
+                nn.init.ones_(p)
+            else:
+                depth = math.sqrt(2 * self.cfg.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, 0.0, 0.02 / depth, generator=g)
+        return self
+
+    def rope(self, pos):
+        """cos and sin of the rotary angles at pos (B or 1, T), or None with learned positions."""
+        if not self.cfg.rotary:
+            return None
+        n = int(self.cfg.rotary * (self.cfg.n_embd // self.cfg.n_head))
+        freq = self.cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
+        angle = pos[:, None, :, None].float() * freq                           # (B, 1, T, n / 2)
+        return angle.cos(), angle.sin()
+
+    def forward(self, ids, pos=None, mask=None, cache=None):
+        """ids (B, T) -> hidden states (B, T, C) after the last LayerNorm. Logits apart: they cost
+        as much as the layers, so only the positions that a loss reads are multiplied by `head`.
+
+        pos   (B, T) positions; default 0..T-1, right for right-padded rows under the causal mask
+        mask  boolean, broadcastable to (B, H, T, T_keys), True = may attend; default causal
+        cache list of (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)
+        """
+        B, T = ids.shape
+        if T > self.cfg.n_ctx:
+            raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
+        if pos is None:
+            pos = torch.arange(T, device=ids.device)[None]                     # (1, T)
+        x = self.wte(ids)                                                      # (B, T, C)
+        if not self.cfg.rotary:
+            x = x + self.wpe(pos)
+        rope = self.rope(pos)
+        for i, block in enumerate(self.h):
+            x = block(x, rope, mask, None if cache is None else cache[i], pos)
+        return self.ln_f(x)
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0):
+        """Sample a continuation of each prompt; returns the new ids alone, the stop id included.
+
+        prompts: list of lists of ids, of any lengths. temperature 0: the likeliest token.
+        seed: a number, or one number (or tuple of numbers) per prompt: a row's randomness depends
+        on its own seed alone, never on its batch. A row ends at stop_id, after max_new_tokens, or
+        when the context is full. ValueError for an empty prompt or one that fills the context.
+        """
+        if not prompts:
+            return []
+        lengths = [len(p) for p in prompts]
+        if min(lengths) == 0 or max(lengths) >= self.cfg.n_ctx:
+            raise ValueError(f"prompts must have 1 to {self.cfg.n_ctx - 1} tokens (the context less "
+                             f"one), got {min(lengths)} to {max(lengths)}: shorten the prompt")
+        seeds = seed if isinstance(seed, list) else [(seed, i) for i in range(len(prompts))]
+        steps = min(max_new_tokens, self.cfg.n_ctx - min(lengths))
+        draws = np.stack([np.random.default_rng(s).random(steps) for s in seeds])  # (B, steps)
+        device, n = self.wte.weight.device, torch.tensor(lengths)
+        draws, n = torch.from_numpy(draws).to(device), n.to(device)
+
+        B, T = len(prompts), max(lengths)
+        ids = torch.zeros(B, T, dtype=torch.long)
+        for i, p in enumerate(prompts):
+            ids[i, :len(p)] = torch.tensor(p)
+        # Right-padded: a pad's keys lie at positions the row has not reached, so the mask
+        # `slot <= position` hides them until the row's own tokens overwrite them.
+        cache = self.new_cache(B, min(T + steps, self.cfg.n_ctx))
+        hidden = self(ids.to(device), cache=cache)[torch.arange(B, device=device), n - 1]   # (B, C)
+        new, alive = [], torch.ones(B, dtype=torch.bool, device=device)
+        for t in range(steps):
+            token = pick(F.linear(hidden, self.head).float(), temperature, draws[:, t])
+            new.append(torch.where(alive, token, -1))
+            alive = alive & (n + t + 1 < self.cfg.n_ctx)
+            if stop_id is not None:
+                alive = alive & (token != stop_id)
+            if t + 1 == steps or not alive.any():
+                break
+            pos = (n + t).clamp(max=self.cfg.n_ctx - 1)[:, None]               # (B, 1)
+            slots = torch.arange(min(T + t + 1, self.cfg.n_ctx), device=device)
+            mask = (slots <= pos)[:, None, None]                               # (B, 1, 1, T_keys)
+            hidden = self(token[:, None], pos, mask, cache)[:, 0]
+        return [[i for i in row if i >= 0] for row in torch.stack(new, 1).tolist()]
+
+    def new_cache(self, B, T):
+        """Room for the keys and values of B rows of T tokens, in the dtype of the computation."""
+        kind, cfg = self.wte.weight.device.type, self.cfg
+        dtype = self.wte.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        shape = (2, B, T, cfg.n_head, cfg.n_embd // cfg.n_head)
+        return [torch.zeros(shape, dtype=dtype, device=self.wte.weight.device) for _ in self.h]
+
+
+def pick(logits, temperature, draw):
+    """One token per row: logits (B, V), draw (B,) uniform in [0, 1) -> ids (B,). Sampling inverts
+    the cumulative distribution, so that one number decides a token on any device."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    total = (logits.double() / temperature).softmax(-1).cumsum(-1)             # (B, V)
+    return torch.searchsorted(total, draw[:, None] * total[:, -1:], right=True)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: folders in Hugging Face's form (config.json, model.safetensors)
+
+NEOX = [  # our name -> GPT-NeoX's, replaced from left to right
+    ("wte.", "gpt_neox.embed_in."), ("h.", "gpt_neox.layers."), ("ln_1.", "input_layernorm."),
+    ("attn.c_attn.", "attention.query_key_value."), ("attn.c_proj.", "attention.dense."),
+    ("ln_2.", "post_attention_layernorm."), ("mlp.c_fc.", "mlp.dense_h_to_4h."),
+    ("mlp.c_proj.", "mlp.dense_4h_to_h."), ("ln_f.", "gpt_neox.final_layer_norm."),
+    ("lm_head.", "embed_out.")]
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
+           ".rotary_emb.inv_freq")  # causal masks and frequencies that old checkpoints carry
+
+
+def config_from_hf(c):
+    """Hugging Face's config.json (a dict; old and new key styles) -> GPTConfig."""
+    kind = c.get("model_type")
+    if kind == "gpt2":
+        if c.get("activation_function", "gelu_new") != "gelu_new":
+            raise ValueError(f"activation {c['activation_function']!r} is not GPT-2's gelu_new")
+        return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
+                         c.get("n_inner") or 4 * c["n_embd"], c.get("layer_norm_epsilon", 1e-5),
+                         tied=c.get("tie_word_embeddings", True))
+    if kind == "gpt_neox":
+        rope = c.get("rope_parameters") or {}
+        if c.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"activation {c['hidden_act']!r} is not Pythia's gelu")
+        return GPTConfig(
+            c["vocab_size"], c["max_position_embeddings"], c["num_hidden_layers"],
+            c["num_attention_heads"], c["hidden_size"], c["intermediate_size"],
+            c.get("layer_norm_eps", 1e-5),
+            rotary=rope.get("partial_rotary_factor", c.get("rotary_pct", 0.25)),
+            rotary_base=rope.get("rope_theta", c.get("rotary_emb_base", 10000)),
+            parallel=c.get("use_parallel_residual", True), tanh_gelu=False,
+            tied=c.get("tie_word_embeddings", False))
+    raise ValueError(f"model_type {kind!r} is not supported: use a gpt2 or gpt_neox checkpoint")
+
+
+def config_to_hf(cfg, eos):
+    """The config.json that Hugging Face's classes read. eos: id of the end-of-text token."""
+    ids = {"bos_token_id": eos, "eos_token_id": eos, "vocab_size": cfg.vocab_size,
+           "tie_word_embeddings": cfg.tied, "dtype": "float32"}
+    if not cfg.rotary:
+        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **ids,
+                "n_positions": cfg.n_ctx, "n_ctx": cfg.n_ctx, "n_layer": cfg.n_layer,
+                "n_head": cfg.n_head, "n_embd": cfg.n_embd, "n_inner": cfg.n_inner,
+                "layer_norm_epsilon": cfg.eps, "activation_function": "gelu_new"}
+    return {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], **ids,
+            "max_position_embeddings": cfg.n_ctx, "num_hidden_layers": cfg.n_layer,
+            "num_attention_heads": cfg.n_head, "hidden_size": cfg.n_embd,
+            "intermediate_size": cfg.n_inner, "layer_norm_eps": cfg.eps, "hidden_act": "gelu",
+            "rotary_pct": cfg.rotary, "rotary_emb_base": cfg.rotary_base,
+            "use_parallel_residual": cfg.parallel}
+
+
+def hf_name(name, cfg):
+    """Our parameter's name -> Hugging Face's."""
+    if not cfg.rotary:
+        return name if name.startswith("lm_head.") else "transformer." + name
+    for ours, theirs in NEOX:
+        if ours in name and (ours != "h." or name.startswith("h.")):
+            name = name.replace(ours, theirs, 1)
+    return name
+
+
+def relayout(name, w, cfg, to_hf):
+    """The two layouts on disk that differ from ours: GPT-2 stores its linear weights (in, out);
+    Pythia stores query, key and value by head, (H, 3, D, ...), where ours are (3, H, D, ...)."""
+    if not cfg.rotary:
+        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        return w.t().contiguous() if linear else w
+    if ".c_attn." not in name:
+        return w
+    a, b = (3, cfg.n_head) if to_hf else (cfg.n_head, 3)
+    return w.unflatten(0, (a, b, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """A .safetensors file as {name: tensor}; the tensors are views of the mapped file, not copies.
+    Layout: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, raw bytes."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        length = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path}: not a safetensors file, or cut short: fetch it again")
+        header = json.loads(f.read(length))
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, t in header.items():
+        if name == "__metadata__":
+            continue
+        (start, end), count = t["data_offsets"], math.prod(t["shape"])
+        dtype = DTYPES.get(t["dtype"])
+        if dtype is None or end - start != count * dtype.itemsize or 8 + length + end > size:
+            raise ValueError(f"{path}: tensor {name} has a bad dtype, shape or offset: {t}")
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start)
+        tensors[name] = flat.view(t["shape"])
+    return tensors
+
+
+def write_safetensors(tensors, path):
+    """{name: tensor} -> a .safetensors file, under a temporary name first, then renamed."""
+    kinds = {v: k for k, v in DTYPES.items()}
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        end = at + t.numel() * t.element_size()
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors.values():
+            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_model(folder, device="cpu"):
+    """A checkpoint folder (config.json, model.safetensors) -> GPT with float32 weights.
+    FileNotFoundError or ValueError, with the remedy, for a folder that holds no such checkpoint."""
+    folder = Path(folder)
+    for needed in ("config.json", "model.safetensors"):
+        if not (folder / needed).is_file():
+            raise FileNotFoundError(f"no {needed} in {folder}: give a checkpoint folder, "
+                                    "such as OUT/best of an earlier run")
+    cfg = config_from_hf(json.loads((folder / "config.json").read_text()))
+    with torch.device("meta"):
+        model = GPT(cfg)
+    stored = read_safetensors(folder / "model.safetensors")
+    stored = {k.removeprefix("transformer."): v for k, v in stored.items()}
+    state = {}
+    for name, p in model.named_parameters():
+        theirs = hf_name(name, cfg).removeprefix("transformer.")
+        if theirs not in stored and theirs == "embed_out.weight":
+            theirs = "lm_head.weight"                  # as transformers 5 writes it
+        if theirs not in stored:
+            raise ValueError(f"{folder}: the checkpoint has no tensor {theirs}")
+        w = relayout(name, stored.pop(theirs), cfg, to_hf=False)
+        if w.shape != p.shape:
+            raise ValueError(f"{folder}: {theirs} has shape {tuple(w.shape)}, not {tuple(p.shape)}")
+        state[name] = w.to(device, torch.float32, copy=True)
+    extra = [k for k in stored if not k.endswith(BUFFERS) and not (cfg.tied and k == "lm_head.weight")]
+    if extra:
+        raise ValueError(f"{folder}: tensors that no part of the model takes: {extra[:3]}")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def save_model(model, folder, eos):
+    """Write config.json and model.safetensors in Hugging Face's form into `folder`. The weights
+    are replaced in one rename; config.json is written first and is the same for a whole run."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_to_hf(model.cfg, eos), indent=2) + "\n")
+    tensors = {hf_name(n, model.cfg): relayout(n, p.detach(), model.cfg, to_hf=True)
+               for n, p in model.named_parameters()}
+    write_safetensors(tensors, folder / "model.safetensors")

@@ -1,0 +1,479 @@
+"""Train with any loss of losses.py, from one CPU to many GPUs.
+
+    python train.py --loss gdpo                                 # the shipped world, minutes on a laptop
+    torchrun --nproc_per_node=4 train.py --loss gdpo            # the same run, four processes
+
+Fourth in reading order. A run: rows -> items; the reference's log-probs, once, from the policy as it
+is before the first step (one model serves both); then steps of warm-up, accumulate, clip, step, log,
+with evaluation and checkpoints between. Losses other than SFT start from an SFT checkpoint, which is
+trained first if it is not there.
+
+OUT holds config.json (the flags), metrics.jsonl (a JSON object per logged step), best/ and last/
+(checkpoint folders), state.pt (all that --resume needs) and reference.pt.
+
+Left out on purpose: a resident reference model, dropout, float16.
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import synth
+from data import (BRANCHES, Parser, Tokenizer, add_flags, class_ids, collate, encode_rows,
+                  epoch_batches, load_meta, load_rows, run, train_bpe, write)
+from evaluate import (EVAL_BRANCHES, autocast, eval_metrics, progress, rank_and_size, score_rows,
+                      to_tensors)
+from losses import LOSSES, score
+from model import GPT, GPTConfig, load_model, save_model
+
+
+@dataclass
+class Config:
+    loss: str = "gdpo"            # which method: see LOSSES in losses.py
+    data: str = "data/toy"        # dataset folder; the shipped world is made there if it is missing
+    model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2) or a checkpoint folder
+    init: str = ""                # what the others start from; empty: the SFT run beside, made if missing
+    out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
+    seed: int = 0                 # of initialisation and order
+    epochs: float = -1.0          # passes over the training rows; -1, here and below: by PRESETS
+    batch_size: int = -1          # rows a step, over all processes
+    micro_batch: int = 0          # rows a forward pass of one process; 0: all of its share
+    lr: float = -1.0              # peak learning rate
+    warmup: int = -1              # steps of linear warm-up
+    schedule: str = ""            # after warm-up: constant or cosine (to zero)
+    optimizer: str = ""           # rmsprop or adamw
+    clip: float = 10.0            # largest gradient norm
+    beta: float = -1.0            # strength of the reference
+    w_kl: float = 1.0             # weight of GDPO's KL term
+    w_belief: float = 1.0         # weight of GDPO's belief likelihood
+    w_pref: float = 1.0           # weight of GDPO's preference term
+    eval_every: int = -1          # examples between evaluations
+    select: str = "jsd"           # eval metric (lower is better) that picks OUT/best: jsd or loss
+    max_length: int = 0           # longest row in tokens; 0: the model's context
+    overlong: str = "error"       # longer rows: error, drop or trim
+    n_layer: int = 2              # scratch: layers
+    n_head: int = 4               # scratch: heads
+    n_embd: int = 96              # scratch: channels
+    vocab_size: int = 1024        # scratch: tokens learned from the training rows
+    device: str = "auto"          # auto, cpu or cuda
+    dtype: str = "auto"           # autocast: float32 or bfloat16; auto: bfloat16 on GPUs
+    compile: bool = False         # torch.compile the model
+    log_every: int = 10           # steps between lines of metrics.jsonl
+    resume: bool = False          # go on with the run in OUT
+    overwrite: bool = False       # throw away the run in OUT
+
+
+# What -1 and "" stand for. The checkpoints' rows are the paper's Appendix G (eval and clip from the
+# authors' code); the shipped world's were found by trying (README).
+PRESETS = {
+    ("scratch", "sft"): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
+                             optimizer="adamw", beta=0.1, eval_every=8000),
+    ("scratch", "preference"): dict(epochs=2.0, batch_size=32, lr=4e-4, warmup=10, schedule="cosine",
+                                    optimizer="rmsprop", beta=0.5, eval_every=1600),
+    ("checkpoint", "sft"): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150, schedule="constant",
+                                optimizer="rmsprop", beta=0.1, eval_every=10000),
+    ("checkpoint", "preference"): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150,
+                                       schedule="constant", optimizer="rmsprop", beta=0.1,
+                                       eval_every=10000),
+}
+CHOICES = {"loss": list(LOSSES), "schedule": ["constant", "cosine"], "optimizer": ["rmsprop", "adamw"],
+           "select": ["jsd", "loss"], "overlong": ["error", "drop", "trim"],
+           "device": ["auto", "cpu", "cuda"], "dtype": ["float32", "bfloat16"]}
+
+
+def resolve(o):
+    """Fill in what -1, "" and auto stand for; ValueError for a value that cannot be."""
+    if o.loss not in LOSSES:
+        raise ValueError(f"--loss {o.loss!r} is unknown; there is: {', '.join(LOSSES)}")
+    kind = ("scratch" if o.model == "scratch" else "checkpoint",
+            "preference" if LOSSES[o.loss].reference else "sft")
+    for name, value in PRESETS[kind].items():
+        if getattr(o, name) in (-1, ""):
+            setattr(o, name, value)
+    if o.device == "auto":
+        o.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if o.dtype == "auto":
+        o.dtype = "bfloat16" if o.device == "cuda" else "float32"
+    if o.dtype in ("float16", "fp16", "half"):
+        raise ValueError("--dtype float16 overflows in the losses: use bfloat16 or float32")
+    for name, allowed in CHOICES.items():
+        if getattr(o, name) not in allowed:
+            raise ValueError(f"--{name} {getattr(o, name)!r} is unknown; there is: {', '.join(allowed)}")
+    for name in ("epochs", "batch_size", "lr", "eval_every", "clip", "beta", "log_every"):
+        if getattr(o, name) <= 0:
+            raise ValueError(f"--{name} must be above 0, got {getattr(o, name)}")
+    o.out = o.out or run_folder(o, o.loss)
+    return o
+
+
+def run_folder(o, loss):
+    parts = [Path(o.data).name, "" if o.model == "scratch" else Path(o.model).name, loss]
+    return f"out/{'-'.join(filter(None, parts))}-seed{o.seed}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+
+def setup(o):
+    """Join the process group under torchrun; returns this process's device."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if o.device == "cuda" else "gloo")
+    if o.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return torch.device("cuda", torch.cuda.current_device()) if o.device == "cuda" else torch.device("cpu")
+
+
+def first_rank_first(action):
+    """Run `action` on rank 0 while the others wait, then have all look at what it left on disk."""
+    error = [None]
+    if rank_and_size()[0] == 0:
+        try:
+            action()
+        except (ValueError, OSError) as e:
+            error = [str(e)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(error)
+    if error[0]:
+        raise ValueError(error[0])
+
+
+def sum_over_ranks(values, device):
+    """Sum of a list of numbers over the processes."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def say(*words):
+    if rank_and_size()[0] == 0:
+        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run starts from
+
+def prepare_data(o):
+    """Make the shipped world where it is missing; returns (classes, {split: rows})."""
+    if Path(o.data) == Path("data/toy"):
+        first_rank_first(lambda: Path(o.data).exists() or synth.toy(synth.Toy(out=o.data)))
+    classes = load_meta(o.data)["classes"]
+    return classes, {s: load_rows(Path(o.data) / f"{s}.jsonl", classes) for s in ("train", "eval")}
+
+
+def start_model(o, rows, device):
+    """(model, tokenizer) that the run starts from: a checkpoint, or a fresh small one."""
+    folder = o.init if LOSSES[o.loss].reference else o.model
+    if folder != "scratch":
+        return load_model(folder, device), Tokenizer.load(folder)
+    texts = [t for r in rows for t in (f"<Q>{r['prompt']}<A>", r["accept_response"], r["reject_response"],
+                                       *(f"<{c}>" for c in r["options"]))]
+    tokenizer = train_bpe(texts, o.vocab_size)
+    cfg = GPTConfig(vocab_size=tokenizer.n_tokens, n_ctx=o.max_length or 256, n_layer=o.n_layer,
+                    n_head=o.n_head, n_embd=o.n_embd, n_inner=4 * o.n_embd)
+    return GPT(cfg).init_weights(o.seed).to(device), tokenizer
+
+
+def optimizer_of(o, model):
+    if o.optimizer == "rmsprop":
+        return torch.optim.RMSprop(model.parameters(), lr=o.lr)
+    return torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.99), weight_decay=0.01)
+
+
+def lr_at(o, step, total):
+    """Learning rate of a step, 0 to total - 1: linear warm-up, then constant or cosine to zero."""
+    warm = min(1.0, (step + 1) / (o.warmup + 1))
+    if o.schedule == "constant":
+        return o.lr * warm
+    done = max(0, step - o.warmup) / max(1, total - o.warmup)
+    return o.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Schedule:
+    """Which rows a step takes: a pure function of the seed, so that a resumed run goes on in the
+    very order, on any number of processes."""
+    def __init__(self, o, items, branches):
+        self.o, self.lengths = o, [i.length(branches) for i in items]
+        self.per_epoch = math.ceil(len(items) / o.batch_size)
+        self.total = max(1, round(o.epochs * self.per_epoch))
+        self.epoch, self.batches = -1, []
+
+    def batch(self, step):
+        epoch, i = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.batches = epoch_batches(self.lengths, self.o.batch_size, self.o.seed, epoch)
+        return self.batches[i]
+
+
+# ---------------------------------------------------------------------------------------------
+# One step
+
+def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
+    """Forward, backward and update on the rows `batch` (indices into items); returns the sums of
+    loss and parts over the rows of all processes, and the gradient's norm. The loss is the mean
+    over all rows of the batch, in whatever micro-batches and processes they are.
+
+    model: raw, or raw in DDP. A non-finite loss raises FloatingPointError before the update."""
+    rank, size = rank_and_size()
+    device, mine = raw.head.device, batch[rank::size]
+    n = o.micro_batch or len(mine) or 1
+    micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
+    sums, bad = {}, []
+    optimizer.zero_grad(set_to_none=True)
+    for k, index in enumerate(micros):
+        last = k + 1 == len(micros)
+        with nullcontext() if last or size == 1 else model.no_sync():
+            rows = index or batch[:1]                  # a process without rows still has to join in
+            b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
+            with autocast(device, o.dtype):
+                s = score(model(b["ids"]), raw.head, b)
+            s.ref = None if ref is None else ref[rows].to(device)
+            values, parts = loss.objective(s, o)
+            values = values if index else values * 0
+            bad += [items[i].row + 1 for i, v in zip(index, values.tolist()) if not math.isfinite(v)]
+            (values.sum() * size / len(batch)).backward()   # DDP takes the mean over processes
+        logged = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
+        for name, v in logged.items():
+            sums[name] = sums.get(name, 0.0) + (float(v.detach().sum()) if index else 0.0)
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip)
+    *totals, n_bad = sum_over_ranks([*sums.values(), len(bad)], device)
+    if n_bad or not math.isfinite(norm):
+        where = f"rows {bad} of train.jsonl" if bad else f"rows {sorted(items[i].row + 1 for i in mine)}"
+        raise FloatingPointError(f"loss or gradient is not finite: {where}; lower --lr, or look at them")
+    optimizer.step()
+    return dict(zip(sums, totals)), float(norm)
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+
+class Run:
+    """The state of a run and its files. All that --resume needs lies in OUT/state.pt, which is
+    replaced in one rename; OUT/best and OUT/last are weights to use."""
+    def __init__(self, o, model, tokenizer, optimizer):
+        self.o, self.model, self.tokenizer, self.optimizer = o, model, tokenizer, optimizer
+        self.out, self.step, self.best = Path(o.out), 0, None
+        self.before, self.after = None, None           # eval metrics at step 0, and now
+        self.writes = rank_and_size()[0] == 0
+
+    def save_state(self):
+        if self.writes:
+            save({"step": self.step, "best": self.best, "before": self.before, "after": self.after,
+                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
+                 self.out / "state.pt")
+
+    def load_state(self):
+        s = torch.load(self.out / "state.pt", map_location=self.model.head.device, weights_only=True)
+        self.model.load_state_dict(s["model"])
+        self.optimizer.load_state_dict(s["optimizer"])
+        self.step, self.best, self.before, self.after = (s[k] for k in ("step", "best", "before", "after"))
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()      # forget what came after
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        if self.writes:
+            write(self.out / "metrics.jsonl", "".join(line + "\n" for line in kept))
+
+    def save_weights(self, name):
+        if self.writes:
+            self.tokenizer.save(self.out / name)
+            save_model(self.model, self.out / name, self.tokenizer.eos)
+
+    def log(self, **values):
+        if self.writes:
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def record(self, metrics):
+        """An evaluation: log it, keep the weights if they are the best so far, save the state. The
+        untrained start is no candidate for best."""
+        self.log(eval=metrics)
+        self.before = self.before or metrics
+        self.after = metrics
+        if self.step and (self.best is None or metrics[self.o.select] < self.best):
+            self.best = metrics[self.o.select]
+            self.save_weights("best")
+        self.save_state()
+
+
+def save(thing, path):
+    temporary = f"{path}.{os.getpid()}.tmp"
+    torch.save(thing, temporary)
+    os.replace(temporary, path)
+
+
+def open_run(o):
+    """Make OUT, or check that it can be resumed; returns True if there is a state to go on from."""
+    out, config = Path(o.out), dataclasses.asdict(o)
+    volatile = ("resume", "overwrite", "device", "micro_batch", "log_every", "compile")
+    if o.resume and (out / "state.pt").is_file():
+        old = json.loads((out / "config.json").read_text())
+        changed = [k for k in config if k not in volatile and old.get(k) != config[k]]
+        if changed:
+            raise ValueError("cannot resume with other flags than the run began with: " + ", ".join(
+                f"--{k} {config[k]} (was {old.get(k)})" for k in changed))
+        return True
+    if (out / "metrics.jsonl").exists() and not (o.overwrite or o.resume):
+        raise ValueError(f"{out} holds a run already: --resume to go on with it, --overwrite to throw "
+                         "it away, or another --out")
+    if out.exists():
+        for name in ("state.pt", "metrics.jsonl", "reference.pt", "eval.json"):
+            (out / name).unlink(missing_ok=True)
+        for name in ("best", "last"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps(config, indent=1) + "\n")
+    return False
+
+
+def reference_logps(r, items, branches, classes, resumed):
+    """Log-probs of the items' branches under the policy before the first step: computed once, kept
+    in OUT/reference.pt, for after a resume that policy is gone."""
+    path = r.out / "reference.pt"
+    if resumed:
+        return torch.load(path, weights_only=True)
+    ref = {name: score_rows(r.model, items[name], branches[name], classes, r.o.dtype,
+                            f"reference, {name}").logps for name in items}
+    if r.writes:
+        save(ref, path)
+    return ref
+
+
+def train(o):
+    """One run from its first step, or its last saved one, to its end. Returns the Run."""
+    device = setup(o)
+    loss = LOSSES[o.loss]
+    classes, rows = prepare_data(o)
+    if loss.reference and not o.init:
+        o.init = train_sft_first(o)
+    model, tokenizer = start_model(o, rows["train"], device)
+    ids = class_ids(tokenizer, classes)
+    limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
+    items = {s: encode_rows(rows[s], tokenizer, classes, limit, o.overlong, f"{o.data}/{s}.jsonl")
+             for s in rows}
+    resumed = Path(o.out, "state.pt").is_file() and o.resume
+    first_rank_first(lambda: open_run(o))
+
+    optimizer = optimizer_of(o, model)
+    r = Run(o, model, tokenizer, optimizer)
+    branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
+    ref = reference_logps(r, items, branches, ids, resumed) if loss.reference else {}
+    if resumed:
+        r.load_state()
+    policy = torch.compile(model, dynamic=True) if o.compile else model
+    policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
+    loop(r, policy, loss, items, ref, ids)
+    return r
+
+
+def loop(r, policy, loss, items, ref, classes):
+    o, model = r.o, r.model
+    schedule = Schedule(o, items["train"], loss.branches)
+    every = max(1, o.eval_every // o.batch_size)
+
+    def evaluate():
+        s = score_rows(model, items["eval"], EVAL_BRANCHES, classes, o.dtype, "evaluating")
+        s.ref = ref.get("eval")
+        r.record(eval_metrics(s, items["eval"], loss, o))
+
+    say(f"{o.out}: {o.loss}, {len(items['train'])} rows, {schedule.total} steps of {o.batch_size}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {o.device}, {o.dtype}"
+        + (f", resumed at step {r.step}" if r.step else ""))
+    if r.step == 0:
+        evaluate()
+    stop = StopFlag()
+    bar = progress(total=schedule.total, initial=r.step, desc=o.loss, unit="step",
+                   disable=not r.writes)
+    sums, rows, clock = {}, 0, time.time()
+    while r.step < schedule.total:
+        batch, lr = schedule.batch(r.step), lr_at(o, r.step, schedule.total)
+        for group in r.optimizer.param_groups:
+            group["lr"] = lr
+        step_sums, norm = train_step(policy, model, r.optimizer, loss, items["train"], ref.get("train"),
+                                     batch, classes, o)
+        r.step += 1
+        bar.update()
+        sums, rows = {k: sums.get(k, 0) + v for k, v in step_sums.items()}, rows + len(batch)
+        done = r.step == schedule.total
+        if r.step % o.log_every == 0 or done:
+            means = {k: v / rows for k, v in sums.items()}
+            r.log(examples=r.step * o.batch_size, epoch=round(r.step / schedule.per_epoch, 4), lr=lr,
+                  grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
+            bar.set_postfix(loss=f"{means['loss']:.3f}", jsd=f"{r.after['jsd']:.3f}", refresh=False)
+            sums, rows, clock = {}, 0, time.time()
+        if r.step % every == 0 or done:
+            evaluate()
+        if sum_over_ranks([stop.asked], model.head.device)[0]:
+            r.save_state()
+            bar.close()
+            say(f"stopped and saved at step {r.step}; go on with the same command and --resume")
+            sys.exit(130)
+    bar.close()
+    r.save_weights("last")
+
+
+class StopFlag:
+    """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops it at once."""
+    def __init__(self):
+        self.asked = 0
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, self.ask)
+
+    def ask(self, sig, frame):
+        self.asked = 1
+        signal.signal(sig, signal.default_int_handler if sig == signal.SIGINT else signal.SIG_DFL)
+
+
+def train_sft_first(o):
+    """The SFT checkpoint that o starts from: the run beside it, trained or finished if need be."""
+    folder = run_folder(o, "sft")
+    if not Path(folder, "last").is_dir():
+        say(f"no SFT checkpoint in {folder}: training SFT first")
+        keep = {k: getattr(o, k) for k in ("data", "model", "seed", "micro_batch", "max_length",
+                                           "overlong", "n_layer", "n_head", "n_embd", "vocab_size",
+                                           "device", "dtype", "compile", "log_every")}
+        train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
+    return f"{folder}/best"
+
+
+def table(r):
+    """What the run did, in words for its owner."""
+    a, b, o = r.before, r.after, r.o
+    lines = [f"\n{o.loss} on {o.data}, {len(a)} measures on held-out paraphrases (eval split):",
+             f"{'':46}{'before':>9}{'after':>9}"]
+    names = {"jsd": "JSD to the group's beliefs (0 to 0.833)", "class_mass": "mass on the class tokens"}
+    for kind, text in (("joint", "belief and answer"), ("given", "answer given the belief")):
+        names |= {f"{kind}_{k}": f"margin of {text}, {k}" for k in ("majority", "minority")}
+    for key, text in names.items():
+        if a.get(key) is not None:
+            lines.append(f"{text:46}{a[key]:9.3f}{b[key]:9.3f}")
+    best = f"lowest {o.select} {r.best:.3f}"
+    lines += [f"\ncheckpoints: {o.out}/best ({best}), {o.out}/last; log: {o.out}/metrics.jsonl",
+              f"next: python evaluate.py {o.out}"]
+    return "\n".join(lines)
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add_flags(parser, Config)
+    r = train(resolve(Config(**vars(parser.parse_args()))))
+    if r.writes:
+        print(table(r))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
