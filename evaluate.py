@@ -84,7 +84,8 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
 def jsd(p, q):
     """Jensen-Shannon distance of distributions along the last axis: square root, natural log,
     float64, both normalised to 1; between 0 and sqrt(log 2) = 0.8326."""
-    p, q = (np.asarray(x, np.float64) / np.sum(x, -1, keepdims=True, dtype=np.float64) for x in (p, q))
+    p, q = (np.asarray(x, np.float64) for x in (p, q))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
     m = (p + q) / 2
     divergence = (scipy.special.rel_entr(p, m) + scipy.special.rel_entr(q, m)).sum(-1) / 2
     return np.sqrt(np.maximum(divergence, 0))          # scipy's own gives NaN where p is nearly q

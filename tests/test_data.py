@@ -1,0 +1,238 @@
+"""python -m pytest tests/test_data.py"""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
+
+from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, check_row, class_ids, collate,
+                  encode_rows, epoch_batches, kind_of, load_meta, load_rows, train_bpe, trim)
+from evaluate import to_tensors
+from losses import score
+from model import load_model
+
+CLASSES = [str(k) for k in range(6)]
+ROW = {"prompt": "Is it fair?", "options": ["Yes", "No", "DK"], "accept_choice_id": "4",
+       "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes", "accept_response": "Sure.",
+       "reject_choice_id": "2", "reject_choice": "No", "reject_response": "Never in my life."}
+BPE = train_bpe(["the cat sat on the mat, the cat sat"] * 3 + ["Yes No 4<Yes>"] * 5, 300)
+
+
+def encode(*rows, max_length=96, tokenizer=None, **kwargs):
+    return encode_rows(rows, tokenizer or CharTokenizer(), CLASSES, max_length, **kwargs)
+
+
+def decode(ids):
+    return "".join("$" if i == 127 else " " if i == 94 else chr(i + 33) for i in ids)
+
+
+def test_a_row_becomes_its_pieces():
+    [item] = encode(ROW)
+    assert decode(item.prompt) == "<Q>Is it fair?<A>"
+    assert [decode(b) for b in item.beliefs] == ["4<Yes>", "2<No>"]
+    assert [decode(r) for r in item.responses] == ["Sure.$", "Never in my life.$"]
+    assert (item.accept, item.n_options, item.kind, item.question) == (4, 3, "majority", "Is it fair?")
+
+
+@pytest.mark.parametrize("text", ["Depends (VOL)", "Same.", 'the "best"', "a > b", "<br>", "No)"])
+@pytest.mark.parametrize("response", ["a > b <i>so</i>", '"Well", yes', "> yes", "5 stars", "...", ")>"])
+def test_marks_inside_belief_and_response_move_no_border(text, response):
+    """The authors search the last `>`; here the pieces are what they are (TRAPS)."""
+    row = ROW | {"accept_choice": text, "accept_response": response}
+    [item] = encode(row, tokenizer=BPE)
+    b = collate([item], ("chosen", "given"), class_ids(BPE, CLASSES))
+    ids, n = b["ids"][0].tolist(), b["counts"][0, 0].sum()
+    assert BPE.decode(ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]) == f"4<{text}>"
+    assert BPE.decode(b["tokens"][:n, 0][b["slot"][:n] == RESPONSE].tolist()) == response
+    assert b["tokens"][n - 1, 0] == BPE.eos
+
+
+def test_the_prompt_of_training_is_the_prompt_of_sampling():
+    [item] = encode(ROW, tokenizer=BPE)
+    b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
+    assert b["ids"][0, :len(item.prompt)].tolist() == BPE.encode("<Q>Is it fair?<A>") == item.prompt
+    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the last prompt token
+    assert b["tokens"][0, 0] == BPE.encode("4")[0]
+
+
+def test_each_branch_scores_its_pieces():
+    b = collate(encode(ROW), ("chosen", "own", "given"), range(15, 21))
+    assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18]]
+    flat = b["ids"].reshape(-1)
+    assert (flat[b["at"] + 1] == b["tokens"][:, 0]).all()
+    per_slot = np.bincount(b["slot"], minlength=9)
+    assert per_slot.tolist() == b["counts"].reshape(-1).tolist()
+    assert [decode(row[17:]).rstrip("!") for row in b["ids"]] == [
+        "4<Yes>Sure.$", "2<No>Never in my life.$", "4<Yes>Never in my life.$"]
+
+
+def test_reviews_have_a_belief_of_one_token_and_no_closing():
+    row = {k: v for k, v in ROW.items() if not k.endswith("_choice")} | {"accept_response": "10 stars"}
+    [item] = encode(row, tokenizer=BPE)
+    b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
+    assert b["counts"][0, 0, [BELIEF, CLOSE]].tolist() == [1, 0]
+    assert b["tokens"][0, 0] == BPE.encode("4")[0]       # "4" + "10 stars" never fuse
+
+
+@pytest.mark.parametrize("case", golden("05"), ids=lambda c: c["name"])
+def test_the_preference_counts_the_tokens_of_golden_05(case):
+    """Pieces cut from the golden ids at the response's first `>` (29); no `>`: its first token."""
+    def pieces(ids, labels):
+        start = next(t for t, y in enumerate(labels) if y != -100)
+        answer = ids[start:max(t for t, y in enumerate(labels) if y != -100) + 1]
+        end = answer.index(29) + 1 if 29 in answer else 1
+        return ids[:start], answer[:end], answer[end:]
+    for n, (c_ids, c_labels) in enumerate(zip(case["chosen_input_ids"], case["chosen_labels"])):
+        for side, branch in (("chosen", "chosen"), ("rejected", "own")):
+            prompt, belief, response = pieces(case[f"{side}_input_ids"][n], case[f"{side}_labels"][n])
+            item = Item(0, prompt, (belief, belief), (response, response), 29 in belief, [1.0], 0, 2,
+                        "other", "", "")
+            b = collate([item], (branch,), [0])
+            at = b["at"][b["slot"] == RESPONSE] + 1
+            want = [t for t, y in enumerate(case[f"recommended_{side}_labels"][n]) if y != -100]
+            assert at.tolist() == want
+
+
+@pytest.mark.parametrize("case", golden("04"), ids=lambda c: c["name"])
+def test_the_belief_likelihood_agrees_with_golden_04(case):
+    for n, labels in enumerate(case["labels"]):
+        at = [t for t, y in enumerate(labels) if y != -100 and t > 0]
+        answer = [labels[t] for t in at]
+        end = answer.index(29) + 1 if 29 in answer else 1
+        item = Item(0, [0] * at[0], (answer[:end],) * 2, (answer[end:] or [31],) * 2, end > 1,
+                    [1.0], 0, 2, "other", "", "")
+        b = to_tensors(collate([item], ("chosen",), [15]), "cpu")
+        hidden = torch.tensor(case["logits"][n])[None]
+        if not answer[end:]:
+            hidden = torch.cat([hidden, hidden[:, -1:]], 1)
+        s = score(hidden, torch.eye(32), b)
+        assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(case["belief_logp_avg"][n], rel=1e-5)
+        assert s.logps[0, 0, :RESPONSE].sum().item() == pytest.approx(
+            case["belief_logp_sum_including_gt"][n], rel=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batch():
+    model = load_model(GOLDEN / "gpt2_tiny")
+    items = encode(ROW, ROW | {"prompt": "Or a much longer question?", "accept_response": "x"}, ROW)
+    def scores(part):
+        b = to_tensors(collate(part, ("chosen", "own"), range(15, 21)), "cpu")
+        return score(model(b["ids"]), model.head, b)
+    together = scores(items)
+    for n, item in enumerate(items):
+        alone = scores([item])
+        torch.testing.assert_close(together.logps[n], alone.logps[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.class_logps[n], alone.class_logps[0], rtol=1e-4, atol=1e-4)
+
+
+def test_majority_minority_and_ties():
+    assert [kind_of([0.1, 0, 0.3, 0.6], k) for k in (0, 2, 3)] == ["minority", "other", "majority"]
+    assert [kind_of([0.4, 0.4, 0.2], k) for k in (0, 1, 2)] == ["other", "other", "minority"]
+    assert kind_of([1.0, 0.0], 0) == kind_of([0.5, 0.5], 1) == "other"
+
+
+def test_end_of_text_in_the_data_is_plain_text():
+    [item] = encode(ROW | {"prompt": "a <|endoftext|> b"}, tokenizer=BPE)
+    assert BPE.eos not in item.prompt and BPE.decode(item.prompt) == "<Q>a <|endoftext|> b<A>"
+
+
+@pytest.mark.parametrize("max_length", range(20, 60, 3))
+def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
+    row = ROW | {"prompt": "Is it fair that " + "x" * 30 + "?"}
+    try:
+        items = encode(row, max_length=max_length, overlong="trim")
+    except ValueError as e:
+        assert "no row fits" in str(e) and "1 dropped" in capsys.readouterr().err
+        return
+    item = items[0]
+    assert item.length(BRANCHES) <= max_length
+    assert decode(item.prompt).startswith("<Q>") and decode(item.prompt).endswith("<A>")
+    assert min(map(len, item.responses)) > 0 and decode(item.beliefs[0]) == "4<Yes>"
+    for full, cut in zip(encode(row)[0].responses, item.responses):
+        assert cut == full[:len(cut)]                    # a cut response has no end of text
+
+
+def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
+    long = ROW | {"prompt": "x" * 200}
+    with pytest.raises(ValueError, match="data, row 2: .* raise --max_length .* --overlong trim"):
+        encode(ROW, long)
+    assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
+    assert "1 dropped" in capsys.readouterr().err
+
+
+def test_a_class_must_be_one_token():
+    with pytest.raises(ValueError, match="class '10' is 2 tokens"):
+        class_ids(CharTokenizer(), ["9", "10"])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"prompt": None}, "'prompt' has the wrong type"),
+    ({"probabilities": [0.5, 0.5]}, "2 entries for the 6 classes"),
+    ({"probabilities": [0.5, 0, 0, 0, 0, 0.4]}, "sum to 1"),
+    ({"probabilities": [1.5, 0, 0, 0, 0, -0.5]}, "sum to 1"),
+    ({"probabilities": [float("nan")] + [0.2] * 5}, "sum to 1"),
+    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
+    ({"reject_response": " "}, "reject_response is empty"),
+    ({"reject_choice": None}, "give both belief texts or neither"),
+])
+def test_a_broken_row_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_row(ROW | change, CLASSES)
+
+
+def test_a_broken_line_is_named_with_its_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW)[:40] + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl, line 3: "):
+        load_rows(path, CLASSES)
+    path.write_text(json.dumps({k: v for k, v in ROW.items() if k != "options"}))
+    with pytest.raises(ValueError, match="line 1: field 'options' is missing; the row has"):
+        load_rows(path, CLASSES)
+    with pytest.raises(FileNotFoundError, match="no dataset in"):
+        load_meta(tmp_path)
+
+
+def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
+    lengths = np.random.default_rng(0).integers(5, 90, 203)
+    a, b = (epoch_batches(lengths, 8, seed=1, epoch=2) for _ in range(2))
+    assert a == b != epoch_batches(lengths, 8, seed=1, epoch=3)
+    assert sorted(sum(a, [])) == list(range(203))
+    assert sorted(map(len, a)) == [3] + [8] * 25
+    padding = lambda batches: sum(max(lengths[x]) * len(x) - sum(lengths[x]) for x in batches)
+    plain = np.random.default_rng(0).permutation(203)
+    assert padding(a) < 0.3 * padding([plain[i:i + 8] for i in range(0, 203, 8)])
+
+
+def test_learned_merges_survive_saving_and_equal_hugging_faces_tokenizer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    BPE.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    for text in ("the cat sat", "4<Yes>", "  two  spaces\n\ttab", "café 東京 🙂", "isn't 12345", ""):
+        assert again.encode(text) == BPE.encode(text) == theirs.encode(text).ids
+        assert again.decode(again.encode(text)) == text
+    assert len(BPE.encode("the cat sat")) == 3           # the common words are whole tokens
+
+
+def test_merges_in_another_order_than_the_ids_are_refused(tmp_path):
+    BPE.save(tmp_path)
+    head, *lines = (tmp_path / "merges.txt").read_text().splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join([head, *reversed(lines)]))
+    with pytest.raises(ValueError, match="do not follow the order"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+@real_data
+def test_gpt2_ids_are_gpt2s():
+    gpt2 = Tokenizer.load(SHARED / "gpt2")
+    assert gpt2.encode("hello world") == [31373, 995] and gpt2.eos == 50256
+    row = ROW | {"prompt": "How do you evaluate the response of the European Union towards global "
+                 "climate change?", "accept_choice": "Somewhat good",
+                 "accept_response": "I think they have made some strides."}
+    [item] = encode(row, tokenizer=gpt2)
+    b = collate([item], ("chosen",), class_ids(gpt2, CLASSES))
+    assert b["at"][0] == 20 and b["tokens"][:, 0].tolist() == [      # REFERENCE 2: logits 20..35
+        19, 27, 50, 28030, 5183, 922, 29, 40, 892, 484, 423, 925, 617, 35002, 13, 50256]
+    assert b["counts"][0, 0].tolist() == [6, 1, 9] and b["tokens"][0, 1:].tolist() == [*range(15, 21)]

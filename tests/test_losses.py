@@ -1,0 +1,223 @@
+"""python -m pytest tests/test_losses.py"""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GOLDEN, CharTokenizer, golden
+
+from data import collate, encode_rows
+from evaluate import jsd, to_tensors
+from losses import (BELIEF, LOSSES, RESPONSE, Scores, calibration, dpo, dpo_loss, gdpo, kl_to_target,
+                    mean_nll, score, sft, token_logps, uniform_sft)
+from model import hf_name, load_model, relayout
+
+O = SimpleNamespace(beta=0.1, w_kl=1.0, w_belief=1.0, w_pref=1.0)
+CLASSES = [str(k) for k in range(6)]
+
+
+def scores(logps, ref=None, counts=None, class_logps=None, target=None, n_options=None):
+    """Scores of B rows with two branches, from lists."""
+    logps = torch.tensor(logps, dtype=torch.float32)
+    B = len(logps)
+    return Scores(logps, torch.ones(logps.shape) if counts is None else torch.tensor(counts),
+                  torch.full((B, 2), math.log(0.5)) if class_logps is None else class_logps,
+                  torch.full((B, 2), 0.5) if target is None else target,
+                  torch.full((B,), 2.0) if n_options is None else n_options,
+                  logps.clone() if ref is None else torch.tensor(ref, dtype=torch.float32))
+
+
+def rows_of(case_items, probabilities):
+    """Golden strings -> rows of our columns. The belief ends at the response's first `>`."""
+    def split(answer):
+        head, close, text = answer.partition(">")
+        if not close:
+            return answer[0], None, answer[1:]
+        return head[0], head[2:], text
+    rows = []
+    for item, p in zip(case_items, probabilities):
+        a, b = split(item["chosen"]), split(item.get("rejected", item["chosen"]))
+        row = {"prompt": item["prompt"].removeprefix("<Q>").removesuffix("<A>"), "options": ["x", "y"],
+               "probabilities": p}
+        for side, (label, belief, text) in (("accept", a), ("reject", b)):
+            row |= {f"{side}_choice_id": label, f"{side}_choice": belief, f"{side}_response": text}
+        rows.append(row)
+    return rows
+
+
+
+@pytest.mark.parametrize("case", golden("01"), ids=lambda c: c["name"])
+def test_sequence_logps_agree_with_golden_01(case):
+    hidden, head = torch.tensor(case["logits"]).requires_grad_(), torch.eye(32)
+    at = [(b, t) for b, row in enumerate(case["labels"]) for t, y in enumerate(row) if y != -100 and t]
+    b, t = torch.tensor(at).T
+    y = torch.tensor(case["labels"])[b, t]
+    logps = token_logps(hidden[b, t - 1], head, y[:, None])[:, 0]
+    sums = torch.zeros(len(case["labels"])).index_add(0, b, logps)
+    if case["average_log_prob"]:
+        sums = -mean_nll(sums[:, None], torch.bincount(b)[:, None])
+    torch.testing.assert_close(sums, torch.tensor(case["logps"]), rtol=1e-5, atol=1e-5)
+    if "grad" in case:
+        sums.sum().backward()
+        torch.testing.assert_close(hidden.grad[-1], torch.tensor(case["grad"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", golden("02"), ids=lambda c: c["name"])
+def test_dpo_agrees_with_golden_02(case):
+    pc, pr, rc, rr = (torch.tensor(case[k]) for k in (
+        "policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps",
+        "reference_rejected_logps"))
+    pc.requires_grad_()
+    losses = dpo_loss(pc - rc, pr - rr, case["beta"])
+    torch.testing.assert_close(losses, torch.tensor(case["losses"]), rtol=1e-5, atol=1e-5)
+    losses.mean().backward()
+    torch.testing.assert_close(pc.grad, torch.tensor(case["grad_policy_chosen"]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", golden("03"), ids=lambda c: c["name"])
+def test_calibration_agrees_with_golden_03(case):
+    logits, target = torch.tensor(case["logits"]), torch.tensor(case["probabilities"])
+    first = [next(t for t, y in enumerate(row) if y != -100) for row in case["labels"]]
+    hidden = logits[torch.arange(len(first)), torch.tensor(first) - 1].requires_grad_()
+    classes = torch.arange(15, 21).expand(len(first), 6)
+    class_logps = token_logps(hidden, torch.eye(32), classes)
+    kl = kl_to_target(class_logps, target)
+    torch.testing.assert_close(kl, torch.tensor(case["per_example_kl"]), rtol=1e-5, atol=1e-5)
+    mass = class_logps.exp().sum(-1)
+    torch.testing.assert_close(mass, torch.tensor(case["class_mass"]), rtol=1e-5, atol=1e-6)
+    assert jsd(class_logps.detach().double().exp(), target) == pytest.approx(
+        case["per_example_jsd"], abs=1e-3)
+    kl.mean().backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor(case["grad_kl_at_position"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+@pytest.mark.parametrize("n", range(8))
+def test_objectives_agree_with_golden_08(family, n):
+    """Losses, their parts and the gradient of every parameter, on tiny checkpoints."""
+    case = golden(f"08_{family}")["cases"][n]
+    batch = golden(f"08_{family}")["batches"][case["batch"]]
+    name = {"mft": "gdpo-cal", "cdpo": "gdpo-pref", "mpo": "gdpo"}.get(
+        case["name"].removesuffix("_quirk_rows"), case["name"])
+    loss = LOSSES[name]
+    items = encode_rows(rows_of(batch["items"], batch["probabilities"]), CharTokenizer(), CLASSES, 96)
+    b = to_tensors(collate(items, loss.branches, list(range(15, 21))), "cpu")
+    model, ref = (load_model(GOLDEN / f"{family}_tiny{x}") for x in ("", "_ref"))
+    s = score(model(b["ids"]), model.head, b)
+    with torch.no_grad():
+        s.ref = score(ref(b["ids"]), ref.head, b).logps
+    losses, parts = loss.objective(s, SimpleNamespace(**vars(O) | {"beta": case["beta"]}))
+    expected = case["f32"]
+    want = expected.get("recommended", {}).get("loss", expected["loss"])
+    assert losses.mean().item() == pytest.approx(want, rel=1e-4)
+    if "kl" in parts:
+        assert parts["kl"].mean().item() == pytest.approx(expected["kl"], rel=1e-4)
+        assert (-parts["belief_nll"]).tolist() == pytest.approx(
+            expected["recommended"]["belief_logp_avg"], rel=1e-4)
+    if "pref" in parts:
+        want = expected.get("recommended", expected)
+        assert parts["pref"].tolist() == pytest.approx(want["preference_losses"], rel=1e-4, abs=1e-5)
+        pieces = [RESPONSE] if name != "dpo" else slice(0, 3)
+        assert s.logps[:, 0, pieces].sum(-1).tolist() == pytest.approx(want["policy_chosen_logps"], rel=1e-4)
+        assert s.logps[:, 1, pieces].sum(-1).tolist() == pytest.approx(want["policy_rejected_logps"], rel=1e-4)
+    if case["grad"] is None:
+        return
+    losses.mean().backward()
+    stored = case["grad"]["per_parameter_l2_and_probe"]
+    for p_name, p in model.named_parameters():
+        theirs = hf_name(p_name, model.cfg)
+        l2, probe = stored.get(theirs) or stored["lm_head.weight"]
+        g = relayout(p_name, p.grad, model.cfg, to_hf=True).flatten().double()
+        assert g.norm().item() == pytest.approx(l2, rel=1e-3, abs=1e-5), theirs
+        i = torch.arange(len(g), dtype=torch.float64)
+        assert (g * i.cos()).sum().item() == pytest.approx(probe, rel=1e-3, abs=1e-3), theirs
+
+
+def test_dpo_and_gdpo_are_log_2_at_the_reference():
+    s = scores([[[-1, -2, -3], [-4, -5, -6.]]])
+    assert dpo(s, O)[0].item() == pytest.approx(math.log(2))
+    assert gdpo(s, O)[1]["pref"].item() == pytest.approx(math.log(2))
+
+
+def test_dpo_raises_chosen_and_lowers_rejected():
+    s = scores([[[-1, -2, -3], [-4, -5, -6.]]])
+    s.logps.requires_grad_()
+    dpo(s, O)[0].sum().backward()
+    assert (s.logps.grad[0, 0] < 0).all() and (s.logps.grad[0, 1] > 0).all()
+
+
+def test_gdpo_preference_reads_no_belief_and_dpo_does():
+    """Conflicting preferences meet in the belief: DPO pushes it, GDPO's second term does not."""
+    s = scores([[[-1, -2, -3], [-4, -5, -6.]]])
+    s.logps.requires_grad_()
+    LOSSES["gdpo-pref"].objective(s, O)[0].sum().backward()
+    assert s.logps.grad[..., :RESPONSE].abs().sum() == 0
+    s.logps.grad = None
+    dpo(s, O)[0].sum().backward()
+    assert (s.logps.grad[..., BELIEF] != 0).all()
+
+
+def test_a_shared_prefix_cancels_in_the_paired_loss():
+    """Belief tokens that chosen and rejected share change nothing, counted or not (TRAPS)."""
+    without = scores([[[0, 0, -3], [0, 0, -6.]]], ref=[[[0, 0, -2], [0, 0, -6.5]]])
+    shared = scores([[[-1, -2, -3], [-1, -2, -6.]]], ref=[[[-3, -1, -2], [-3, -1, -6.5]]])
+    assert dpo(shared, O)[0].item() == pytest.approx(dpo(without, O)[0].item())
+
+
+def test_kl_is_zero_iff_the_class_probabilities_equal_the_target():
+    target = torch.tensor([[0.2, 0.0, 0.8]])
+    assert kl_to_target(target.clamp(min=1e-30).log(), target).item() == pytest.approx(0, abs=1e-6)
+    leaky = (0.5 * target).clamp(min=1e-30).log()         # half the mass off the class tokens
+    assert kl_to_target(leaky, target).item() == pytest.approx(math.log(2))
+    other = torch.tensor([[0.3, 0.1, 0.6]]).log()
+    assert kl_to_target(other, target).item() > 0.01
+
+
+def test_a_share_of_zero_gives_a_finite_gradient():
+    logits = torch.tensor([[0.0, -200.0, 1.0]], requires_grad=True)
+    kl_to_target(logits.log_softmax(-1), torch.tensor([[0.5, 0.0, 0.5]])).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_sft_averages_over_tokens_and_belief_nll_over_belief_without_closing():
+    s = scores([[[-6, -5, -9], [0, 0, 0.]]], counts=[[[3, 1, 4], [1, 1, 1]]])
+    assert sft(s, O)[0].item() == pytest.approx(20 / 8)
+    assert calibration(s, O)[1]["belief_nll"].item() == pytest.approx(2.0)
+
+
+def test_uniform_sft_is_sft_over_evenly_spread_beliefs():
+    """Over all pairs (accepted by the shares, rejected evenly from the rest), the loss is the plain
+    mean of the options' NLL, whatever the shares."""
+    shares, nll = [0.7, 0.2, 0.1], [1.0, 5.0, 11.0]
+    expected = 0.0
+    for a, p in enumerate(shares):
+        for r in set(range(3)) - {a}:
+            s = scores([[[-nll[a], 0, 0], [-nll[r], 0, 0.]]], counts=[[[1, 0, 0], [1, 0, 0]]],
+                       n_options=torch.tensor([3.0]))
+            expected += p / 2 * uniform_sft(s, O)[0].item()
+    assert expected == pytest.approx(sum(nll) / 3)
+
+
+def test_chunks_give_the_values_and_gradients_of_the_whole():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    tokens = torch.randint(30, (50, 3))
+    results = []
+    for chunk in (1000, 16):                             # 16 does not divide 50
+        hidden.grad = head.grad = None
+        out = token_logps(hidden, head, tokens, chunk)
+        (out * torch.arange(150.).view(50, 3)).sum().backward()
+        results.append((out.detach(), hidden.grad, head.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_every_objective_returns_a_loss_per_row_and_leaves_the_scores_alone():
+    s = scores([[[-1, -2, -3], [-4, -5, -6.]]] * 3, counts=[[[2, 1, 3]] * 2] * 3)
+    before = s.logps.clone()
+    for name, loss in LOSSES.items():
+        losses, parts = loss.objective(s, O)
+        assert losses.shape == (3,) and torch.isfinite(losses).all(), name
+        assert all(v.shape == (3,) for v in parts.values()), name
+        assert loss.branches[0] == "chosen"
+    assert torch.equal(s.logps, before)

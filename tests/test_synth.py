@@ -1,0 +1,137 @@
+"""python -m pytest tests/test_synth.py"""
+import csv
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import SHARED, cli, real_data
+
+import synth
+from data import load_meta, load_rows
+from evaluate import expressed_opinion
+
+CLASSES = synth.CLASSES
+SPLITS = ("train", "eval", "test")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "toy"
+    synth.toy(synth.Toy(out=str(folder)))
+    return folder, load_meta(folder), {s: load_rows(folder / f"{s}.jsonl", CLASSES) for s in SPLITS}
+
+
+def test_the_same_seed_writes_the_same_bytes(whole, tmp_path):
+    cli("synth.py", "toy", "--out", tmp_path / "again", cwd=tmp_path)
+    for s in SPLITS:
+        assert (tmp_path / "again" / f"{s}.jsonl").read_bytes() == (whole[0] / f"{s}.jsonl").read_bytes()
+    synth.toy(synth.Toy(out=str(tmp_path / "other"), seed=1))
+    assert (tmp_path / "other/train.jsonl").read_bytes() != (whole[0] / "train.jsonl").read_bytes()
+
+
+def test_the_world_is_as_large_and_as_split_as_it_says(whole):
+    _, meta, rows = whole
+    seen = {r["question_id"] for r in rows["train"]}
+    assert len(seen) == 250 and len(rows["train"]) == 4000 and len(rows["eval"]) == 500
+    assert {r["question_id"] for r in rows["eval"]} == seen
+    unseen = {r["question_id"] for r in rows["test"]} - seen
+    assert len(unseen) == 50 == meta["n_unseen"]
+    train = {r["prompt"] for r in rows["train"]}                     # eval and test hold new wordings
+    assert not train & {r["prompt"] for r in rows["eval"] + rows["test"]}
+
+
+def test_the_accepted_belief_follows_the_shares_and_the_rejected_is_another(whole):
+    _, _, rows = whole
+    expected, got = np.zeros(6), np.zeros(6)
+    for r in rows["train"]:
+        expected += r["probabilities"]
+        got[int(r["accept_choice_id"])] += 1
+        assert r["accept_choice"] != r["reject_choice"]
+        assert abs(sum(r["probabilities"]) - 1) < 1e-4
+    sd = np.sqrt(expected)                                           # of counts, roughly
+    assert (abs(got - expected) < 4 * sd).all()
+
+
+def test_the_rule_decides_every_answer_and_finds_the_noise(whole):
+    _, meta, rows = whole
+    say = lambda side: expressed_opinion(
+        [[f"{r[f'{side}_choice_id']}<{r[f'{side}_choice']}>{r[f'{side}_response']}"] for r in rows["train"]], meta)
+    assert say("reject").all()                                       # the rule knows every template
+    assert say("accept").mean() == pytest.approx(0.85, abs=0.02)     # --noise 0.15
+
+
+def test_countries_share_the_questions_and_differ_in_shares(tmp_path, whole):
+    synth.toy(synth.Toy(out=str(tmp_path / "b"), country="Borduria"))
+    mine = {r["question_id"]: r["probabilities"] for r in whole[2]["train"]}
+    theirs = {r["question_id"]: r["probabilities"] for r in load_rows(tmp_path / "b/train.jsonl", CLASSES)}
+    assert mine.keys() == theirs.keys()
+    assert np.mean([np.abs(np.subtract(mine[q], theirs[q])).sum() / 2 for q in mine]) > 0.2
+
+
+TABLE = [
+    ["Is it so?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.6, 0.3, 0.1], \"Côte d'Ivoire\": [1, 0, 0]})",
+     "['Yes', \"Don't know\", 'No']", "GAS"],
+    ["How bad?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.2, 0.3, 0.5]})",
+     "['A bit', 'Not too much', 'A lot']", "GAS"],
+    ["All zero", "defaultdict(<class 'list'>, {'Chile (rural)': [0.0, 0.0]})", "['Yes', 'No']", "WVS"],
+    ["Unmapped", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})", "['Yes', 'Maybe']", "WVS"],
+    ["", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})", "['Yes', 'No']", "WVS"],
+    ["Third", "defaultdict(<class 'list'>, {'Chile (rural)': [0.9, 0.1]})", "['Yes', 'No']", "WVS"],
+]
+MAP = {"Yes": 4, "No": 2, "Don't know": 0, "A bit": 2, "Not too much": 2, "A lot": 5}
+
+
+@pytest.fixture
+def table(tmp_path):
+    with open(tmp_path / "t.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["question", "selections", "options", "source"], *TABLE])
+    (tmp_path / "map.json").write_text(json.dumps(MAP))
+    return ["--csv", tmp_path / "t.csv", "--map", tmp_path / "map.json", "--country", "Chile (rural)",
+            "--holdout_questions", 1, "--train", 30]
+
+
+def test_a_survey_table_becomes_rows(table, tmp_path):
+    p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", cwd=tmp_path)
+    assert "3 questions for Chile (rural)" in p.stderr
+    for reason in ("1 shares that sum to nothing", "1 options not in the map", "1 no question text"):
+        assert reason in p.stderr
+    meta = load_meta(tmp_path / "d")
+    rows = sum((load_rows(tmp_path / f"d/{s}.jsonl", CLASSES) for s in SPLITS), [])
+    by_question = {r["question_id"]: r for r in rows}
+    assert by_question["0"]["probabilities"] == pytest.approx([0.3, 0, 0.1, 0, 0.6, 0])
+    assert by_question["1"]["probabilities"] == pytest.approx([0, 0, 0.5, 0, 0, 0.5])   # classes add up
+    assert all("Is it so?" in r["prompt"] for r in rows if r["question_id"] == "0")
+    assert all(r["accept_choice"] in by_question[r["question_id"]]["options"] for r in rows)
+    said = [[f"{r['reject_choice_id']}<{r['reject_choice']}>{r['reject_response']}"] for r in rows]
+    assert expressed_opinion(said, meta).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--country", "Chilli"], "no country 'Chilli' in"),
+    (["--writer", "poet"], "--writer 'poet' is unknown; there is: template"),
+    (["--csv", "no.csv"], "No such file or directory: 'no.csv'"),
+    (["--holdout_questions", 3], "must leave some of the 3 questions"),
+    (["--train", 1000], "knows 48 paraphrases of a question, not 1004"),
+])
+def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(table, tmp_path, change, message):
+    p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", *change, cwd=tmp_path, check=2)
+    assert message in p.stderr and "Traceback" not in p.stderr
+    assert not list(tmp_path.glob("d*"))
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/precious").write_text("x")
+    p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", cwd=tmp_path, check=2)
+    assert "is not empty" in p.stderr and [x.name for x in (tmp_path / "d").iterdir()] == ["precious"]
+
+
+@real_data
+def test_the_real_table_gives_the_known_numbers_of_questions():
+    belief_map = synth.read_map(SHARED / "option_map.json")
+    found = {c: {q.id for q in synth.read_opinions(SHARED / "goqa/global_opinions.csv", c, belief_map)[0]}
+             for c in ("United States", "Pakistan", "S. Africa")}
+    us = found["United States"]
+    assert (len(us), len(us & found["Pakistan"]), len(us & found["S. Africa"])) == (668, 283, 261)
+    assert Counter(belief_map.values()) == {0: 4, 1: 42, 2: 118, 3: 33, 4: 126, 5: 50}      # Table 5

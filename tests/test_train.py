@@ -1,0 +1,245 @@
+"""python -m pytest tests/test_train.py"""
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli
+
+import train
+from data import class_ids, encode_rows, load_rows, run, train_bpe
+from losses import LOSSES
+from model import load_model, read_safetensors
+from train import Config, lr_at, resolve, train_step
+
+CLASSES = [str(k) for k in range(6)]
+ROW = {"prompt": "How good is tea?", "options": ["Yes", "No", "DK"], "accept_choice_id": "4",
+       "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes", "accept_response": "Sure.",
+       "reject_choice_id": "2", "reject_choice": "No", "reject_response": "Never in my life."}
+
+
+def lines(out):
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+
+
+def evals(out):
+    return [r["eval"] for r in lines(out) if "eval" in r]
+
+
+def argv(world, *more):
+    return ["--data", world, *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def sft(world, tmp_path_factory):
+    """A folder with a finished SFT run of the tiny world."""
+    cwd = tmp_path_factory.mktemp("runs")
+    cli("train.py", *argv(world, "--loss", "sft", "--epochs", 8), cwd=cwd)
+    return cwd
+
+
+def some_items(lengths=(3, 9, 1, 14, 5, 2, 7, 11)):
+    rows = [ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n, "reject_response": "z" * (15 - n)}
+            for n in lengths]
+    return encode_rows(rows, CharTokenizer(), CLASSES, 96)
+
+
+def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float32"):
+    model, items = load_model(GOLDEN / "gpt2_tiny"), some_items()
+    o = resolve(Config(loss=loss, micro_batch=micro_batch, dtype=dtype, device="cpu", clip=1e9))
+    ref = None
+    if LOSSES[loss].reference:
+        ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, LOSSES[loss].branches,
+                               range(15, 21)).logps
+    sums, norm = train_step(model, model, optimizer(model.parameters(), lr=lr), LOSSES[loss], items, ref,
+                            list(range(len(items))), range(15, 21), o)
+    return model, sums, norm
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_batch_of_eight_is_eight_of_one(loss):
+    """Gradients are those of the mean over rows, however the batch is cut (unequal lengths)."""
+    (a, sums_a, norm_a), (b, sums_b, norm_b), (c, _, norm_c) = (one_step(loss, n) for n in (0, 1, 3))
+    assert sums_a == pytest.approx(sums_b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-4)
+    assert norm_a == pytest.approx(norm_c, rel=1e-4)
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_at_5e_7_changes_float32_weights_under_bf16():
+    model, _, _ = one_step("gdpo", 0, torch.optim.RMSprop, lr=5e-7, dtype="bfloat16")
+    before = load_model(GOLDEN / "gpt2_tiny")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not torch.equal(model.h[0].attn.c_attn.weight, before.h[0].attn.c_attn.weight)
+
+
+def test_bf16_gives_the_loss_of_float32_nearly():
+    """Log-probs are taken in float32 whatever the matrices are in."""
+    (_, a, _), (_, b, _) = (one_step("gdpo", 0, dtype=d) for d in ("float32", "bfloat16"))
+    assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["loss"] != b["loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
+    model, items = load_model(GOLDEN / "gpt2_tiny"), some_items()
+    o = resolve(Config(loss="dpo", device="cpu"))
+    ref = torch.zeros(8, 2, 3)
+    ref[5, 0, 0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"rows \[6\] of train.jsonl"):
+        train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"], items, ref,
+                   list(range(8)), range(15, 21), o)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_learning_rate_warms_up_and_then_stays_or_falls():
+    o = resolve(Config(lr=1.0, warmup=3, schedule="constant"))
+    assert [lr_at(o, s, 10) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    o.schedule = "cosine"
+    rates = [lr_at(o, s, 10) for s in range(10)]
+    assert max(rates) == rates[3] == 1.0 and rates[-1] < 0.1
+
+
+def test_defaults_are_the_papers_for_checkpoints():
+    """Appendix G: beta 0.1, RMSprop, 5e-7, 150 steps of warm-up, then constant."""
+    o = resolve(Config(loss="gdpo", model="gpt2"))
+    assert (o.beta, o.optimizer, o.lr, o.warmup, o.schedule, o.batch_size, o.epochs) == (
+        0.1, "rmsprop", 5e-7, 150, "constant", 32, 20)
+    o = resolve(Config(loss="sft", model="gpt2"))
+    assert (o.batch_size, o.epochs, o.clip) == (128, 40, 10)
+    assert resolve(Config(loss="gdpo", lr=1.0)).lr == 1.0             # a flag wins over the preset
+
+
+@pytest.mark.parametrize("loss, dtype, tolerance", [("dpo", "float32", 1e-5), ("gdpo", "float32", 1e-5),
+                                                    ("gdpo", "bfloat16", 1e-2)])
+def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(sft, world, loss, dtype, tolerance):
+    p = cli("train.py", *argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype, "--out", loss + dtype),
+            cwd=sft)
+    first, *_ = evals(sft / (loss + dtype))
+    for name, value in first.items():
+        if name.startswith(("joint_", "given_")) and value is not None:
+            assert value == pytest.approx(0, abs=tolerance)
+    assert first["pref"] == pytest.approx(0.693147, abs=tolerance)
+    for text in ("JSD to the group's beliefs", "before", "next: python evaluate.py"):
+        assert text in p.stdout
+
+
+def test_two_processes_give_the_run_of_one(sft, world):
+    """Batches of 13 leave a last batch of 1 row: one process has none, and still joins in."""
+    flags = argv(world, "--loss", "gdpo", "--epochs", 2, "--batch_size", 13)
+    cli("train.py", *flags, "--out", "one", cwd=sft)
+    cli("train.py", *flags, "--out", "two", "--micro_batch", 3, cwd=sft, nproc=2)
+    one, two = lines(sft / "one"), lines(sft / "two")
+    assert len(one) == len(two) and len(evals(sft / "one")) > 2
+    for a, b in zip(one, two):
+        a, b = a.get("eval", a), b.get("eval", b)
+        assert a.keys() == b.keys()
+        for k in a:
+            assert b[k] == (a[k] if a[k] is None else pytest.approx(a[k], rel=2e-3, abs=2e-3)), k
+
+
+def start_and_signal(flags, cwd, out, sig, after_lines):
+    """Start the real command, send it a signal once it has logged some lines; its exit code."""
+    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log, deadline = cwd / out / "metrics.jsonl", time.time() + 60
+    while p.poll() is None and time.time() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) >= after_lines:
+            p.send_signal(sig)
+            break
+        time.sleep(0.005)
+    _, err = p.communicate(timeout=60)
+    return p.returncode, err
+
+
+def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
+    """Bit for bit: weights, losses, data order. kill -9 loses what came after the last evaluation,
+    Ctrl-C loses nothing."""
+    flags = argv(world, "--loss", "gdpo", "--epochs", 30)
+    cli("train.py", *flags, "--out", "whole", cwd=sft)
+    part = [*flags, "--out", "part"]
+    code, _ = start_and_signal(part, sft, "part", signal.SIGKILL, 40)
+    assert code == -signal.SIGKILL
+    killed = len(lines(sft / "part"))
+    code, err = start_and_signal([*part, "--resume"], sft, "part", signal.SIGINT, killed + 40)
+    assert code == 130 and "stopped and saved at step" in err, err
+    stopped = lines(sft / "part")[-1]["step"]
+    p = cli("train.py", *part, "--resume", cwd=sft)
+    assert f"resumed at step {stopped}" in p.stderr
+    assert lines(sft / "part") == lines(sft / "whole")
+    for name in ("best", "last"):
+        a, b = (read_safetensors(sft / x / name / "model.safetensors") for x in ("part", "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in b)
+    assert not list((sft / "part").glob("**/*.tmp"))
+    p = cli("train.py", *part, "--resume", cwd=sft)                   # nothing left to do: the table
+    assert "JSD to the group's beliefs" in p.stdout
+    p = cli("train.py", *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
+    assert "other flags than the run began with: --beta 0.3 (was 0.5)" in p.stderr
+
+
+def test_a_run_that_is_there_is_not_lost(sft, world):
+    flags = argv(world, "--loss", "sft", "--epochs", 1)
+    p = cli("train.py", *flags, cwd=sft, check=2)
+    assert "holds a run already: --resume to go on" in p.stderr
+    assert len(evals(sft / f"out/{world.name}-sft-seed0")) > 5
+
+
+def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
+    p = cli("train.py", *argv(world, "--epochs", 1), cwd=tmp_path)
+    assert "no SFT checkpoint" in p.stderr and "training SFT first" in p.stderr
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {f"{world.name}-{x}-seed0" for x in ("sft", "gdpo")}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, dpo, gdpo"),
+    (["--los", "gdpo"], "unrecognized arguments: --los gdpo"),
+    (["--beta", "big"], "argument --beta: invalid float value: 'big'"),
+    (["--beta", "-3"], "--beta must be above 0"),
+    (["--dtype", "float16"], "use bfloat16 or float32"),
+    (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
+    (["--init", "nowhere"], "no config.json in nowhere: give a checkpoint folder"),
+    (["--loss", "sft", "--model", "nowhere"], "no config.json in nowhere: give a checkpoint folder"),
+    (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
+    (["--loss", "sft", "--n_head", "5"], "does not divide into 5 heads"),
+])
+def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(world, tmp_path, flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(world), *map(str, SMALL), *flags])
+    with pytest.raises(SystemExit) as e:
+        run(train.main)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and message in err[-1] and err[-1].startswith("train.py: error: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda rows, meta: rows[2].pop("options"), "train.jsonl, line 3: field 'options' is missing"),
+    (lambda rows, meta: rows[1].update(accept_response=""), "train.jsonl, line 2: accept_response is empty"),
+    (lambda rows, meta: meta.update(classes=["0", "1", "2", "3", "4", "10"]), "line "),
+    (lambda rows, meta: meta.update(classes="012345"), "'classes' must list the class labels"),
+])
+def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, message):
+    rows = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()]
+    meta = json.loads((world / "meta.json").read_text())
+    change(rows, meta)
+    (tmp_path / "d").mkdir()
+    for s in ("train", "eval"):
+        (tmp_path / f"d/{s}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "d/meta.json").write_text(json.dumps(meta))
+    p = cli("train.py", "--data", "d", "--loss", "sft", cwd=tmp_path, check=2)
+    assert message in p.stderr and len(p.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in ("train.jsonl", "eval.jsonl", "meta.json"):
+        text = (world / name).read_text().replace('"5"', '"10"')
+        (tmp_path / "d" / name).write_text(text)
+    p = cli("train.py", "--data", "d", "--loss", "sft", *SMALL, cwd=tmp_path, check=2)
+    assert "class '10' is 2 tokens" in p.stderr and not (tmp_path / "out").exists()
