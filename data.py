@@ -6,21 +6,27 @@ one string and searched for its parts: prompt, belief and response are tokenized
 and every scored token carries the piece it belongs to, so that every loss is a selection.
 
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
-At the end of the file: what the scripts share at their boundary (flags, files, one-line errors).
+At the end of the file: checkpoints from the hub, and what the scripts share at their boundary
+(flags, files, one-line errors).
 """
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import inspect
 import json
 import os
 import re
 import sys
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import requests
 import tiktoken
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
 # Rows
@@ -108,6 +114,7 @@ def byte_names():
 
 
 NAMES = byte_names()
+BYTES = {c: b for b, c in NAMES.items()}
 
 
 def spell(token):
@@ -115,85 +122,127 @@ def spell(token):
 
 
 class Tokenizer:
-    """Byte-pair encoding from an ordered list of merges [(bytes, bytes), ...]. ids: the 256 bytes
-    in GPT-2's order, then one id per merge, then <|endoftext|>."""
+    """Byte-level BPE on tiktoken: GPT-2's, Pythia's, and small ones of our own.
 
-    def __init__(self, merges, name="gpt2"):
-        self.merges = merges
-        self.tokens = [bytes([b]) for b in NAMES] + [a + b for a, b in merges]
-        ranks = {t: i for i, t in enumerate(self.tokens)}
-        if len(ranks) != len(self.tokens):
-            raise ValueError("the merges make one token twice")
-        self.eos, self.n_tokens = len(ranks), len(ranks) + 1
-        self.bpe = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
-                                     special_tokens={EOS: self.eos}, explicit_n_vocab=self.n_tokens)
+    vocab {token as spelled in vocab.json: id}, merges [(a, b), ...] as spelled, in order; added
+    {text: id}: <|endoftext|>, and Pythia's <|padding|> and runs of spaces. ValueError unless the
+    ids rise in the order of the merges, for tiktoken merges by id. files {name: text} is what
+    save() writes: the very files that the tokenizer came from."""
+
+    def __init__(self, vocab, merges, added, nfc=False, files=None):
+        self.eos, self.nfc, self.files = added[EOS], nfc, files
+        self.runs = {text: i for text, i in added.items() if text.strip(" ") == ""}
+        self.cut = re.compile(f"( {{{min(map(len, self.runs))},{max(map(len, self.runs))}}})"
+                              if self.runs else "(?!)")
+        single, order = [vocab[c] for c in BYTES if c in vocab], [vocab[a + b] for a, b in merges]
+        if order != sorted(order) or len(vocab) != len(single) + len(order) or max(single) > min(order):
+            raise ValueError("the ids do not follow the order of the merges")
+        ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
+        self.n_tokens = len(ranks) + len(added)
+        self.bpe = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
+                                     special_tokens=added, explicit_n_vocab=self.n_tokens)
 
     def encode(self, text):
-        return self.bpe.encode_ordinary(text)          # <|endoftext|> in data is plain text
+        """Text -> ids. <|endoftext|> in data is plain text. A run of spaces that has its own id is
+        cut out first, and each stretch between is encoded by itself, as Hugging Face does."""
+        if not self.runs:
+            return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        ids = []
+        for part in self.cut.split(unicodedata.normalize("NFC", text) if self.nfc else text):
+            ids += [self.runs[part]] if part in self.runs else self.bpe.encode_ordinary(part)
+        return ids
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eos])
 
     def save(self, folder):
-        """vocab.json and merges.txt, as GPT-2's checkpoints have them."""
-        write(Path(folder) / "vocab.json", json.dumps(self.vocab(), ensure_ascii=False))
-        lines = [f"{spell(a)} {spell(b)}" for a, b in self.merges]
-        write(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
-
-    def vocab(self):
-        return {spell(t): i for i, t in enumerate(self.tokens)} | {EOS: self.eos}
+        for name, text in self.files.items():
+            write(Path(folder) / name, text)
 
     @classmethod
     def load(cls, folder):
-        """From vocab.json + merges.txt, or OpenAI's encoder.json + vocab.bpe."""
+        """From tokenizer.json, or vocab.json + merges.txt, or OpenAI's encoder.json + vocab.bpe."""
         folder = Path(folder)
-        for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-            if (folder / vocab).is_file() and (folder / merges).is_file():
+        for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+            if all((folder / name).is_file() for name in names):
                 break
         else:
-            raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json and merges.txt "
-                                    "(or encoder.json and vocab.bpe) beside the weights")
-        byte = {c: b for b, c in NAMES.items()}
-        lines = (folder / merges).read_text(encoding="utf-8").split("\n")
-        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            raise FileNotFoundError(f"no tokenizer in {folder}: it needs tokenizer.json, or vocab.json "
+                                    "and merges.txt (or encoder.json and vocab.bpe)")
+        texts = [(folder / name).read_text(encoding="utf-8") for name in names]
         try:
-            tokenizer = cls([tuple(bytes(byte[c] for c in part) for part in (a, b)) for a, b in pairs])
-        except (KeyError, ValueError) as e:
-            raise ValueError(f"{folder / merges} is not a list of merges: {e}") from None
-        if json.loads((folder / vocab).read_text(encoding="utf-8")) != tokenizer.vocab():
-            raise ValueError(f"{folder / vocab}: the ids do not follow the order of {merges}")
-        return tokenizer
+            return from_tokenizer_json(*texts) if len(texts) == 1 else from_vocab_and_merges(*texts)
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{folder / names[-1]}: not a byte-level BPE that is read here: {e}") from None
+
+
+def from_vocab_and_merges(vocab, merges):
+    """GPT-2's two files, as texts -> Tokenizer."""
+    pairs = [tuple(line.split(" ")) for line in merges.split("\n")
+             if line and not line.startswith("#version")]
+    ids = json.loads(vocab)
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOS, "eos_token": EOS, "unk_token": EOS}
+    return Tokenizer({t: i for t, i in ids.items() if t != EOS}, pairs, {EOS: ids[EOS]}, files={
+        "vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": json.dumps(config)})
+
+
+def from_tokenizer_json(text):
+    """Hugging Face's one file, of GPT-2 or Pythia, as text -> Tokenizer."""
+    t = json.loads(text)
+    model, splitter = t["model"], t.get("pre_tokenizer") or {}
+    normalizer = (t.get("normalizer") or {}).get("type")
+    if model.get("type", "BPE") != "BPE" or splitter.get("type") != "ByteLevel" \
+            or splitter.get("add_prefix_space") or normalizer not in (None, "NFC"):
+        raise ValueError(f"model {model.get('type')}, pre_tokenizer {splitter}, normalizer {normalizer}")
+    added = {a["content"]: a["id"] for a in t["added_tokens"]}
+    odd = [a for a in added if a.strip(" ") and a not in (EOS, "<|padding|>")]
+    if odd:
+        raise ValueError(f"added tokens {odd[:3]}")
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOS, "eos_token": EOS, "unk_token": EOS}
+    return Tokenizer({k: i for k, i in model["vocab"].items() if k not in added}, pairs, added,
+                     nfc=normalizer == "NFC",
+                     files={"tokenizer.json": text, "tokenizer_config.json": json.dumps(config)})
 
 
 def train_bpe(texts, vocab_size):
-    """Learn merges from texts: the most frequent pair first, ties to the smallest bytes, until the
+    """Learn merges from texts: the most frequent pair first, ties to the largest bytes, until the
     vocabulary is full or no pair occurs twice. Deterministic."""
     words = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
     words = [([bytes([b]) for b in w.encode()], n) for w, n in sorted(words.items())]
-    merges = []
-    while len(merges) < vocab_size - 257:              # 256 bytes, the merges, <|endoftext|>
-        pairs = Counter()
-        for parts, n in words:
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += n
-        if not pairs:
-            break
-        best, n = max(pairs.items(), key=lambda item: (item[1], item[0]))
-        if n < 2:
+    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that (once) had it
+
+    def count(i, sign):
+        parts, n = words[i]
+        for pair in zip(parts, parts[1:]):
+            pairs[pair] += sign * n
+            where[pair].add(i)
+
+    for i in range(len(words)):
+        count(i, 1)
+    while len(merges) < max(1, vocab_size - 257):      # 256 bytes, the merges, <|endoftext|>
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
             break
         merges.append(best)
-        words = [(merge(parts, best), n) for parts, n in words]
-    return Tokenizer(merges, "own")
+        for i in where.pop(best):
+            count(i, -1)
+            words[i] = (merge(words[i][0], best), words[i][1])
+            count(i, 1)
+        del pairs[best]
+    spelled = [(spell(a), spell(b)) for a, b in merges]
+    tokens = [*NAMES.values(), *(a + b for a, b in spelled), EOS]
+    return from_vocab_and_merges(
+        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False),
+        "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in spelled), ""]))
 
 
 def merge(parts, pair):
     """Join every neighbouring `pair` in a list of byte strings."""
-    if pair[0] not in parts:
-        return parts
     out = []
     for p in parts:
         if out and (out[-1], p) == pair:
-            out[-1] = out[-1] + p
+            out[-1] += p
         else:
             out.append(p)
     return out
@@ -358,6 +407,137 @@ def collate(items, branches, classes):
 
 
 # ---------------------------------------------------------------------------------------------
+# From the hub: plain HTTP, into Hugging Face's own cache folder
+
+CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
+    ["config.json"], ["tokenizer.json", "vocab.json"], ["merges.txt", "tokenizer.json"],
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]]
+
+
+TIMEOUT = 30                                           # seconds without a byte: a stall
+
+
+def find_checkpoint(name, weights=True):
+    """A checkpoint folder for --model: a local folder, or a name on the hub ("gpt2",
+    "EleutherAI/pythia-70m"), fetched file by file where the cache does not hold it. HF_ENDPOINT,
+    HF_TOKEN and HF_HOME are honoured. weights=False: config.json alone.
+    FileNotFoundError or ValueError, in one line, where that cannot be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise FileNotFoundError(f"no folder {name}, and that is no name on the hub (gpt2, ORG/MODEL)")
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
+    repo = home / f"models--{name.replace('/', '--')}"
+    for choices in CHECKPOINT if weights else CHECKPOINT[:1]:
+        path = next(filter(None, (find(repo, name, file) for find in (cached, fetch) for file in choices)), None)
+        if path is None:
+            raise ValueError(f"{name} on the hub has no {' or '.join(choices)}")
+        if path.name.endswith(".index.json"):
+            for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+                if Path(shard).name != shard or not (cached(repo, name, shard)
+                                                       or fetch(repo, name, shard)):
+                    raise ValueError(f"{path}: shard {shard!r} is not a file beside it")
+    return path.parent
+
+
+def cached(repo, name, file):
+    """The path of a file that the cache holds, or None."""
+    main = repo / "refs" / "main"
+    path = repo / "snapshots" / main.read_text().strip() / file if main.is_file() else None
+    return path if path and path.is_file() else None
+
+
+def fetch(repo, name, file):
+    """One file of a hub repository -> its path in the cache; None if the hub has no such file.
+    It is fetched into blobs/ETAG.incomplete, from where an earlier try broke off, its size and, if
+    the hub tells it, its sha256 are checked, and it is renamed. A lock keeps other processes out."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url, token = f"{endpoint}/{name}/resolve/main/{file}", os.environ.get("HF_TOKEN")
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    head = request("HEAD", url, headers)
+    if head.status_code == 404:
+        return None
+    known = {}                                         # the first to say it: the hub, not its storage
+    for answer in [*head.history, head]:
+        for key in ("X-Repo-Commit", "X-Linked-ETag", "X-Linked-Size", "ETag"):
+            known.setdefault(key, answer.headers.get(key)) if answer.headers.get(key) else None
+    etag = (known.get("X-Linked-ETag") or known.get("ETag") or "").removeprefix("W/").strip('"')
+    commit = known.get("X-Repo-Commit") or "main"
+    if not re.fullmatch(r"[\w.-]+", etag) or not re.fullmatch(r"\w+", commit):
+        raise ValueError(f"{url}: the answer names no ETag to check the file by: is HF_ENDPOINT right?")
+    size = int(known.get("X-Linked-Size") or head.headers.get("Content-Length") or -1)
+    blob, link = repo / "blobs" / etag, repo / "snapshots" / commit / file
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{blob}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not blob.is_file():
+            download(url, headers, Path(f"{blob}.incomplete"), size, f"{name}/{file}")
+            check_blob(Path(f"{blob}.incomplete"), etag, size, url)
+            os.replace(f"{blob}.incomplete", blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    write(repo / "refs" / "main", commit)
+    return link
+
+
+def request(method, url, headers, **kwargs):
+    """One HTTP request; a 4xx but 404 and 416, and a server out of reach, is a one-line error."""
+    try:
+        answer = requests.request(method, url, headers=headers, allow_redirects=True, timeout=(10, TIMEOUT),
+                                  **kwargs)
+    except requests.RequestException as e:
+        raise ConnectionError(f"{url}: {type(e).__name__}: give a local folder, or check the network and "
+                              "HF_ENDPOINT") from None
+    if answer.status_code in (401, 403):
+        raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants an HF_TOKEN")
+    if answer.status_code >= 400 and answer.status_code not in (404, 416):
+        raise ConnectionError(f"{url}: the server answered {answer.status_code} {answer.reason}")
+    return answer
+
+
+def download(url, headers, path, size, name, tries=5):
+    """GET url into path, going on from what is there; after a cut or a stall, again."""
+    for left in reversed(range(tries)):
+        have = path.stat().st_size if path.exists() else 0
+        if size >= 0 and have >= size:
+            return
+        try:
+            answer = request("GET", url, headers | ({"Range": f"bytes={have}-"} if have else {}), stream=True)
+            if answer.status_code != 206:              # a server that knows no ranges sends it all
+                have = 0
+            with answer, open(path, "ab" if have else "wb") as f, tqdm(
+                    desc=f"fetching {name}", total=size if size > 0 else None, initial=have, unit="B",
+                    unit_scale=True, delay=1, dynamic_ncols=True) as bar:
+                for chunk in answer.iter_content(1 << 16):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+            if size < 0 or path.stat().st_size >= size:
+                return
+        except (requests.RequestException, ConnectionError) as e:
+            if not left:
+                raise ConnectionError(f"{url}: broken off {tries} times ({type(e).__name__}); what came is "
+                                      "kept, run the command again to go on") from None
+    raise ConnectionError(f"{url}: the server closed {tries} times before the end; run it again to go on")
+
+
+def check_blob(path, etag, size, url):
+    """ValueError, and the file gone, if it is not what the hub announced."""
+    good = size < 0 or path.stat().st_size == size
+    if good and re.fullmatch("[0-9a-f]{64}", etag):    # large files: the ETag is the sha256
+        digest = hashlib.sha256()
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 22):
+                digest.update(chunk)
+        good = digest.hexdigest() == etag
+    if not good:
+        path.unlink()
+        raise ValueError(f"{url}: what came is not the file that the hub announced (size or sha256 "
+                         "differ); it was thrown away, run the command again")
+
+
+# ---------------------------------------------------------------------------------------------
 # The boundary that all scripts share: flags, files, one-line errors
 
 def add_flags(parser, config):
@@ -384,7 +564,7 @@ def run(main):
     """Call main(); what a user gave wrong becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         if os.environ.get("RANK", "0") == "0":         # under torchrun every rank says the same
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (BRANCHES, Parser, Tokenizer, add_flags, class_ids, collate, encode_rows, load_meta,
-                  load_rows, run, write)
+from data import (Parser, Tokenizer, add_flags, class_ids, collate, encode_rows, find_checkpoint,
+                  load_meta, load_rows, run, write)
 from losses import ANSWER, RESPONSE, Scores, logratios, margin, score
 from model import load_model
 
@@ -175,7 +175,7 @@ def sample_rows(model, items, tokenizer, n_samples, max_new_tokens, seed, dtype,
         part = jobs[start:start + batch]
         with autocast(model.head.device, dtype):
             new = model.generate([items[i].prompt for i, _ in part], max_new_tokens, 1.0,
-                                 tokenizer.eos, [(seed, items[i].row, k) for i, k in part])
+                                 tokenizer.eos, [(seed, items[i].row, k) for i, k in part], tokenizer.n_tokens)
         for (i, k), ids in zip(part, new):
             texts[i][k] = tokenizer.decode(ids)
         bar.update(len(part))
@@ -261,7 +261,8 @@ class Evaluation:
 
     def measure(self, out, o, run_config, device):
         """{metric: (B,)} of one run, and its items."""
-        items, model, tokenizer, s = self.score(Path(out) / o.checkpoint, device, run_config)
+        folder = Path(out) / o.checkpoint if run_config["loss"] else find_checkpoint(out)
+        items, model, tokenizer, s = self.score(folder, device, run_config)
         metrics = belief_metrics(s)
         if run_config["init"]:
             init = run_config["init"]
@@ -314,10 +315,11 @@ MARGINS = {f"{kind}_{k}": f"{kind} {k}" for kind in ("joint", "given") for k in 
 
 def table(results, part, columns):
     """One line per run of mean and half-width of its interval, or per loss where seeds repeat."""
-    lines = [f"{'':28}" + "".join(f"{text:>15}" for text in columns.values())]
+    width = max(map(len, results))
+    lines = [f"{'':{width}}" + "".join(f"{text:>15}" for text in columns.values())]
     for name, result in results.items():
-        cells = [result[part].get(k) for k in columns]
-        lines.append(f"{name:28}" + "".join(
+        cells = [result.get(part, {}).get(k) for k in columns]
+        lines.append(f"{name:{width}}" + "".join(
             f"{'-' if c is None else f'{c[0]:.3f} ±{(c[2] - c[1]) / 2:.3f}':>15}" for c in cells))
     return "\n".join(lines)
 
@@ -350,32 +352,38 @@ def reference_lines(e):
         f"{name} {jsd(q, target).mean():.3f}" for name, q in reference_distributions(target).items())
 
 
-def read_run(out):
-    config = Path(out) / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{out} is not the folder of a run (no config.json): give the OUT of "
-                                "train.py, such as out/toy-gdpo-seed0")
-    return json.loads(config.read_text())
+def read_run(out, o):
+    """The flags of the run in OUT; of a checkpoint that is no run (a folder, a name on the hub), the
+    few that stand for them."""
+    if (Path(out) / "metrics.jsonl").is_file():
+        return json.loads((Path(out) / "config.json").read_text())
+    if not o.data:
+        raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give the OUT of train.py, "
+                         "or, for a checkpoint, --data DIR as well")
+    return {"loss": "", "model": out, "init": "", "data": o.data, "max_length": 0, "overlong": "error",
+            "dtype": "bfloat16" if o.device == "cuda" else "float32"}
 
 
 def main():
     parser = Parser(description="Measure runs: one table over all of them.")
-    parser.add_argument("OUT", nargs="+", help="run folders of train.py")
+    parser.add_argument("OUT", nargs="+", help="run folders of train.py, or, with --data, checkpoints")
     add_flags(parser, Config)
     flags = vars(parser.parse_args())
     outs, o = flags.pop("OUT"), Config(**flags)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
-    configs = {out: read_run(out) for out in outs}
+    if o.device == "auto":
+        o.device = "cuda" if torch.cuda.is_available() else "cpu"
+    configs = {out: read_run(out, o) for out in outs}
     evaluations, results = {}, {}
     for out in progress(outs, desc="runs", unit="run", disable=len(outs) == 1):
         data = o.data or configs[out]["data"]
         if data not in evaluations:
             evaluations[data] = Evaluation(data, o.split)
         e = evaluations[data]
-        metrics, items = e.measure(out, o, configs[out], device)
+        metrics, items = e.measure(out, o, configs[out], o.device)
         results[out] = summary(metrics, items, e.trained)
-        write(Path(out) / "eval.json", json.dumps({"split": o.split, "checkpoint": o.checkpoint,
-              "data": data, "samples": o.samples, **results[out]}, indent=1) + "\n")
+        if configs[out]["loss"]:
+            write(Path(out) / "eval.json", json.dumps({"split": o.split, "checkpoint": o.checkpoint,
+                  "data": data, "samples": o.samples, **results[out]}, indent=1) + "\n")
     report(results, configs, evaluations, o)
 
 

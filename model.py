@@ -15,13 +15,17 @@ import math
 import mmap
 import os
 import struct
+import zipfile
 from dataclasses import dataclass
+from functools import partial
+from operator import index
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -103,7 +107,7 @@ class GPT(nn.Module):
         super().__init__()
         if cfg.n_embd % cfg.n_head:
             raise ValueError(f"n_embd {cfg.n_embd} does not divide into {cfg.n_head} heads")
-        self.cfg = cfg
+        self.cfg, self.checkpointing = cfg, False
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if not cfg.rotary:
             self.wpe = nn.Embedding(cfg.n_ctx, cfg.n_embd)
@@ -157,17 +161,22 @@ class GPT(nn.Module):
             x = x + self.wpe(pos)
         rope = self.rope(pos)
         for i, block in enumerate(self.h):
-            x = block(x, rope, mask, None if cache is None else cache[i], pos)
+            where = (rope, mask, None if cache is None else cache[i], pos)
+            if self.checkpointing and torch.is_grad_enabled():     # keep x alone, run the block again
+                x = checkpoint(block, x, *where, use_reentrant=False)
+            else:
+                x = block(x, *where)
         return self.ln_f(x)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0, n_tokens=None):
         """Sample a continuation of each prompt; returns the new ids alone, the stop id included.
 
         prompts: list of lists of ids, of any lengths. temperature 0: the likeliest token.
         seed: a number, or one number (or tuple of numbers) per prompt: a row's randomness depends
         on its own seed alone, never on its batch. A row ends at stop_id, after max_new_tokens, or
-        when the context is full. ValueError for an empty prompt or one that fills the context.
+        when the context is full. n_tokens: ids from here on pad the table and are never sampled
+        (a tokenizer's n_tokens; Pythia's table is larger). ValueError for an empty prompt or one that fills the context.
         """
         if not prompts:
             return []
@@ -191,7 +200,7 @@ class GPT(nn.Module):
         hidden = self(ids.to(device), cache=cache)[torch.arange(B, device=device), n - 1]   # (B, C)
         new, alive = [], torch.ones(B, dtype=torch.bool, device=device)
         for t in range(steps):
-            token = pick(F.linear(hidden, self.head).float(), temperature, draws[:, t])
+            token = pick(F.linear(hidden, self.head[:n_tokens]).float(), temperature, draws[:, t])
             new.append(torch.where(alive, token, -1))
             alive = alive & (n + t + 1 < self.cfg.n_ctx)
             if stop_id is not None:
@@ -234,6 +243,7 @@ NEOX = [  # our name -> GPT-NeoX's, replaced from left to right
     ("lm_head.", "embed_out.")]
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
            ".rotary_emb.inv_freq")  # causal masks and frequencies that old checkpoints carry
+TIED = ("lm_head.weight", "embed_out.weight")          # a copy of the embeddings, where they are tied
 
 
 def config_from_hf(c):
@@ -260,10 +270,10 @@ def config_from_hf(c):
     raise ValueError(f"model_type {kind!r} is not supported: use a gpt2 or gpt_neox checkpoint")
 
 
-def config_to_hf(cfg, eos):
+def config_to_hf(cfg, eos, dtype):
     """The config.json that Hugging Face's classes read. eos: id of the end-of-text token."""
     ids = {"bos_token_id": eos, "eos_token_id": eos, "vocab_size": cfg.vocab_size,
-           "tie_word_embeddings": cfg.tied, "dtype": "float32"}
+           "tie_word_embeddings": cfg.tied, "dtype": str(dtype).removeprefix("torch.")}
     if not cfg.rotary:
         return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **ids,
                 "n_positions": cfg.n_ctx, "n_ctx": cfg.n_ctx, "n_layer": cfg.n_layer,
@@ -292,73 +302,137 @@ def relayout(name, w, cfg, to_hf):
     Pythia stores query, key and value by head, (H, 3, D, ...), where ours are (3, H, D, ...)."""
     if not cfg.rotary:
         linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        return w.t().contiguous() if linear else w
+        return w.t() if linear else w
     if ".c_attn." not in name:
         return w
     a, b = (3, cfg.n_head) if to_hf else (cfg.n_head, 3)
-    return w.unflatten(0, (a, b, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+    return w.unflatten(0, (a, b, -1)).transpose(0, 1).flatten(0, 2)
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
-    """A .safetensors file as {name: tensor}; the tensors are views of the mapped file, not copies.
-    Layout: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, raw bytes."""
+    """A .safetensors file -> {name: function that maps the tensor}. Nothing is read before the call,
+    and what a call mapped is gone from memory with its tensor.
+    Layout: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, raw bytes, which
+    the tensors must tile without gap or overlap. ValueError for a header that lies."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice")
+        return dict(pairs)
+
+    size = os.path.getsize(path)
     with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        length = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
+        length = struct.unpack("<Q", f.read(8).ljust(8, b"\xff"))[0]
         if 8 + length > size:
             raise ValueError(f"{path}: not a safetensors file, or cut short: fetch it again")
-        header = json.loads(f.read(length))
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for name, t in header.items():
-        if name == "__metadata__":
-            continue
-        (start, end), count = t["data_offsets"], math.prod(t["shape"])
-        dtype = DTYPES.get(t["dtype"])
-        if dtype is None or end - start != count * dtype.itemsize or 8 + length + end > size:
-            raise ValueError(f"{path}: tensor {name} has a bad dtype, shape or offset: {t}")
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start)
-        tensors[name] = flat.view(t["shape"])
-    return tensors
+        try:
+            header = json.loads(f.read(length), object_pairs_hook=unique)
+            header.pop("__metadata__", None)
+            spans = sorted((index(t["data_offsets"][0]), index(t["data_offsets"][1]), name)
+                           for name, t in header.items())
+            tensors = {n: (DTYPES[t["dtype"]], tuple(map(index, t["shape"]))) for n, t in header.items()}
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
+            raise ValueError(f"{path}: the header is broken, or has a dtype that is unknown here: {e!r}"
+                             ) from None
+    at = 0
+    for start, end, name in spans:
+        dtype, shape = tensors[name]
+        if start != at or end - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+            raise ValueError(f"{path}: tensor {name} has a bad dtype, shape or offset: {header[name]}")
+        at = end
+    if at != size - 8 - length:
+        raise ValueError(f"{path}: holds {size - 8 - length} bytes of tensors, its header speaks of {at}")
+    return {name: partial(map_tensor, path, *tensors[name], 8 + length + start)
+            for start, _, name in spans}
 
 
-def write_safetensors(tensors, path):
-    """{name: tensor} -> a .safetensors file, under a temporary name first, then renamed."""
-    kinds = {v: k for k, v in DTYPES.items()}
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in tensors.items():
-        end = at + t.numel() * t.element_size()
-        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+def map_tensor(path, dtype, shape, start):
+    """The tensor at byte `start` of a file, as a view of the mapped file."""
+    count, page = math.prod(shape), start - start % mmap.ALLOCATIONGRANULARITY
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), start - page + count * dtype.itemsize, offset=page,
+                         access=mmap.ACCESS_COPY)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start - page).view(shape)
+
+
+def read_bin(path):
+    """pytorch_model.bin, zipped or in the older format -> {name: function}. Weights only: a pickle
+    that wants to run code is refused."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:                             # of many kinds, by how the file is broken
+        raise ValueError(f"{path}: not a file of weights alone ({type(e).__name__})") from None
+    return {name: partial(stored.pop, name) for name in list(stored)}
+
+
+def read_weights(folder):
+    """The weights of a checkpoint folder, in one file or in shards -> {name: function}."""
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        if (folder / name).is_file():
+            return read(folder / name)
+        listing = folder / f"{name}.index.json"
+        if listing.is_file():
+            where, stored = json.loads(listing.read_text())["weight_map"], {}
+            for shard in sorted(set(where.values())):
+                if Path(shard).name != shard or not (folder / shard).is_file():
+                    raise ValueError(f"{listing}: shard {shard!r} is not a file of this folder")
+                stored |= {k: v for k, v in read(folder / shard).items() if where.get(k) == shard}
+            if len(stored) < len(where):
+                raise ValueError(f"{listing}: no shard holds {sorted(set(where) - set(stored))[:3]}")
+            return stored
+    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: give a checkpoint "
+                            "folder, such as OUT/best of an earlier run")
+
+
+def write_safetensors(path, shapes, dtype, tensor):
+    """Write a .safetensors file under a temporary name, then rename it. shapes: {name: shape};
+    tensor(name) is asked for one tensor at a time."""
+    kind, header, at = {v: k for k, v in DTYPES.items()}[dtype], {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for name in shapes:
+            w = tensor(name).detach().to("cpu", dtype).contiguous()
+            f.write(w.flatten().view(torch.uint8).numpy())
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
+def read_config(folder):
+    """The GPTConfig of a checkpoint folder."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}: give a checkpoint folder, such as OUT/best "
+                                "of an earlier run")
+    try:
+        return config_from_hf(json.loads(path.read_text()))
+    except KeyError as e:
+        raise ValueError(f"{path} lacks the key {e}") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
 def load_model(folder, device="cpu"):
-    """A checkpoint folder (config.json, model.safetensors) -> GPT with float32 weights.
-    FileNotFoundError or ValueError, with the remedy, for a folder that holds no such checkpoint."""
-    folder = Path(folder)
-    for needed in ("config.json", "model.safetensors"):
-        if not (folder / needed).is_file():
-            raise FileNotFoundError(f"no {needed} in {folder}: give a checkpoint folder, "
-                                    "such as OUT/best of an earlier run")
-    cfg = config_from_hf(json.loads((folder / "config.json").read_text()))
+    """A checkpoint folder -> GPT with float32 weights. The model is built without memory, and each of
+    its tensors is made once, from the file. Every stored tensor is used once; ValueError names one
+    that is missing, left over or of another shape."""
+    folder, cfg = Path(folder), read_config(folder)
     with torch.device("meta"):
         model = GPT(cfg)
-    stored = read_safetensors(folder / "model.safetensors")
-    stored = {k.removeprefix("transformer."): v for k, v in stored.items()}
+    stored = {k.removeprefix("transformer."): v for k, v in read_weights(folder).items()}
     state = {}
     for name, p in model.named_parameters():
         theirs = hf_name(name, cfg).removeprefix("transformer.")
@@ -366,23 +440,24 @@ def load_model(folder, device="cpu"):
             theirs = "lm_head.weight"                  # as transformers 5 writes it
         if theirs not in stored:
             raise ValueError(f"{folder}: the checkpoint has no tensor {theirs}")
-        w = relayout(name, stored.pop(theirs), cfg, to_hf=False)
+        w = relayout(name, stored.pop(theirs)(), cfg, to_hf=False)
         if w.shape != p.shape:
             raise ValueError(f"{folder}: {theirs} has shape {tuple(w.shape)}, not {tuple(p.shape)}")
-        state[name] = w.to(device, torch.float32, copy=True)
-    extra = [k for k in stored if not k.endswith(BUFFERS) and not (cfg.tied and k == "lm_head.weight")]
+        state[name] = torch.empty(p.shape, device=device).copy_(w)
+    extra = [k for k in stored if not k.endswith(BUFFERS) and not (cfg.tied and k in TIED)]
     if extra:
         raise ValueError(f"{folder}: tensors that no part of the model takes: {extra[:3]}")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
 
-def save_model(model, folder, eos):
+def save_model(model, folder, eos, dtype=torch.float32):
     """Write config.json and model.safetensors in Hugging Face's form into `folder`. The weights
     are replaced in one rename; config.json is written first and is the same for a whole run."""
-    folder = Path(folder)
+    folder, cfg = Path(folder), model.cfg
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_to_hf(model.cfg, eos), indent=2) + "\n")
-    tensors = {hf_name(n, model.cfg): relayout(n, p.detach(), model.cfg, to_hf=True)
-               for n, p in model.named_parameters()}
-    write_safetensors(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_to_hf(cfg, eos, dtype), indent=2) + "\n")
+    ours = {hf_name(n, cfg): (n, p) for n, p in model.named_parameters()}
+    shapes = {k: relayout(n, p.to("meta"), cfg, to_hf=True).shape for k, (n, p) in ours.items()}
+    write_safetensors(folder / "model.safetensors", shapes, dtype,
+                      lambda k: relayout(*ours[k], cfg, to_hf=True))

@@ -31,19 +31,19 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import synth
-from data import (BRANCHES, Parser, Tokenizer, add_flags, class_ids, collate, encode_rows,
-                  epoch_batches, load_meta, load_rows, run, train_bpe, write)
+from data import (Parser, Tokenizer, add_flags, class_ids, collate, encode_rows, epoch_batches,
+                  find_checkpoint, load_meta, load_rows, run, train_bpe, write)
 from evaluate import (EVAL_BRANCHES, autocast, eval_metrics, progress, rank_and_size, score_rows,
                       to_tensors)
 from losses import LOSSES, score
-from model import GPT, GPTConfig, load_model, save_model
+from model import GPT, GPTConfig, load_model, read_config, save_model
 
 
 @dataclass
 class Config:
     loss: str = "gdpo"            # which method: see LOSSES in losses.py
     data: str = "data/toy"        # dataset folder; the shipped world is made there if it is missing
-    model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2) or a checkpoint folder
+    model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2), a folder, a name on the hub
     init: str = ""                # what the others start from; empty: the SFT run beside, made if missing
     out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
     seed: int = 0                 # of initialisation and order
@@ -70,6 +70,9 @@ class Config:
     device: str = "auto"          # auto, cpu or cuda
     dtype: str = "auto"           # autocast: float32 or bfloat16; auto: bfloat16 on GPUs
     compile: bool = False         # torch.compile the model
+    checkpointing: bool = False   # keep one activation a layer, run the layers again in backward
+    save_dtype: str = "float32"   # of the weights in OUT/best and OUT/last: float32 or bfloat16
+    dry_run: bool = False         # print the memory that the run would take, and stop
     log_every: int = 10           # steps between lines of metrics.jsonl
     resume: bool = False          # go on with the run in OUT
     overwrite: bool = False       # throw away the run in OUT
@@ -88,9 +91,10 @@ PRESETS = {
                                        schedule="constant", optimizer="rmsprop", beta=0.1,
                                        eval_every=10000),
 }
-CHOICES = {"loss": list(LOSSES), "schedule": ["constant", "cosine"], "optimizer": ["rmsprop", "adamw"],
+CHOICES = {"schedule": ["constant", "cosine"], "optimizer": ["rmsprop", "adamw"],
            "select": ["jsd", "loss"], "overlong": ["error", "drop", "trim"],
-           "device": ["auto", "cpu", "cuda"], "dtype": ["float32", "bfloat16"]}
+           "device": ["auto", "cpu", "cuda"], "dtype": ["float32", "bfloat16"],
+           "save_dtype": ["float32", "bfloat16"]}
 
 
 def resolve(o):
@@ -136,18 +140,19 @@ def setup(o):
     return torch.device("cuda", torch.cuda.current_device()) if o.device == "cuda" else torch.device("cpu")
 
 
-def first_rank_first(action):
-    """Run `action` on rank 0 while the others wait, then have all look at what it left on disk."""
-    error = [None]
+def on_first_rank(action):
+    """Run `action` on rank 0 while the others wait; all get its result, or raise its error."""
+    outcome = [None, None]
     if rank_and_size()[0] == 0:
         try:
-            action()
+            outcome[0] = action()
         except (ValueError, OSError) as e:
-            error = [str(e)]
+            outcome[1] = str(e)
     if dist.is_initialized():
-        dist.broadcast_object_list(error)
-    if error[0]:
-        raise ValueError(error[0])
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise ValueError(outcome[1])
+    return outcome[0]
 
 
 def sum_over_ranks(values, device):
@@ -156,6 +161,15 @@ def sum_over_ranks(values, device):
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def gather(values):
+    """The processes' lists as one, on all of them."""
+    everyone = [None] * rank_and_size()[1]
+    if not dist.is_initialized():
+        return values
+    dist.all_gather_object(everyone, values)
+    return sum(everyone, [])
 
 
 def say(*words):
@@ -169,22 +183,25 @@ def say(*words):
 def prepare_data(o):
     """Make the shipped world where it is missing; returns (classes, {split: rows})."""
     if Path(o.data) == Path("data/toy"):
-        first_rank_first(lambda: Path(o.data).exists() or synth.toy(synth.Toy(out=o.data)))
+        on_first_rank(lambda: Path(o.data).exists() or synth.toy(synth.Toy(out=o.data)))
     classes = load_meta(o.data)["classes"]
     return classes, {s: load_rows(Path(o.data) / f"{s}.jsonl", classes) for s in ("train", "eval")}
 
 
 def start_model(o, rows, device):
     """(model, tokenizer) that the run starts from: a checkpoint, or a fresh small one."""
-    folder = o.init if LOSSES[o.loss].reference else o.model
-    if folder != "scratch":
+    name = o.init if LOSSES[o.loss].reference else o.model
+    if name != "scratch":
+        folder = on_first_rank(lambda: str(find_checkpoint(name)))
         return load_model(folder, device), Tokenizer.load(folder)
     texts = [t for r in rows for t in (f"<Q>{r['prompt']}<A>", r["accept_response"], r["reject_response"],
                                        *(f"<{c}>" for c in r["options"]))]
     tokenizer = train_bpe(texts, o.vocab_size)
-    cfg = GPTConfig(vocab_size=tokenizer.n_tokens, n_ctx=o.max_length or 256, n_layer=o.n_layer,
-                    n_head=o.n_head, n_embd=o.n_embd, n_inner=4 * o.n_embd)
-    return GPT(cfg).init_weights(o.seed).to(device), tokenizer
+    return GPT(scratch_config(o, tokenizer.n_tokens)).init_weights(o.seed).to(device), tokenizer
+
+
+def scratch_config(o, vocab_size):
+    return GPTConfig(vocab_size, o.max_length or 256, o.n_layer, o.n_head, o.n_embd, 4 * o.n_embd)
 
 
 def optimizer_of(o, model):
@@ -252,8 +269,9 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip)
     *totals, n_bad = sum_over_ranks([*sums.values(), len(bad)], device)
     if n_bad or not math.isfinite(norm):
-        where = f"rows {bad} of train.jsonl" if bad else f"rows {sorted(items[i].row + 1 for i in mine)}"
-        raise FloatingPointError(f"loss or gradient is not finite: {where}; lower --lr, or look at them")
+        what, rows = ("loss", gather(bad)) if n_bad else ("gradient", [items[i].row + 1 for i in batch])
+        raise FloatingPointError(f"the {what} is not finite on rows {sorted(rows)} of train.jsonl: look "
+                                 "at them, or lower --lr; the weights are those before this step")
     optimizer.step()
     return dict(zip(sums, totals)), float(norm)
 
@@ -289,7 +307,7 @@ class Run:
     def save_weights(self, name):
         if self.writes:
             self.tokenizer.save(self.out / name)
-            save_model(self.model, self.out / name, self.tokenizer.eos)
+            save_model(self.model, self.out / name, self.tokenizer.eos, getattr(torch, self.o.save_dtype))
 
     def log(self, **values):
         if self.writes:
@@ -314,28 +332,32 @@ def save(thing, path):
     os.replace(temporary, path)
 
 
-def open_run(o):
-    """Make OUT, or check that it can be resumed; returns True if there is a state to go on from."""
+def can_resume(o):
+    """True if OUT holds a state to go on from. ValueError if it holds a run that this one would
+    destroy, or one of other flags."""
     out, config = Path(o.out), dataclasses.asdict(o)
     volatile = ("resume", "overwrite", "device", "micro_batch", "log_every", "compile")
-    if o.resume and (out / "state.pt").is_file():
-        old = json.loads((out / "config.json").read_text())
-        changed = [k for k in config if k not in volatile and old.get(k) != config[k]]
-        if changed:
-            raise ValueError("cannot resume with other flags than the run began with: " + ", ".join(
-                f"--{k} {config[k]} (was {old.get(k)})" for k in changed))
-        return True
     if (out / "metrics.jsonl").exists() and not (o.overwrite or o.resume):
         raise ValueError(f"{out} holds a run already: --resume to go on with it, --overwrite to throw "
                          "it away, or another --out")
-    if out.exists():
-        for name in ("state.pt", "metrics.jsonl", "reference.pt", "eval.json"):
-            (out / name).unlink(missing_ok=True)
-        for name in ("best", "last"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.json", json.dumps(config, indent=1) + "\n")
-    return False
+    if not o.resume or not (out / "state.pt").is_file():
+        return False
+    old = json.loads((out / "config.json").read_text())
+    changed = [f"--{k} {config[k]} (was {old.get(k)})" for k in config
+               if k not in volatile and old.get(k) != config[k]]
+    if changed:
+        raise ValueError("cannot resume with other flags than the run began with: " + ", ".join(changed))
+    return True
+
+
+def fresh_folder(o):
+    """Make OUT, without what an earlier run left there."""
+    out = Path(o.out)
+    for name in ("state.pt", "metrics.jsonl", "reference.pt", "eval.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("best", "last"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    write(out / "config.json", json.dumps(dataclasses.asdict(o), indent=1) + "\n")
 
 
 def reference_logps(r, items, branches, classes, resumed):
@@ -358,13 +380,15 @@ def train(o):
     classes, rows = prepare_data(o)
     if loss.reference and not o.init:
         o.init = train_sft_first(o)
+    resumed = on_first_rank(lambda: can_resume(o))
     model, tokenizer = start_model(o, rows["train"], device)
+    model.checkpointing = o.checkpointing
     ids = class_ids(tokenizer, classes)
     limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
     items = {s: encode_rows(rows[s], tokenizer, classes, limit, o.overlong, f"{o.data}/{s}.jsonl")
              for s in rows}
-    resumed = Path(o.out, "state.pt").is_file() and o.resume
-    first_rank_first(lambda: open_run(o))
+    if not resumed:
+        on_first_rank(lambda: fresh_folder(o))
 
     optimizer = optimizer_of(o, model)
     r = Run(o, model, tokenizer, optimizer)
@@ -421,6 +445,7 @@ def loop(r, policy, loss, items, ref, classes):
             say(f"stopped and saved at step {r.step}; go on with the same command and --resume")
             sys.exit(130)
     bar.close()
+    stop.release()
     r.save_weights("last")
 
 
@@ -428,12 +453,15 @@ class StopFlag:
     """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops it at once."""
     def __init__(self):
         self.asked = 0
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sig, self.ask)
+        self.old = {sig: signal.signal(sig, self.ask) for sig in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, sig, frame):
         self.asked = 1
-        signal.signal(sig, signal.default_int_handler if sig == signal.SIGINT else signal.SIG_DFL)
+        self.release()
+
+    def release(self):
+        for sig, handler in self.old.items():
+            signal.signal(sig, handler)
 
 
 def train_sft_first(o):
@@ -443,9 +471,45 @@ def train_sft_first(o):
         say(f"no SFT checkpoint in {folder}: training SFT first")
         keep = {k: getattr(o, k) for k in ("data", "model", "seed", "micro_batch", "max_length",
                                            "overlong", "n_layer", "n_head", "n_embd", "vocab_size",
-                                           "device", "dtype", "compile", "log_every")}
+                                           "device", "dtype", "compile", "checkpointing", "log_every")}
         train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
     return f"{folder}/best"
+
+
+def memory(cfg, o, tokens):
+    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in GPT(cfg).parameters())
+    half = 2 if o.dtype == "bfloat16" else 4           # bytes of what autocast computes in
+    # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where attention
+    # and MLP read the same) and, in `half`, their outputs, q, k, v, the attention's output (rotary: q,
+    # k and that output once more), and the MLP's hidden layer before and after its GELU.
+    layer = (4 if cfg.parallel else 8) * cfg.n_embd + half * (
+        (9 if cfg.rotary else 6) * cfg.n_embd + 2 * cfg.n_inner)
+    last = 4 * cfg.n_embd
+    kept = last + (layer + (cfg.n_layer - 1) * last if o.checkpointing else layer * cfg.n_layer)
+    chunk = min(tokens, 1024) * cfg.vocab_size * (half + 3 * 4)
+    return {"weights": 4 * n, "gradients": 4 * n, o.optimizer: 4 * n * (1 + (o.optimizer == "adamw")),
+            "bf16 copies": 2 * n * (half == 2), "activations": tokens * kept, "logits": chunk,
+            "or update": 4 * n}                        # the optimizer's temporaries, after backward
+
+
+def dry_run(o):
+    """The memory of a run as a table over micro-batches; needs config.json, no weights."""
+    cfg = scratch_config(o, o.vocab_size) if o.model == "scratch" else \
+        read_config(find_checkpoint(o.model, weights=False))
+    T = min(o.max_length or 512, cfg.n_ctx)
+    branches = len(LOSSES[o.loss].branches)
+    print(f"{o.model}, {o.loss}: GB per process at its peak, rows of {branches} x {T} tokens (--max_length), "
+          f"{o.dtype}, {'with' if o.checkpointing else 'without'} --checkpointing\n")
+    for n in (1, 2, 4, 8, 16, 32):
+        need = memory(cfg, o, n * branches * T)
+        *held, copies, activations, logits, update = need.values()
+        peak = sum(held) + max(copies + activations + logits, update)
+        if n == 1:
+            print("--micro_batch" + "".join(f"{k:>12}" for k in need) + f"{'peak':>8}  fits on")
+        print(f"{n:13}" + "".join(f"{v / 1e9:12.2f}" for v in need.values()) + f"{peak / 1e9:8.2f}  "
+              + " ".join(str(card) for card in (24, 48, 80, 141) if peak < 0.94e9 * card))
 
 
 def table(r):
@@ -468,7 +532,10 @@ def table(r):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_flags(parser, Config)
-    r = train(resolve(Config(**vars(parser.parse_args()))))
+    o = resolve(Config(**vars(parser.parse_args())))
+    if o.dry_run:
+        return dry_run(o)
+    r = train(o)
     if r.writes:
         print(table(r))
     if dist.is_initialized():

@@ -111,7 +111,7 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path)
 
 
 @pytest.mark.parametrize("args, message", [
-    (["nowhere"], "is not the folder of a run"),
+    (["nowhere"], "nowhere is not the folder of a run"),
     ([], "the following arguments are required: OUT"),
     (["x", "--samples", "many"], "invalid int value"),
 ])

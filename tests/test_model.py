@@ -137,10 +137,15 @@ def test_a_sequence_longer_than_the_context_is_refused():
 
 @pytest.mark.parametrize("damage, message", [
     (lambda h: h["transformer.ln_f.bias"].update(shape=[31]), "bad dtype, shape or offset"),
-    (lambda h: h["transformer.ln_f.bias"].update(dtype="F8"), "bad dtype, shape or offset"),
+    (lambda h: h["transformer.ln_f.bias"].update(shape=[-32, -1]), "bad dtype, shape or offset"),
+    (lambda h: h["transformer.ln_f.bias"].update(dtype="F8"), "dtype that is unknown here"),
     (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[10**9, 10**9 + 128]), "bad dtype, shape"),
-    (lambda h: h.pop("transformer.ln_f.bias"), "has no tensor ln_f.bias"),
-    (lambda h: h.update({"transformer.h.7.foo": h["transformer.ln_f.bias"]}), "no part of the model takes"),
+    (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[0, 128]), "bad dtype, shape"),   # overlap
+    (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[0.5]), "header is broken"),
+    (lambda h: h["transformer.ln_f.bias"].pop("shape"), "header is broken"),
+    (lambda h: h.popitem(), "its header speaks of"),
+    (lambda h: h.update(x=3), "header is broken"),
+    (lambda h: h.update({"transformer.h.7.foo": h.pop("transformer.ln_f.bias")}), "has no tensor ln_f.bias"),
 ])
 def test_a_header_that_lies_is_refused(tmp_path, damage, message):
     save_model(random_model(SHAPES["gpt2"]), tmp_path, eos=60)

@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
     ref = torch.zeros(8, 2, 3)
     ref[5, 0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match=r"rows \[6\] of train.jsonl"):
+    with pytest.raises(FloatingPointError, match=r"loss is not finite on rows \[6\] of train.jsonl"):
         train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"], items, ref,
                    list(range(8)), range(15, 21), o)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -174,7 +174,7 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
     assert lines(sft / "part") == lines(sft / "whole")
     for name in ("best", "last"):
         a, b = (read_safetensors(sft / x / name / "model.safetensors") for x in ("part", "whole"))
-        assert all(torch.equal(a[k], b[k]) for k in b)
+        assert all(torch.equal(a[k](), b[k]()) for k in b)
     assert not list((sft / "part").glob("**/*.tmp"))
     p = cli("train.py", *part, "--resume", cwd=sft)                   # nothing left to do: the table
     assert "JSD to the group's beliefs" in p.stdout
@@ -202,13 +202,14 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
     (["--beta", "-3"], "--beta must be above 0"),
     (["--dtype", "float16"], "use bfloat16 or float32"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
-    (["--init", "nowhere"], "no config.json in nowhere: give a checkpoint folder"),
-    (["--loss", "sft", "--model", "nowhere"], "no config.json in nowhere: give a checkpoint folder"),
+    (["--init", "no/where/"], "no folder no/where/, and that is no name on the hub"),
+    (["--loss", "sft", "--model", "nowhere"], "give a local folder, or check the network"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
     (["--loss", "sft", "--n_head", "5"], "does not divide into 5 heads"),
 ])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(world, tmp_path, flags, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")          # nobody answers there
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(world), *map(str, SMALL), *flags])
     with pytest.raises(SystemExit) as e:
         run(train.main)
@@ -243,3 +244,18 @@ def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path):
         (tmp_path / "d" / name).write_text(text)
     p = cli("train.py", "--data", "d", "--loss", "sft", *SMALL, cwd=tmp_path, check=2)
     assert "class '10' is 2 tokens" in p.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_readmes_new_loss_trains():
+    """The very snippet that the README teaches with, executed, then a step of training."""
+    import losses
+    [snippet] = [b for b in (ROOT / "README.md").read_text().split("```") if b.startswith("python\ndef ")]
+    space = vars(losses).copy() | {"LOSSES": dict(LOSSES)}
+    exec(snippet.removeprefix("python"), space)
+    [name] = space["LOSSES"].keys() - LOSSES.keys()
+    LOSSES[name] = space["LOSSES"][name]
+    try:
+        model, sums, norm = one_step(name, 0)
+    finally:
+        del LOSSES[name]
+    assert sums["loss"] == pytest.approx(sums["pref"]) and norm > 0
