@@ -468,7 +468,7 @@ def fetch(repo, name, file):
     size = int(known.get("X-Linked-Size") or head.headers.get("Content-Length") or -1)
     blob, link = repo / "blobs" / etag, repo / "snapshots" / commit / file
     blob.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{blob}.lock", "w") as lock:
+    with open(repo / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not blob.is_file():
             download(url, headers, Path(f"{blob}.incomplete"), size, f"{name}/{file}")
@@ -478,7 +478,7 @@ def fetch(repo, name, file):
         if not link.exists():
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(blob, link.parent))
-    write(repo / "refs" / "main", commit)
+        write(repo / "refs" / "main", commit)
     return link
 
 
@@ -574,7 +574,7 @@ def run(main):
 
 def write(path, text):
     """Write a text file under a temporary name, then rename: never half a file."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -400,7 +400,7 @@ def write_safetensors(path, shapes, dtype, tensor):
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"
     with open(temporary, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in shapes:
@@ -443,7 +443,8 @@ def load_model(folder, device="cpu"):
         w = relayout(name, stored.pop(theirs)(), cfg, to_hf=False)
         if w.shape != p.shape:
             raise ValueError(f"{folder}: {theirs} has shape {tuple(w.shape)}, not {tuple(p.shape)}")
-        state[name] = torch.empty(p.shape, device=device).copy_(w)
+        # one copy, in the order of the file: a transposed GPT-2 matrix stays a transposed view
+        state[name] = torch.empty_like(w, dtype=torch.float32, device=device).copy_(w)
     extra = [k for k in stored if not k.endswith(BUFFERS) and not (cfg.tied and k in TIED)]
     if extra:
         raise ValueError(f"{folder}: tensors that no part of the model takes: {extra[:3]}")

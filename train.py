@@ -249,7 +249,7 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
     device, mine = raw.head.device, batch[rank::size]
     n = o.micro_batch or len(mine) or 1
     micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
-    sums, bad = {}, []
+    sums, losses = {}, []
     optimizer.zero_grad(set_to_none=True)
     for k, index in enumerate(micros):
         last = k + 1 == len(micros)
@@ -260,20 +260,20 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
                 s = score(model(b["ids"]), raw.head, b)
             s.ref = None if ref is None else ref[rows].to(device)
             values, parts = loss.objective(s, o)
-            values = values if index else values * 0
-            bad += [items[i].row + 1 for i, v in zip(index, values.tolist()) if not math.isfinite(v)]
-            (values.sum() * size / len(batch)).backward()   # DDP takes the mean over processes
-        logged = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
-        for name, v in logged.items():
-            sums[name] = sums.get(name, 0.0) + (float(v.detach().sum()) if index else 0.0)
-    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip)
-    *totals, n_bad = sum_over_ranks([*sums.values(), len(bad)], device)
+            # DDP takes the mean over processes, this is to be the mean over rows
+            (values[:len(index)].sum() * size / len(batch)).backward()
+        losses.append(values.detach()[:len(index)])
+        for name, v in {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}.items():
+            sums[name] = sums.get(name, 0) + v.detach()[:len(index)].sum()
+    norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
+    bad = [items[i].row + 1 for i, v in zip(mine, torch.cat(losses).tolist()) if not math.isfinite(v)]
+    *totals, n_bad = sum_over_ranks([*torch.stack([*sums.values()]).tolist(), len(bad)], device)
     if n_bad or not math.isfinite(norm):
         what, rows = ("loss", gather(bad)) if n_bad else ("gradient", [items[i].row + 1 for i in batch])
         raise FloatingPointError(f"the {what} is not finite on rows {sorted(rows)} of train.jsonl: look "
                                  "at them, or lower --lr; the weights are those before this step")
     optimizer.step()
-    return dict(zip(sums, totals)), float(norm)
+    return dict(zip(sums, totals)), norm
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,14 +295,16 @@ class Run:
                  self.out / "state.pt")
 
     def load_state(self):
-        s = torch.load(self.out / "state.pt", map_location=self.model.head.device, weights_only=True)
+        s = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         self.model.load_state_dict(s["model"])
         self.optimizer.load_state_dict(s["optimizer"])
         self.step, self.best, self.before, self.after = (s[k] for k in ("step", "best", "before", "after"))
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()      # forget what came after
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        if self.writes:
+        if self.writes:                                # forget what was logged after that
+            lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
             write(self.out / "metrics.jsonl", "".join(line + "\n" for line in kept))
+            for half in self.out.rglob("*.tmp"):       # what a kill left half-written
+                half.unlink()
 
     def save_weights(self, name):
         if self.writes:
@@ -327,7 +329,7 @@ class Run:
 
 
 def save(thing, path):
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"
     torch.save(thing, temporary)
     os.replace(temporary, path)
 
@@ -336,7 +338,7 @@ def can_resume(o):
     """True if OUT holds a state to go on from. ValueError if it holds a run that this one would
     destroy, or one of other flags."""
     out, config = Path(o.out), dataclasses.asdict(o)
-    volatile = ("resume", "overwrite", "device", "micro_batch", "log_every", "compile")
+    volatile = ("resume", "overwrite", "device", "micro_batch", "log_every", "compile", "checkpointing")
     if (out / "metrics.jsonl").exists() and not (o.overwrite or o.resume):
         raise ValueError(f"{out} holds a run already: --resume to go on with it, --overwrite to throw "
                          "it away, or another --out")
