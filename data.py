@@ -2,7 +2,7 @@
 
 Second in reading order. A row is one JSON object a line (see load_rows). It is never tokenized as
 one string and searched for its parts: prompt, belief and response are tokenized apart and joined,
-    <Q>{prompt}<A> | {class}<{belief text}> | {response}<|endoftext|>        (reviews: {class} alone)
+    <Q>{prompt}<A> | {class}<{belief text}> | {response}<|endoftext|>      (reviews: {class} alone)
 and every scored token carries the piece it belongs to, so that every loss is a selection.
 
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
@@ -57,7 +57,8 @@ def check_row(row, classes):
         raise ValueError(f"probabilities must be shares that sum to 1 (within 0.02), got {p}")
     for side in ("accept", "reject"):
         if str(row[f"{side}_choice_id"]) not in classes:
-            raise ValueError(f"{side}_choice_id {row[f'{side}_choice_id']!r} is not one of {classes}")
+            raise ValueError(f"{side}_choice_id {row[f'{side}_choice_id']!r} is not one of "
+                             f"{classes}")
         if not row[f"{side}_response"].strip():
             raise ValueError(f"{side}_response is empty: leave the row out")
     if (row.get("accept_choice") is None) != (row.get("reject_choice") is None):
@@ -94,7 +95,8 @@ def load_meta(folder):
     classes = meta.get("classes")
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)
             and len(set(classes)) == len(classes)):
-        raise ValueError(f"{path}: 'classes' must list the class labels as strings, got {classes!r}")
+        raise ValueError(f"{path}: 'classes' must list the class labels as strings, got "
+                         f"{classes!r}")
     return meta
 
 
@@ -135,7 +137,8 @@ class Tokenizer:
         self.cut = re.compile(f"( {{{min(map(len, self.runs))},{max(map(len, self.runs))}}})"
                               if self.runs else "(?!)")
         single, order = [vocab[c] for c in BYTES if c in vocab], [vocab[a + b] for a, b in merges]
-        if order != sorted(order) or len(vocab) != len(single) + len(order) or max(single) > min(order):
+        if (order != sorted(order) or len(vocab) != len(single) + len(order)
+                or max(single) > min(order)):
             raise ValueError("the ids do not follow the order of the merges")
         ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
         self.n_tokens = len(ranks) + len(added)
@@ -146,7 +149,8 @@ class Tokenizer:
         """Text -> ids. <|endoftext|> in data is plain text. A run of spaces that has its own id is
         cut out first, and each stretch between is encoded by itself, as Hugging Face does."""
         if not self.runs:
-            return self.bpe.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+            return self.bpe.encode_ordinary(
+                unicodedata.normalize("NFC", text) if self.nfc else text)
         ids = []
         for part in self.cut.split(unicodedata.normalize("NFC", text) if self.nfc else text):
             ids += [self.runs[part]] if part in self.runs else self.bpe.encode_ordinary(part)
@@ -163,17 +167,19 @@ class Tokenizer:
     def load(cls, folder):
         """From tokenizer.json, or vocab.json + merges.txt, or OpenAI's encoder.json + vocab.bpe."""
         folder = Path(folder)
-        for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        for names in (("tokenizer.json",), ("vocab.json", "merges.txt"),
+                      ("encoder.json", "vocab.bpe")):
             if all((folder / name).is_file() for name in names):
                 break
         else:
-            raise FileNotFoundError(f"no tokenizer in {folder}: it needs tokenizer.json, or vocab.json "
-                                    "and merges.txt (or encoder.json and vocab.bpe)")
+            raise FileNotFoundError(f"no tokenizer in {folder}: it needs tokenizer.json, or "
+                                    "vocab.json and merges.txt (or encoder.json and vocab.bpe)")
         texts = [(folder / name).read_text(encoding="utf-8") for name in names]
         try:
             return from_tokenizer_json(*texts) if len(texts) == 1 else from_vocab_and_merges(*texts)
         except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{folder / names[-1]}: not a byte-level BPE that is read here: {e}") from None
+            raise ValueError(f"{folder / names[-1]}: not a byte-level BPE that is read here: "
+                             f"{e}") from None
 
 
 def from_vocab_and_merges(vocab, merges):
@@ -181,7 +187,8 @@ def from_vocab_and_merges(vocab, merges):
     pairs = [tuple(line.split(" ")) for line in merges.split("\n")
              if line and not line.startswith("#version")]
     ids = json.loads(vocab)
-    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOS, "eos_token": EOS, "unk_token": EOS}
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOS, "eos_token": EOS,
+              "unk_token": EOS}
     return Tokenizer({t: i for t, i in ids.items() if t != EOS}, pairs, {EOS: ids[EOS]}, files={
         "vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": json.dumps(config)})
 
@@ -193,13 +200,15 @@ def from_tokenizer_json(text):
     normalizer = (t.get("normalizer") or {}).get("type")
     if model.get("type", "BPE") != "BPE" or splitter.get("type") != "ByteLevel" \
             or splitter.get("add_prefix_space") or normalizer not in (None, "NFC"):
-        raise ValueError(f"model {model.get('type')}, pre_tokenizer {splitter}, normalizer {normalizer}")
+        raise ValueError(f"model {model.get('type')}, pre_tokenizer {splitter}, "
+                         f"normalizer {normalizer}")
     added = {a["content"]: a["id"] for a in t["added_tokens"]}
     odd = [a for a in added if a.strip(" ") and a not in (EOS, "<|padding|>")]
     if odd:
         raise ValueError(f"added tokens {odd[:3]}")
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOS, "eos_token": EOS, "unk_token": EOS}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOS, "eos_token": EOS,
+              "unk_token": EOS}
     return Tokenizer({k: i for k, i in model["vocab"].items() if k not in added}, pairs, added,
                      nfc=normalizer == "NFC",
                      files={"tokenizer.json": text, "tokenizer_config.json": json.dumps(config)})
@@ -210,7 +219,7 @@ def train_bpe(texts, vocab_size):
     vocabulary is full or no pair occurs twice. Deterministic."""
     words = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
     words = [([bytes([b]) for b in w.encode()], n) for w, n in sorted(words.items())]
-    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that (once) had it
+    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that have/had it
 
     def count(i, sign):
         parts, n = words[i]
@@ -252,7 +261,7 @@ def merge(parts, pair):
 # Pieces and batches
 
 BELIEF, CLOSE, RESPONSE = range(3)     # belief without its closing token | that token | response
-BRANCHES = {                           # name -> which belief and which response (0 accepted, 1 rejected)
+BRANCHES = {                           # name -> belief and response: 0 accepted, 1 rejected
     "chosen": (0, 0),
     "own": (1, 1),                     # rejected response after its own belief (DPO)
     "given": (0, 1),                   # rejected response after the accepted belief (GDPO Eq. 7)
@@ -276,7 +285,8 @@ class Item:
 
     def length(self, branches):
         pairs = [BRANCHES[b] for b in branches]
-        return len(self.prompt) + max(len(self.beliefs[b]) + len(self.responses[r]) for b, r in pairs)
+        return len(self.prompt) + max(len(self.beliefs[b]) + len(self.responses[r])
+                                      for b, r in pairs)
 
 
 def kind_of(target, accept):
@@ -316,13 +326,14 @@ def encode_rows(rows, tokenizer, classes, max_length, overlong="error", name="da
                             for s in ("accept", "reject")),
             has_close=sides[0][1] is not None, target=target, accept=accept,
             n_options=len(row["options"]), kind=kind_of(target, accept),
-            question=str(row.get("question_id") or row["prompt"]), group=str(row.get("group") or ""))
+            question=str(row.get("question_id") or row["prompt"]),
+            group=str(row.get("group") or ""))
         if item.length(BRANCHES) > max_length:
             if overlong == "error":
                 raise ValueError(
-                    f"{name}, row {n + 1}: {item.length(BRANCHES)} tokens ({len(item.prompt)} of them "
-                    f"the prompt) do not fit the context of {max_length}: raise --max_length (up to the "
-                    "model's context), or say --overlong trim or --overlong drop")
+                    f"{name}, row {n + 1}: {item.length(BRANCHES)} tokens ({len(item.prompt)} of "
+                    f"them the prompt) do not fit the context of {max_length}: raise --max_length "
+                    "(up to the model's context), or say --overlong trim or --overlong drop")
             if overlong == "drop" or not trim(item, max_length):
                 dropped += 1
                 continue
@@ -411,7 +422,8 @@ def collate(items, branches, classes):
 
 CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
     ["config.json"], ["tokenizer.json", "vocab.json"], ["merges.txt", "tokenizer.json"],
-    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]]
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+     "pytorch_model.bin.index.json"]]
 
 
 TIMEOUT = 30                                           # seconds without a byte: a stall
@@ -425,11 +437,13 @@ def find_checkpoint(name, weights=True):
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise FileNotFoundError(f"no folder {name}, and that is no name on the hub (gpt2, ORG/MODEL)")
+        raise FileNotFoundError(f"no folder {name}, and that is no name on the hub "
+                                "(gpt2, ORG/MODEL)")
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
     repo = home / f"models--{name.replace('/', '--')}"
     for choices in CHECKPOINT if weights else CHECKPOINT[:1]:
-        path = next(filter(None, (find(repo, name, file) for find in (cached, fetch) for file in choices)), None)
+        path = next(filter(None, (find(repo, name, file) for find in (cached, fetch)
+                                  for file in choices)), None)
         if path is None:
             raise ValueError(f"{name} on the hub has no {' or '.join(choices)}")
         if path.name.endswith(".index.json"):
@@ -450,21 +464,24 @@ def cached(repo, name, file):
 def fetch(repo, name, file):
     """One file of a hub repository -> its path in the cache; None if the hub has no such file.
     It is fetched into blobs/ETAG.incomplete, from where an earlier try broke off, its size and, if
-    the hub tells it, its sha256 are checked, and it is renamed. A lock keeps other processes out."""
+    the hub tells it, its sha256 are checked, and it is renamed. A lock keeps other processes
+    out."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     url, token = f"{endpoint}/{name}/resolve/main/{file}", os.environ.get("HF_TOKEN")
-    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    headers = {"Accept-Encoding": "identity"} | (
+        {"Authorization": f"Bearer {token}"} if token else {})
     head = request("HEAD", url, headers)
     if head.status_code == 404:
         return None
-    known = {}                                         # the first to say it: the hub, not its storage
+    known = {}                                         # first to say it: the hub, not its storage
     for answer in [*head.history, head]:
         for key in ("X-Repo-Commit", "X-Linked-ETag", "X-Linked-Size", "ETag"):
             known.setdefault(key, answer.headers.get(key)) if answer.headers.get(key) else None
     etag = (known.get("X-Linked-ETag") or known.get("ETag") or "").removeprefix("W/").strip('"')
     commit = known.get("X-Repo-Commit") or "main"
     if not re.fullmatch(r"[\w.-]+", etag) or not re.fullmatch(r"\w+", commit):
-        raise ValueError(f"{url}: the answer names no ETag to check the file by: is HF_ENDPOINT right?")
+        raise ValueError(f"{url}: the answer names no ETag to check the file by: "
+                         "is HF_ENDPOINT right?")
     size = int(known.get("X-Linked-Size") or head.headers.get("Content-Length") or -1)
     blob, link = repo / "blobs" / etag, repo / "snapshots" / commit / file
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -485,13 +502,14 @@ def fetch(repo, name, file):
 def request(method, url, headers, **kwargs):
     """One HTTP request; a 4xx but 404 and 416, and a server out of reach, is a one-line error."""
     try:
-        answer = requests.request(method, url, headers=headers, allow_redirects=True, timeout=(10, TIMEOUT),
-                                  **kwargs)
+        answer = requests.request(method, url, headers=headers, allow_redirects=True,
+                                  timeout=(10, TIMEOUT), **kwargs)
     except requests.RequestException as e:
-        raise ConnectionError(f"{url}: {type(e).__name__}: give a local folder, or check the network and "
-                              "HF_ENDPOINT") from None
+        raise ConnectionError(f"{url}: {type(e).__name__}: give a local folder, or check the "
+                              "network and HF_ENDPOINT") from None
     if answer.status_code in (401, 403):
-        raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants an HF_TOKEN")
+        raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants "
+                         "an HF_TOKEN")
     if answer.status_code >= 400 and answer.status_code not in (404, 416):
         raise ConnectionError(f"{url}: the server answered {answer.status_code} {answer.reason}")
     return answer
@@ -504,12 +522,13 @@ def download(url, headers, path, size, name, tries=5):
         if size >= 0 and have >= size:
             return
         try:
-            answer = request("GET", url, headers | ({"Range": f"bytes={have}-"} if have else {}), stream=True)
+            answer = request("GET", url, headers | ({"Range": f"bytes={have}-"} if have else {}),
+                             stream=True)
             if answer.status_code != 206:              # a server that knows no ranges sends it all
                 have = 0
             with answer, open(path, "ab" if have else "wb") as f, tqdm(
-                    desc=f"fetching {name}", total=size if size > 0 else None, initial=have, unit="B",
-                    unit_scale=True, delay=1, dynamic_ncols=True) as bar:
+                    desc=f"fetching {name}", total=size if size > 0 else None, initial=have,
+                    unit="B", unit_scale=True, delay=1, dynamic_ncols=True) as bar:
                 for chunk in answer.iter_content(1 << 16):
                     f.write(chunk)
                     bar.update(len(chunk))
@@ -517,9 +536,10 @@ def download(url, headers, path, size, name, tries=5):
                 return
         except (requests.RequestException, ConnectionError) as e:
             if not left:
-                raise ConnectionError(f"{url}: broken off {tries} times ({type(e).__name__}); what came is "
-                                      "kept, run the command again to go on") from None
-    raise ConnectionError(f"{url}: the server closed {tries} times before the end; run it again to go on")
+                raise ConnectionError(f"{url}: broken off {tries} times ({type(e).__name__}); what "
+                                      "came is kept, run the command again to go on") from None
+    raise ConnectionError(f"{url}: the server closed {tries} times before the end; "
+                          "run it again to go on")
 
 
 def check_blob(path, etag, size, url):

@@ -62,7 +62,8 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
     bar = progress(total=len(mine), desc=desc, unit="row", leave=False, disable=rank > 0, delay=1)
     while start < len(mine):
         stop, longest = start + 1, lengths[mine[start]]
-        while stop < len(mine) and (stop + 1 - start) * len(branches) * lengths[mine[stop]] <= tokens:
+        while (stop < len(mine)
+               and (stop + 1 - start) * len(branches) * lengths[mine[stop]] <= tokens):
             stop += 1
         index = mine[start:stop]
         batch = to_tensors(collate([items[i] for i in index], branches, classes), device)
@@ -175,7 +176,8 @@ def sample_rows(model, items, tokenizer, n_samples, max_new_tokens, seed, dtype,
         part = jobs[start:start + batch]
         with autocast(model.head.device, dtype):
             new = model.generate([items[i].prompt for i, _ in part], max_new_tokens, 1.0,
-                                 tokenizer.eos, [(seed, items[i].row, k) for i, k in part], tokenizer.n_tokens)
+                                 tokenizer.eos, [(seed, items[i].row, k) for i, k in part],
+                                 tokenizer.n_tokens)
         for (i, k), ids in zip(part, new):
             texts[i][k] = tokenizer.decode(ids)
         bar.update(len(part))
@@ -209,7 +211,8 @@ def expressed_opinion(texts, meta):
     """How often the response expresses the class that the model announced (B,), by the rule of the
     templates: the first stance phrase in it is one of that class's. No phrase: not expressed."""
     stances = {phrase.lower(): label for phrase, label in meta["stances"].items()}
-    find = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in sorted(stances, key=len, reverse=True)))
+    find = re.compile("|".join(rf"\b{re.escape(p)}\b"
+                               for p in sorted(stances, key=len, reverse=True)))
     def expresses(text):
         answer = re.match(r"(.)<.*?>(.*)", text, re.S)
         phrase = find.search(answer[2].lower()) if answer else None
@@ -349,24 +352,26 @@ def reference_lines(e):
     """JSD of Figure 4's reference distributions on the rows, in one line."""
     target = np.array([r["probabilities"] for r in e.rows])
     return "JSD without training: " + ", ".join(
-        f"{name} {jsd(q, target).mean():.3f}" for name, q in reference_distributions(target).items())
+        f"{name} {jsd(q, target).mean():.3f}"
+        for name, q in reference_distributions(target).items())
 
 
 def read_run(out, o):
-    """The flags of the run in OUT; of a checkpoint that is no run (a folder, a name on the hub), the
-    few that stand for them."""
+    """The flags of the run in OUT; of a checkpoint that is no run (a folder, a name on the hub),
+    the few that stand for them."""
     if (Path(out) / "metrics.jsonl").is_file():
         return json.loads((Path(out) / "config.json").read_text())
     if not o.data:
-        raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give the OUT of train.py, "
-                         "or, for a checkpoint, --data DIR as well")
-    return {"loss": "", "model": out, "init": "", "data": o.data, "max_length": 0, "overlong": "error",
-            "dtype": "bfloat16" if o.device == "cuda" else "float32"}
+        raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give the OUT of "
+                         "train.py, or, for a checkpoint, --data DIR as well")
+    return {"loss": "", "model": out, "init": "", "data": o.data, "max_length": 0,
+            "overlong": "error", "dtype": "bfloat16" if o.device == "cuda" else "float32"}
 
 
 def main():
     parser = Parser(description="Measure runs: one table over all of them.")
-    parser.add_argument("OUT", nargs="+", help="run folders of train.py, or, with --data, checkpoints")
+    parser.add_argument("OUT", nargs="+",
+                        help="run folders of train.py, or, with --data, checkpoints")
     add_flags(parser, Config)
     flags = vars(parser.parse_args())
     outs, o = flags.pop("OUT"), Config(**flags)
@@ -398,14 +403,15 @@ def report(results, configs, evaluations, o):
                   f"; {o.samples} samples a row (a perfect model's sampled JSD: "
                   f"{some['sampling_floor'][0]:.3f})" if o.samples else ""))
         for columns in (BELIEFS, MARGINS):
-            columns = {k: v for k, v in columns.items() if any(k in r.get(part, {}) for r in results.values())}
+            columns = {k: v for k, v in columns.items()
+                       if any(k in r.get(part, {}) for r in results.values())}
             print(table(results, part, columns))
             if merged:
                 print("mean ± standard deviation over seeds\n" + table(merged, part, columns))
     for data, e in evaluations.items():
         print(f"\n{data}: {reference_lines(e)}")
-    print("± half of the 95% bootstrap interval over questions. joint: belief and answer, each with its "
-          "own belief; given: the answer after the accepted belief.")
+    print("± half of the 95% bootstrap interval over questions. joint: belief and answer, each "
+          "with its own belief; given: the answer after the accepted belief.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Scores:
     """What a model says about B rows. Branch 0 is the chosen answer, branch 1 the rejected one."""
     logps: torch.Tensor                # (B, S, 3) summed over the tokens of each branch and piece
     counts: torch.Tensor               # (B, S, 3) how many tokens those are
-    class_logps: torch.Tensor          # (B, K) of the class tokens after the prompt, of all V tokens
+    class_logps: torch.Tensor          # (B, K) of the class tokens after the prompt, among all V
     target: torch.Tensor               # (B, K) the group's shares
     n_options: torch.Tensor            # (B,) options of the survey question
     ref: torch.Tensor = None           # (B, S, 3) logps under the reference

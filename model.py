@@ -162,28 +162,30 @@ class GPT(nn.Module):
         rope = self.rope(pos)
         for i, block in enumerate(self.h):
             where = (rope, mask, None if cache is None else cache[i], pos)
-            if self.checkpointing and torch.is_grad_enabled():     # keep x alone, run the block again
+            if self.checkpointing and torch.is_grad_enabled():  # keep x alone, run the block again
                 x = checkpoint(block, x, *where, use_reentrant=False)
             else:
                 x = block(x, *where)
         return self.ln_f(x)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0, n_tokens=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0,
+                 n_tokens=None):
         """Sample a continuation of each prompt; returns the new ids alone, the stop id included.
 
         prompts: list of lists of ids, of any lengths. temperature 0: the likeliest token.
         seed: a number, or one number (or tuple of numbers) per prompt: a row's randomness depends
         on its own seed alone, never on its batch. A row ends at stop_id, after max_new_tokens, or
         when the context is full. n_tokens: ids from here on pad the table and are never sampled
-        (a tokenizer's n_tokens; Pythia's table is larger). ValueError for an empty prompt or one that fills the context.
+        (a tokenizer's n_tokens; Pythia's table is larger). ValueError for an empty prompt or one
+        that fills the context.
         """
         if not prompts:
             return []
         lengths = [len(p) for p in prompts]
         if min(lengths) == 0 or max(lengths) >= self.cfg.n_ctx:
-            raise ValueError(f"prompts must have 1 to {self.cfg.n_ctx - 1} tokens (the context less "
-                             f"one), got {min(lengths)} to {max(lengths)}: shorten the prompt")
+            raise ValueError(f"prompts must have 1 to {self.cfg.n_ctx - 1} tokens (the context "
+                             f"less one), got {min(lengths)} to {max(lengths)}: shorten the prompt")
         seeds = seed if isinstance(seed, list) else [(seed, i) for i in range(len(prompts))]
         steps = min(max_new_tokens, self.cfg.n_ctx - min(lengths))
         draws = np.stack([np.random.default_rng(s).random(steps) for s in seeds])  # (B, steps)
@@ -243,7 +245,7 @@ NEOX = [  # our name -> GPT-NeoX's, replaced from left to right
     ("lm_head.", "embed_out.")]
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
            ".rotary_emb.inv_freq")  # causal masks and frequencies that old checkpoints carry
-TIED = ("lm_head.weight", "embed_out.weight")          # a copy of the embeddings, where they are tied
+TIED = ("lm_head.weight", "embed_out.weight")          # a copy of the embeddings, where tied
 
 
 def config_from_hf(c):
@@ -315,10 +317,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path):
-    """A .safetensors file -> {name: function that maps the tensor}. Nothing is read before the call,
-    and what a call mapped is gone from memory with its tensor.
-    Layout: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, raw bytes, which
-    the tensors must tile without gap or overlap. ValueError for a header that lies."""
+    """A .safetensors file -> {name: function that maps the tensor}. Nothing is read before the
+    call, and what a call mapped is gone from memory with its tensor.
+    Layout: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, raw bytes,
+    which the tensors must tile without gap or overlap. ValueError for a header that lies."""
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name stands twice")
@@ -334,18 +336,22 @@ def read_safetensors(path):
             header.pop("__metadata__", None)
             spans = sorted((index(t["data_offsets"][0]), index(t["data_offsets"][1]), name)
                            for name, t in header.items())
-            tensors = {n: (DTYPES[t["dtype"]], tuple(map(index, t["shape"]))) for n, t in header.items()}
+            tensors = {n: (DTYPES[t["dtype"]], tuple(map(index, t["shape"])))
+                       for n, t in header.items()}
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
-            raise ValueError(f"{path}: the header is broken, or has a dtype that is unknown here: {e!r}"
-                             ) from None
+            raise ValueError(f"{path}: the header is broken, or has a dtype that is unknown here: "
+                             f"{e!r}") from None
     at = 0
     for start, end, name in spans:
         dtype, shape = tensors[name]
-        if start != at or end - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-            raise ValueError(f"{path}: tensor {name} has a bad dtype, shape or offset: {header[name]}")
+        if (start != at or end - start != math.prod(shape) * dtype.itemsize
+                or min(shape, default=0) < 0):
+            raise ValueError(f"{path}: tensor {name} has a bad dtype, shape or offset: "
+                             f"{header[name]}")
         at = end
     if at != size - 8 - length:
-        raise ValueError(f"{path}: holds {size - 8 - length} bytes of tensors, its header speaks of {at}")
+        raise ValueError(f"{path}: holds {size - 8 - length} bytes of tensors, its header speaks "
+                         f"of {at}")
     return {name: partial(map_tensor, path, *tensors[name], 8 + length + start)
             for start, _, name in spans}
 
@@ -365,7 +371,8 @@ def read_bin(path):
     """pytorch_model.bin, zipped or in the older format -> {name: function}. Weights only: a pickle
     that wants to run code is refused."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        stored = torch.load(path, map_location="cpu", weights_only=True,
+                            mmap=zipfile.is_zipfile(path))
     except Exception as e:                             # of many kinds, by how the file is broken
         raise ValueError(f"{path}: not a file of weights alone ({type(e).__name__})") from None
     return {name: partial(stored.pop, name) for name in list(stored)}
@@ -384,16 +391,18 @@ def read_weights(folder):
                     raise ValueError(f"{listing}: shard {shard!r} is not a file of this folder")
                 stored |= {k: v for k, v in read(folder / shard).items() if where.get(k) == shard}
             if len(stored) < len(where):
-                raise ValueError(f"{listing}: no shard holds {sorted(set(where) - set(stored))[:3]}")
+                raise ValueError(f"{listing}: no shard holds "
+                                 f"{sorted(set(where) - set(stored))[:3]}")
             return stored
-    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: give a checkpoint "
-                            "folder, such as OUT/best of an earlier run")
+    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: give a "
+                            "checkpoint folder, such as OUT/best of an earlier run")
 
 
 def write_safetensors(path, shapes, dtype, tensor):
     """Write a .safetensors file under a temporary name, then rename it. shapes: {name: shape};
     tensor(name) is asked for one tensor at a time."""
-    kind, header, at = {v: k for k, v in DTYPES.items()}[dtype], {"__metadata__": {"format": "pt"}}, 0
+    kind, header, at = (
+        {v: k for k, v in DTYPES.items()}[dtype], {"__metadata__": {"format": "pt"}}, 0)
     for name, shape in shapes.items():
         end = at + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}
@@ -415,8 +424,8 @@ def read_config(folder):
     """The GPTConfig of a checkpoint folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: give a checkpoint folder, such as OUT/best "
-                                "of an earlier run")
+        raise FileNotFoundError(f"no config.json in {folder}: give a checkpoint folder, such as "
+                                "OUT/best of an earlier run")
     try:
         return config_from_hf(json.loads(path.read_text()))
     except KeyError as e:
@@ -426,9 +435,9 @@ def read_config(folder):
 
 
 def load_model(folder, device="cpu"):
-    """A checkpoint folder -> GPT with float32 weights. The model is built without memory, and each of
-    its tensors is made once, from the file. Every stored tensor is used once; ValueError names one
-    that is missing, left over or of another shape."""
+    """A checkpoint folder -> GPT with float32 weights. The model is built without memory, and each
+    of its tensors is made once, from the file. Every stored tensor is used once; ValueError names
+    one that is missing, left over or of another shape."""
     folder, cfg = Path(folder), read_config(folder)
     with torch.device("meta"):
         model = GPT(cfg)

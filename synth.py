@@ -7,7 +7,8 @@
 Last in reading order. Both make Questions (text, options, classes, a group's shares), have a writer
 turn each into dialogues (a paraphrase and one answer per option), and draw pairs from them as in
 section 5.1: the accepted belief from the group's shares, the rejected one evenly from the others.
-Everything is a pure function of --seed. Left out here: an LLM as the writer (WRITERS has its place).
+Everything is a pure function of --seed. Left out here: an LLM as the writer (WRITERS has its
+place).
 """
 import ast
 import csv
@@ -24,7 +25,7 @@ import numpy as np
 
 from data import Parser, SPLITS, add_flags, run
 
-CLASSES = ["0", "1", "2", "3", "4", "5"]    # Appendix B: 1 (least) to 5 (most agreement); 0 off scale
+CLASSES = ["0", "1", "2", "3", "4", "5"]  # Appendix B: 1 (least) to 5 (most agreement); 0 off scale
 
 
 @dataclass
@@ -64,7 +65,8 @@ def template_writer(question, n, rng, quote):
     different. quote: put the option's own text into the answer."""
     asks = [(o, w, c) for o in OPENERS for w in question.wordings for c in CLOSERS]
     if n > len(asks):
-        raise ValueError(f"the template writer knows {len(asks)} paraphrases of a question, not {n}")
+        raise ValueError(f"the template writer knows {len(asks)} paraphrases of a question, "
+                         f"not {n}")
     return [(" ".join(filter(None, asks[i])),
              [template_answer(question, k, rng, quote) for k in range(len(question.options))])
             for i in rng.permutation(len(asks))[:n]]
@@ -121,8 +123,10 @@ def write_dataset(questions, unseen, o, group, made_by):
         splits["eval"] += rows[o.train:o.train + o.eval]
         splits["test"] += rows[o.train + o.eval:]
     meta = {"classes": CLASSES, "off_scale": "0", "made_by": made_by, "group": group,
-            "belief_to_class": {t: CLASSES[k] for q in questions for t, k in zip(q.options, q.classes)},
-            "options": dataclasses.asdict(o), "n_questions": len(questions), "n_unseen": len(unseen)}
+            "belief_to_class": {t: CLASSES[k] for q in questions
+                                for t, k in zip(q.options, q.classes)},
+            "options": dataclasses.asdict(o), "n_questions": len(questions),
+            "n_unseen": len(unseen)}
     if o.writer == "template":
         meta["stances"] = {phrase: c for c, phrases in STANCES.items() for phrase in phrases}
     save_dataset(Path(o.out), splits, meta)
@@ -155,11 +159,11 @@ def save_dataset(out, splits, meta):
 # The made-up world: 30 topics x 10 aspects, three countries
 
 TOPICS = ["night buses", "school meals", "wind farms", "bike lanes", "city parks", "tram fares",
-          "the old harbour", "public libraries", "street markets", "the new airport", "rent control",
-          "free museums", "road tolls", "the local press", "farm aid", "river dams", "youth clubs",
-          "gas stoves", "the border fence", "foreign goods", "the army", "solar roofs", "the mayor",
-          "trade unions", "private clinics", "phone bans", "home schooling", "the lottery",
-          "space travel", "plastic bags"]
+          "the old harbour", "public libraries", "street markets", "the new airport",
+          "rent control", "free museums", "road tolls", "the local press", "farm aid", "river dams",
+          "youth clubs", "gas stoves", "the border fence", "foreign goods", "the army",
+          "solar roofs", "the mayor", "trade unions", "private clinics", "phone bans",
+          "home schooling", "the lottery", "space travel", "plastic bags"]
 ASPECTS = [  # wordings, {option: class}, (valence, extremity): how this aspect bends the answers
     (["Do you approve of {t}?", "Are you in favour of {t}?", "Would you back {t}?"],
      {"Approve": 4, "Disapprove": 2}, (0.3, 0.0)),
@@ -174,7 +178,8 @@ ASPECTS = [  # wordings, {option: class}, (valence, extremity): how this aspect 
      {"Favor": 4, "Depends": 3, "Oppose": 2, "DK/Refused": 0}, (-0.4, 0.1)),
     (["How much do you trust {t}?", "Do you rely on {t}?", "How far would you trust {t}?"],
      {"A great deal": 5, "A fair amount": 4, "Not too much": 2, "None": 1}, (-0.3, -0.2)),
-    (["How likely are you to defend {t}?", "Would you stand up for {t}?", "Would you vote for {t}?"],
+    (["How likely are you to defend {t}?", "Would you stand up for {t}?",
+      "Would you vote for {t}?"],
      {"Very likely": 5, "Somewhat likely": 4, "About even": 3, "Somewhat unlikely": 2,
       "Very unlikely": 1}, (0.0, 0.3)),
     (["Should there be more of {t}?", "Do we need more of {t}?", "Should {t} grow?"],
@@ -182,7 +187,8 @@ ASPECTS = [  # wordings, {option: class}, (valence, extremity): how this aspect 
     (["Is {t} good for children?", "Does {t} help the young?", "Do the young gain from {t}?"],
      {"Completely agree": 5, "Mostly agree": 4, "Mostly disagree": 2, "Completely disagree": 1,
       "DK/Refused": 0}, (0.1, 0.5)),
-    (["Have you talked about {t} this year?", "Did {t} come up at work?", "Do people bring up {t}?"],
+    (["Have you talked about {t} this year?", "Did {t} come up at work?",
+      "Do people bring up {t}?"],
      {"Yes": 4, "No": 2}, (-0.5, 0.0)),
 ]
 COUNTRIES = {"Avalon": (1.0, 0.2, -0.5), "Borduria": (-0.4, 1.0, 0.3), "Cascadia": (0.2, -0.7, 0.9)}
@@ -190,11 +196,13 @@ COUNTRIES = {"Avalon": (1.0, 0.2, -0.5), "Borduria": (-0.4, 1.0, 0.3), "Cascadia
 
 def toy_shares(topic, country, aspect, classes, rng):
     """A group's shares: a softmax over the options, smooth in topic and aspect (so that they can be
-    learned and carried over to a topic-aspect pair never seen) but for a little noise per option."""
+    learned and carried over to a topic-aspect pair never seen) but for a little noise per
+    option."""
     like, heat, unsure = topic @ np.array(COUNTRIES[country]), topic[1], topic[2] - 0.8
     degree = (np.array(classes) - 3) / 2                                       # -1 .. 1
     logit = 1.6 * (like + aspect[0]) * degree + (heat + aspect[1]) * (degree ** 2 - 0.5)
-    logit = np.where(np.array(classes) == 0, unsure - 0.5, logit) + 0.3 * rng.normal(size=len(classes))
+    logit = (np.where(np.array(classes) == 0, unsure - 0.5, logit)
+             + 0.3 * rng.normal(size=len(classes)))
     p = np.maximum(np.exp(logit) / np.exp(logit).sum(), 0.01)
     return (p / p.sum()).tolist()
 
@@ -217,7 +225,7 @@ def toy(o):
     if o.country not in COUNTRIES:
         raise ValueError(f"--country {o.country!r} is not in this world: {', '.join(COUNTRIES)}")
     rng = np.random.default_rng([o.seed, 0])
-    tastes = rng.normal(size=(len(TOPICS), 3))         # drawn before, and so the same for, countries
+    tastes = rng.normal(size=(len(TOPICS), 3))         # drawn before, hence the same for, countries
     noises = rng.spawn(len(TOPICS) * len(ASPECTS))
     questions = []
     for topic, taste in zip(TOPICS, tastes):
@@ -244,7 +252,7 @@ def holdout(questions, o):
 class Opinions:
     csv: str = ""                # global_opinions.csv of Anthropic/llm_global_opinions
     country: str = "United States"  # any country of the table
-    map: str = ""                # JSON {option text: class 0..5}, Appendix B; other questions are left out
+    map: str = ""                # JSON {option: class 0..5}, Appendix B; other questions left out
     writer: str = "template"     # who writes paraphrases and answers
     out: str = ""                # folder to write
     train: int = 16              # training paraphrases a question, one pair each
@@ -266,10 +274,12 @@ def read_opinions(path, country, belief_map):
         rows = list(reader)
     questions, countries, skipped = [], set(), {}
     for n, row in enumerate(rows):
-        shares, options = parse_selections(row["selections"], path, n), parse_list(row["options"], path, n)
+        shares, options = (parse_selections(row["selections"], path, n),
+                           parse_list(row["options"], path, n))
         countries |= set(shares)
         p = shares.get(country)
-        reason = ("another country's" if p is None else "no question text" if not row["question"].strip()
+        reason = ("another country's" if p is None
+                  else "no question text" if not row["question"].strip()
                   else "options not in the map" if not set(options) <= set(belief_map)
                   else "shares and options of different number" if len(p) != len(options)
                   else "shares that sum to nothing" if sum(p) <= 0
@@ -280,7 +290,8 @@ def read_opinions(path, country, belief_map):
         questions.append(Question(str(n), [row["question"].strip()], "this", options,
                                   [int(belief_map[t]) for t in options], [x / sum(p) for x in p]))
     if country not in countries:
-        near = [c for c in sorted(countries) if country.lower()[:4] in c.lower()] or sorted(countries)
+        near = ([c for c in sorted(countries) if country.lower()[:4] in c.lower()]
+                or sorted(countries))
         raise ValueError(f"no country {country!r} in {path}; it has, among {len(countries)}: "
                          f"{', '.join(near[:8])}")
     return questions, skipped
@@ -310,7 +321,8 @@ def read_map(path):
     belief_map = json.loads(Path(path).read_text(encoding="utf-8"))
     bad = [t for t, k in belief_map.items() if str(k) not in CLASSES]
     if bad:
-        raise ValueError(f"{path}: {bad[0]!r} has class {belief_map[bad[0]]!r}, not one of {CLASSES}")
+        raise ValueError(f"{path}: {bad[0]!r} has class {belief_map[bad[0]]!r}, "
+                         f"not one of {CLASSES}")
     return belief_map
 
 
@@ -323,7 +335,8 @@ def opinions(o):
     why = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
     print(f"{len(questions)} questions for {o.country}; left out: {why}", file=sys.stderr)
     if not questions:
-        raise ValueError(f"no question of {o.country} has all its options in {o.map}: extend the map")
+        raise ValueError(f"no question of {o.country} has all its options in {o.map}: "
+                         "extend the map")
     write_dataset(questions, holdout(questions, o), o, o.country, "opinions")
 
 

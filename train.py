@@ -1,12 +1,12 @@
 """Train with any loss of losses.py, from one CPU to many GPUs.
 
-    python train.py --loss gdpo                                 # the shipped world, minutes on a laptop
-    torchrun --nproc_per_node=4 train.py --loss gdpo            # the same run, four processes
+    python train.py --loss gdpo                         # the shipped world, minutes on a laptop
+    torchrun --nproc_per_node=4 train.py --loss gdpo    # the same run, four processes
 
-Fourth in reading order. A run: rows -> items; the reference's log-probs, once, from the policy as it
-is before the first step (one model serves both); then steps of warm-up, accumulate, clip, step, log,
-with evaluation and checkpoints between. Losses other than SFT start from an SFT checkpoint, which is
-trained first if it is not there.
+Fourth in reading order. A run: rows -> items; the reference's log-probs, once, from the policy as
+it is before the first step (one model serves both); then steps of warm-up, accumulate, clip, step,
+log, with evaluation and checkpoints between. Losses other than SFT start from an SFT checkpoint,
+which is trained first if it is not there.
 
 OUT holds config.json (the flags), metrics.jsonl (a JSON object per logged step), best/ and last/
 (checkpoint folders), state.pt (all that --resume needs) and reference.pt.
@@ -43,8 +43,8 @@ from model import GPT, GPTConfig, load_model, read_config, save_model
 class Config:
     loss: str = "gdpo"            # which method: see LOSSES in losses.py
     data: str = "data/toy"        # dataset folder; the shipped world is made there if it is missing
-    model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2), a folder, a name on the hub
-    init: str = ""                # what the others start from; empty: the SFT run beside, made if missing
+    model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2), folder, hub name
+    init: str = ""                # what the others start from; empty: the SFT run, made if missing
     out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
     seed: int = 0                 # of initialisation and order
     epochs: float = -1.0          # passes over the training rows; -1, here and below: by PRESETS
@@ -83,10 +83,12 @@ class Config:
 PRESETS = {
     ("scratch", "sft"): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
                              optimizer="adamw", beta=0.1, eval_every=8000),
-    ("scratch", "preference"): dict(epochs=2.0, batch_size=32, lr=4e-4, warmup=10, schedule="cosine",
-                                    optimizer="rmsprop", beta=0.5, eval_every=1600),
-    ("checkpoint", "sft"): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150, schedule="constant",
-                                optimizer="rmsprop", beta=0.1, eval_every=10000),
+    ("scratch", "preference"): dict(epochs=2.0, batch_size=32, lr=4e-4, warmup=10,
+                                    schedule="cosine", optimizer="rmsprop", beta=0.5,
+                                    eval_every=1600),
+    ("checkpoint", "sft"): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150,
+                                schedule="constant", optimizer="rmsprop", beta=0.1,
+                                eval_every=10000),
     ("checkpoint", "preference"): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150,
                                        schedule="constant", optimizer="rmsprop", beta=0.1,
                                        eval_every=10000),
@@ -114,7 +116,8 @@ def resolve(o):
         raise ValueError("--dtype float16 overflows in the losses: use bfloat16 or float32")
     for name, allowed in CHOICES.items():
         if getattr(o, name) not in allowed:
-            raise ValueError(f"--{name} {getattr(o, name)!r} is unknown; there is: {', '.join(allowed)}")
+            raise ValueError(f"--{name} {getattr(o, name)!r} is unknown; there is: "
+                             f"{', '.join(allowed)}")
     for name in ("epochs", "batch_size", "lr", "eval_every", "clip", "beta", "log_every"):
         if getattr(o, name) <= 0:
             raise ValueError(f"--{name} must be above 0, got {getattr(o, name)}")
@@ -137,7 +140,8 @@ def setup(o):
     if o.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = True
-    return torch.device("cuda", torch.cuda.current_device()) if o.device == "cuda" else torch.device("cpu")
+    return (torch.device("cuda", torch.cuda.current_device()) if o.device == "cuda"
+            else torch.device("cpu"))
 
 
 def on_first_rank(action):
@@ -194,8 +198,8 @@ def start_model(o, rows, device):
     if name != "scratch":
         folder = on_first_rank(lambda: str(find_checkpoint(name)))
         return load_model(folder, device), Tokenizer.load(folder)
-    texts = [t for r in rows for t in (f"<Q>{r['prompt']}<A>", r["accept_response"], r["reject_response"],
-                                       *(f"<{c}>" for c in r["options"]))]
+    texts = [t for r in rows for t in (f"<Q>{r['prompt']}<A>", r["accept_response"],
+                                       r["reject_response"], *(f"<{c}>" for c in r["options"]))]
     tokenizer = train_bpe(texts, o.vocab_size)
     return GPT(scratch_config(o, tokenizer.n_tokens)).init_weights(o.seed).to(device), tokenizer
 
@@ -266,12 +270,15 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
         for name, v in {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}.items():
             sums[name] = sums.get(name, 0) + v.detach()[:len(index)].sum()
     norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
-    bad = [items[i].row + 1 for i, v in zip(mine, torch.cat(losses).tolist()) if not math.isfinite(v)]
+    bad = [items[i].row + 1 for i, v in zip(mine, torch.cat(losses).tolist())
+           if not math.isfinite(v)]
     *totals, n_bad = sum_over_ranks([*torch.stack([*sums.values()]).tolist(), len(bad)], device)
     if n_bad or not math.isfinite(norm):
-        what, rows = ("loss", gather(bad)) if n_bad else ("gradient", [items[i].row + 1 for i in batch])
-        raise FloatingPointError(f"the {what} is not finite on rows {sorted(rows)} of train.jsonl: look "
-                                 "at them, or lower --lr; the weights are those before this step")
+        what, rows = ("loss", gather(bad)) if n_bad else (
+            "gradient", [items[i].row + 1 for i in batch])
+        raise FloatingPointError(
+            f"the {what} is not finite on rows {sorted(rows)} of train.jsonl: look at them, or "
+            "lower --lr; the weights are those before this step")
     optimizer.step()
     return dict(zip(sums, totals)), norm
 
@@ -298,7 +305,8 @@ class Run:
         s = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         self.model.load_state_dict(s["model"])
         self.optimizer.load_state_dict(s["optimizer"])
-        self.step, self.best, self.before, self.after = (s[k] for k in ("step", "best", "before", "after"))
+        self.step, self.best, self.before, self.after = (
+            s[k] for k in ("step", "best", "before", "after"))
         if self.writes:                                # forget what was logged after that
             lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
@@ -309,7 +317,8 @@ class Run:
     def save_weights(self, name):
         if self.writes:
             self.tokenizer.save(self.out / name)
-            save_model(self.model, self.out / name, self.tokenizer.eos, getattr(torch, self.o.save_dtype))
+            save_model(self.model, self.out / name, self.tokenizer.eos,
+                       getattr(torch, self.o.save_dtype))
 
     def log(self, **values):
         if self.writes:
@@ -338,17 +347,19 @@ def can_resume(o):
     """True if OUT holds a state to go on from. ValueError if it holds a run that this one would
     destroy, or one of other flags."""
     out, config = Path(o.out), dataclasses.asdict(o)
-    volatile = ("resume", "overwrite", "device", "micro_batch", "log_every", "compile", "checkpointing")
+    volatile = ("resume", "overwrite", "device", "micro_batch", "log_every", "compile",
+                "checkpointing")
     if (out / "metrics.jsonl").exists() and not (o.overwrite or o.resume):
-        raise ValueError(f"{out} holds a run already: --resume to go on with it, --overwrite to throw "
-                         "it away, or another --out")
+        raise ValueError(f"{out} holds a run already: --resume to go on with it, --overwrite to "
+                         "throw it away, or another --out")
     if not o.resume or not (out / "state.pt").is_file():
         return False
     old = json.loads((out / "config.json").read_text())
     changed = [f"--{k} {config[k]} (was {old.get(k)})" for k in config
                if k not in volatile and old.get(k) != config[k]]
     if changed:
-        raise ValueError("cannot resume with other flags than the run began with: " + ", ".join(changed))
+        raise ValueError("cannot resume with other flags than the run began with: "
+                         + ", ".join(changed))
     return True
 
 
@@ -427,16 +438,16 @@ def loop(r, policy, loss, items, ref, classes):
         batch, lr = schedule.batch(r.step), lr_at(o, r.step, schedule.total)
         for group in r.optimizer.param_groups:
             group["lr"] = lr
-        step_sums, norm = train_step(policy, model, r.optimizer, loss, items["train"], ref.get("train"),
-                                     batch, classes, o)
+        step_sums, norm = train_step(policy, model, r.optimizer, loss, items["train"],
+                                     ref.get("train"), batch, classes, o)
         r.step += 1
         bar.update()
         sums, rows = {k: sums.get(k, 0) + v for k, v in step_sums.items()}, rows + len(batch)
         done = r.step == schedule.total
         if r.step % o.log_every == 0 or done:
             means = {k: v / rows for k, v in sums.items()}
-            r.log(examples=r.step * o.batch_size, epoch=round(r.step / schedule.per_epoch, 4), lr=lr,
-                  grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
+            r.log(examples=r.step * o.batch_size, epoch=round(r.step / schedule.per_epoch, 4),
+                  lr=lr, grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
             bar.set_postfix(loss=f"{means['loss']:.3f}", jsd=f"{r.after['jsd']:.3f}", refresh=False)
             sums, rows, clock = {}, 0, time.time()
         if r.step % every == 0 or done:
@@ -471,9 +482,9 @@ def train_sft_first(o):
     folder = run_folder(o, "sft")
     if not Path(folder, "last").is_dir():
         say(f"no SFT checkpoint in {folder}: training SFT first")
-        keep = {k: getattr(o, k) for k in ("data", "model", "seed", "micro_batch", "max_length",
-                                           "overlong", "n_layer", "n_head", "n_embd", "vocab_size",
-                                           "device", "dtype", "compile", "checkpointing", "log_every")}
+        keep = {k: getattr(o, k) for k in (
+            "data", "model", "seed", "micro_batch", "max_length", "overlong", "n_layer", "n_head",
+            "n_embd", "vocab_size", "device", "dtype", "compile", "checkpointing", "log_every")}
         train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
     return f"{folder}/best"
 
@@ -483,15 +494,17 @@ def memory(cfg, o, tokens):
     with torch.device("meta"):
         n = sum(p.numel() for p in GPT(cfg).parameters())
     half = 2 if o.dtype == "bfloat16" else 4           # bytes of what autocast computes in
-    # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where attention
-    # and MLP read the same) and, in `half`, their outputs, q, k, v, the attention's output (rotary: q,
-    # k and that output once more), and the MLP's hidden layer before and after its GELU.
+    # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where
+    # attention and MLP read the same) and, in `half`, their outputs, q, k, v, the attention's
+    # output (rotary: q, k and that output once more), and the MLP's hidden layer before and after
+    # its GELU.
     layer = (4 if cfg.parallel else 8) * cfg.n_embd + half * (
         (9 if cfg.rotary else 6) * cfg.n_embd + 2 * cfg.n_inner)
     last = 4 * cfg.n_embd
     kept = last + (layer + (cfg.n_layer - 1) * last if o.checkpointing else layer * cfg.n_layer)
     chunk = min(tokens, 1024) * cfg.vocab_size * (half + 3 * 4)
-    return {"weights": 4 * n, "gradients": 4 * n, o.optimizer: 4 * n * (1 + (o.optimizer == "adamw")),
+    return {"weights": 4 * n, "gradients": 4 * n,
+            o.optimizer: 4 * n * (1 + (o.optimizer == "adamw")),
             "bf16 copies": 2 * n * (half == 2), "activations": tokens * kept, "logits": chunk,
             "or update": 4 * n}                        # the optimizer's temporaries, after backward
 
@@ -502,7 +515,8 @@ def dry_run(o):
         read_config(find_checkpoint(o.model, weights=False))
     T = min(o.max_length or 512, cfg.n_ctx)
     branches = len(LOSSES[o.loss].branches)
-    print(f"{o.model}, {o.loss}: GB per process at its peak, rows of {branches} x {T} tokens (--max_length), "
+    print(f"{o.model}, {o.loss}: GB per process at its peak, "
+          f"rows of {branches} x {T} tokens (--max_length), "
           f"{o.dtype}, {'with' if o.checkpointing else 'without'} --checkpointing\n")
     for n in (1, 2, 4, 8, 16, 32):
         need = memory(cfg, o, n * branches * T)
@@ -510,7 +524,8 @@ def dry_run(o):
         peak = sum(held) + max(copies + activations + logits, update)
         if n == 1:
             print("--micro_batch" + "".join(f"{k:>12}" for k in need) + f"{'peak':>8}  fits on")
-        print(f"{n:13}" + "".join(f"{v / 1e9:12.2f}" for v in need.values()) + f"{peak / 1e9:8.2f}  "
+        print(f"{n:13}" + "".join(f"{v / 1e9:12.2f}" for v in need.values())
+              + f"{peak / 1e9:8.2f}  "
               + " ".join(str(card) for card in (24, 48, 80, 141) if peak < 0.94e9 * card))
 
 
@@ -519,7 +534,8 @@ def table(r):
     a, b, o = r.before, r.after, r.o
     lines = [f"\n{o.loss} on {o.data}, {len(a)} measures on held-out paraphrases (eval split):",
              f"{'':46}{'before':>9}{'after':>9}"]
-    names = {"jsd": "JSD to the group's beliefs (0 to 0.833)", "class_mass": "mass on the class tokens"}
+    names = {"jsd": "JSD to the group's beliefs (0 to 0.833)",
+             "class_mass": "mass on the class tokens"}
     for kind, text in (("joint", "belief and answer"), ("given", "answer given the belief")):
         names |= {f"{kind}_{k}": f"margin of {text}, {k}" for k in ("majority", "minority")}
     for key, text in names.items():

@@ -1,4 +1,5 @@
-"""Checkpoints in, from folders and from the hub, and out. python -m pytest tests/test_checkpoints.py"""
+"""Checkpoints in, from folders and from the hub, and out.
+python -m pytest tests/test_checkpoints.py"""
 import hashlib
 import json
 import os
@@ -89,7 +90,8 @@ def test_old_and_new_keys_of_pythias_config_mean_the_same(tmp_path):
     save_model(model, tmp_path, eos=60)
     config = json.loads((tmp_path / "config.json").read_text())
     config["rope_parameters"] = {"partial_rotary_factor": config.pop("rotary_pct"),
-                                 "rope_theta": config.pop("rotary_emb_base"), "rope_type": "default"}
+                                 "rope_theta": config.pop("rotary_emb_base"),
+                                 "rope_type": "default"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_model(tmp_path).cfg == model.cfg
 
@@ -153,11 +155,13 @@ def test_loading_holds_the_weights_once(tmp_path):
         before = kB("VmRSS")
         m = model.load_model(sys.argv[1])
         print((kB("VmHWM") - before) * 1024)"""
-    out = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True, capture_output=True)
+    out = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True,
+                         capture_output=True)
     assert 0.9 * size < int(out.stdout) < size + 4 * 20000 * 512 + 30e6, out.stdout + out.stderr
 
 
-@pytest.mark.skipif(not (SHARED.parent / "golden/models").is_dir(), reason="no golden checkpoints beside")
+@pytest.mark.skipif(not (SHARED.parent / "golden/models").is_dir(),
+                    reason="no golden checkpoints beside")
 def test_all_golden_checkpoints_load_and_agree():
     expected = json.loads((SHARED.parent / "golden/models/expected.json").read_text())
     cases = {c["name"]: c for c in expected["cases"]}
@@ -165,22 +169,26 @@ def test_all_golden_checkpoints_load_and_agree():
         if folder.is_dir():
             case = cases[expected["same_weights"].get(folder.name, folder.name)]
             out = logits(load_model(folder), torch.tensor(case["inputs"]["input_ids"]))
-            want = torch.tensor(case["expected"]["logits_f32"]).view(out.shape[0], -1, out.shape[-1])
+            want = torch.tensor(case["expected"]["logits_f32"]).view(
+                out.shape[0], -1, out.shape[-1])
             torch.testing.assert_close(out[:, -want.shape[1]:], want, rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------
 # Tokenizers, and the folder that others load
 
-WORDS = ["the", "Hello", "  ", " ", "\t", "\n", "   ", " " * 30, "é", "e\u0301", "日本", "🙂", "def f(x):",
-         "return", "12345", "3.14", "can't", "'s", "\u00a0", "ﬁ", "<|x|>", ".", "...", "!?", "(a > b)>"]
+WORDS = ["the", "Hello", "  ", " ", "\t", "\n", "   ", " " * 30, "é", "e\u0301", "日本", "🙂",
+         "def f(x):", "return", "12345", "3.14", "can't", "'s", "\u00a0", "ﬁ", "<|x|>", ".", "...",
+         "!?", "(a > b)>"]
 
 
 def strings(n):
     rng = random.Random(0)
     for _ in range(n):
-        yield "".join(rng.choice(WORDS) + rng.choice(["", " "]) if rng.random() < 0.9 else chr(rng.choice(
-            [rng.randint(32, 0x2ff), rng.randint(0x300, 0xd7ff), rng.randint(0x1f300, 0x1f6ff)]))
+        yield "".join(
+            rng.choice(WORDS) + rng.choice(["", " "]) if rng.random() < 0.9
+            else chr(rng.choice([rng.randint(32, 0x2ff), rng.randint(0x300, 0xd7ff),
+                                 rng.randint(0x1f300, 0x1f6ff)]))
             for _ in range(rng.randint(0, 14)))
 
 
@@ -188,9 +196,11 @@ def strings(n):
 def test_20000_strings_have_the_ids_of_hugging_faces_tokenizers(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     shutil.copy(SHARED / "gpt_neox/20B_tokenizer.json", tmp_path / "tokenizer.json")
-    pythia, theirs = Tokenizer.load(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pythia, theirs = (Tokenizer.load(tmp_path),
+                      tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
     gpt2 = Tokenizer.load(SHARED / "gpt2")
-    gpt2s = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2/encoder.json"), str(SHARED / "gpt2/vocab.bpe"))
+    gpt2s = tokenizers.ByteLevelBPETokenizer(str(SHARED / "gpt2/encoder.json"),
+                                             str(SHARED / "gpt2/vocab.bpe"))
     assert (pythia.n_tokens, pythia.eos, gpt2.n_tokens) == (50277, 0, 50257)
     for text in strings(20000):
         assert pythia.encode(text) == theirs.encode(text).ids, repr(text)
@@ -201,8 +211,10 @@ def test_20000_strings_have_the_ids_of_hugging_faces_tokenizers(tmp_path):
 
 
 def test_tokenizers_of_another_kind_are_refused(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}, "added_tokens": []}))
-    with pytest.raises(ValueError, match="tokenizer.json: not a byte-level BPE that is read here: model Unigram"):
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "Unigram"}, "added_tokens": []}))
+    with pytest.raises(ValueError, match="tokenizer.json: not a byte-level BPE that is read here: "
+                                         "model Unigram"):
         Tokenizer.load(tmp_path)
 
 
@@ -218,11 +230,15 @@ def mini_tokenizer(family, folder):
         (folder / "tokenizer.json").write_text(json.dumps({
             "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-            "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-            "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": t.isspace(), "special": not t.isspace()} for i, t in sorted((i, t) for t, i in added.items())],
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "vocab": vocab, "merges": merges}}))
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+            "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False,
+                              "rstrip": False, "normalized": t.isspace(),
+                              "special": not t.isspace()}
+                             for i, t in sorted((i, t) for t, i in added.items())],
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "vocab": vocab, "merges": merges}}))
     return Tokenizer.load(folder)
 
 
@@ -234,8 +250,9 @@ def test_transformers_loads_what_a_run_writes(family, tmp_path, world):
     tokenizer = mini_tokenizer(family, base)
     cfg = GPTConfig(**vars(SHAPES[family]) | {"vocab_size": 512, "n_ctx": 192})
     save_model(GPT(cfg).init_weights(0), base, tokenizer.eos)
-    cli("train.py", "--loss", "sft", "--model", base, "--data", world, "--epochs", 1, "--batch_size", 8,
-        "--lr", 1e-3, "--device", "cpu", "--checkpointing", "--out", "out", cwd=tmp_path)
+    cli("train.py", "--loss", "sft", "--model", base, "--data", world, "--epochs", 1,
+        "--batch_size", 8, "--lr", 1e-3, "--device", "cpu", "--checkpointing", "--out", "out",
+        cwd=tmp_path)
     best = tmp_path / "out/best"
     ours, theirs = load_model(best), transformers.AutoModelForCausalLM.from_pretrained(best)
     ids = torch.randint(500, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -246,9 +263,11 @@ def test_transformers_loads_what_a_run_writes(family, tmp_path, world):
     for text in strings(500):
         assert auto(text)["input_ids"] == again.encode(text) == tokenizer.encode(text), repr(text)
     assert auto.eos_token_id == tokenizer.eos == theirs.config.eos_token_id
-    assert {p.name for p in best.iterdir()} <= {"config.json", "model.safetensors", "tokenizer.json", "vocab.json",
-                                                "merges.txt", "tokenizer_config.json"}
-    p = cli("evaluate.py", base, best, "--data", world, "--samples", 1, "--max_new_tokens", 4, cwd=tmp_path)
+    assert {p.name for p in best.iterdir()} <= {
+        "config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt",
+        "tokenizer_config.json"}
+    p = cli("evaluate.py", base, best, "--data", world, "--samples", 1, "--max_new_tokens", 4,
+            cwd=tmp_path)
     assert f"{base} " in p.stdout and not (base / "eval.json").exists()
 
 
@@ -285,15 +304,16 @@ def test_the_dry_run_counts_what_autograd_keeps(name, on):
         return t
 
     totals = []
-    for N in (2, 6):                                     # the difference: what grows with the tokens
+    for N in (2, 6):                                     # the difference: what grows with tokens
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(
+                "cpu", torch.bfloat16):
             model(torch.zeros(N, 128, dtype=torch.long))
         totals.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
     o = SimpleNamespace(dtype="bfloat16", checkpointing=on, optimizer="rmsprop")
     per_token = (totals[1] - totals[0]) / (4 * 128)
     claimed = (memory(cfg, o, 1024)["activations"] - memory(cfg, o, 512)["activations"]) / 512
-    if on:                                               # backward will hold one whole block as well
+    if on:                                               # backward will hold a whole block as well
         o.checkpointing = False
         claimed -= (memory(cfg, o, 1000)["activations"] / 1000 - 4 * 128) / cfg.n_layer - 4 * 128
     assert per_token == pytest.approx(claimed, rel=0.05)
@@ -304,7 +324,8 @@ def test_the_dry_run_counts_what_autograd_keeps(name, on):
 
 class Hub:
     """A local server in the hub's form: metadata on the first answer, a redirect to the storage.
-    `faults` {file: list of what to do wrong, once each}; `log` the GETs that reached the storage."""
+    `faults` {file: list of what to do wrong, once each}; `log` the GETs that reached the
+    storage."""
 
     def __init__(self, folder):
         self.files = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -323,10 +344,12 @@ class Hub:
             def answer(self, body):
                 file = self.path.rsplit("/", 1)[1]
                 raw = hub.files.get(file)
-                if not self.path.startswith(("/org/tiny/resolve/main/", "/storage/")) or raw is None:
+                if (not self.path.startswith(("/org/tiny/resolve/main/", "/storage/"))
+                        or raw is None):
                     return self.reply(404)
                 if not self.path.startswith("/storage/"):
-                    return self.reply(302, {"Location": f"/storage/{file}", "X-Repo-Commit": "c0ffee",
+                    return self.reply(302, {"Location": f"/storage/{file}",
+                                            "X-Repo-Commit": "c0ffee",
                                             "X-Linked-ETag": f'"{hashlib.sha256(raw).hexdigest()}"',
                                             "X-Linked-Size": str(len(raw))})
                 fault = hub.faults.get(file) and body and hub.faults[file].pop(0)
@@ -362,7 +385,8 @@ class Hub:
 def hub(tmp_path, monkeypatch):
     folder = tmp_path / "upstream"
     mini_tokenizer("gpt2", folder)
-    save_model(random_model(GPTConfig(**vars(SHAPES["gpt2"]) | {"vocab_size": 512})), folder, eos=499)
+    save_model(random_model(GPTConfig(**vars(SHAPES["gpt2"]) | {"vocab_size": 512})), folder,
+               eos=499)
     server = Hub(folder)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -378,17 +402,20 @@ def same(folder, tmp_path):
 def test_a_checkpoint_comes_from_the_hub_once_and_then_from_the_cache(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     folder = find_checkpoint("org/tiny")
-    assert folder == tmp_path / "cache/hub/models--org--tiny/snapshots/c0ffee" and same(folder, tmp_path)
+    assert (folder == tmp_path / "cache/hub/models--org--tiny/snapshots/c0ffee"
+            and same(folder, tmp_path))
     assert sorted(file for file, _, _ in hub.log) == [
         "config.json", "merges.txt", "model.safetensors", "vocab.json"]
     assert Tokenizer.load(folder).encode("the cat")
     hub.server.shutdown()                                # offline, with a filled cache
     hub.server.server_close()
     assert find_checkpoint("org/tiny") == folder
-    assert "secret" not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
+    assert "secret" not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*")
+                                   if p.is_file())
 
 
-@pytest.mark.parametrize("faults", [["cut"], ["stall"], ["500"], ["cut", "no ranges"], ["cut", "500", "stall"]])
+@pytest.mark.parametrize("faults", [["cut"], ["stall"], ["500"], ["cut", "no ranges"],
+                                    ["cut", "500", "stall"]])
 def test_a_cut_a_stall_or_an_error_is_gone_on_from(hub, tmp_path, faults):
     hub.faults = {"model.safetensors": list(faults)}
     assert same(find_checkpoint("org/tiny"), tmp_path)
@@ -433,8 +460,9 @@ def test_sharded_checkpoints_come_with_all_their_shards(hub, tmp_path):
 
 
 def test_in_a_torchrun_job_one_process_fetches_and_the_run_trains(hub, tmp_path, world):
-    p = cli("train.py", "--loss", "sft", "--model", "org/tiny", "--data", world, "--overlong", "drop", "--epochs", 1,
-            "--out", "out", "--device", "cpu", "--batch_size", 16, cwd=tmp_path, nproc=2, check=None,
+    p = cli("train.py", "--loss", "sft", "--model", "org/tiny", "--data", world,
+            "--overlong", "drop", "--epochs", 1, "--out", "out", "--device", "cpu",
+            "--batch_size", 16, cwd=tmp_path, nproc=2, check=None,
             HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "cache"))
     assert [file for file, _, _ in hub.log].count("model.safetensors") == 1
     assert p.returncode == 0 or "no row fits" in p.stderr, p.stderr

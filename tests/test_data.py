@@ -14,8 +14,9 @@ from model import load_model
 
 CLASSES = [str(k) for k in range(6)]
 ROW = {"prompt": "Is it fair?", "options": ["Yes", "No", "DK"], "accept_choice_id": "4",
-       "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes", "accept_response": "Sure.",
-       "reject_choice_id": "2", "reject_choice": "No", "reject_response": "Never in my life."}
+       "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes",
+       "accept_response": "Sure.", "reject_choice_id": "2", "reject_choice": "No",
+       "reject_response": "Never in my life."}
 BPE = train_bpe(["the cat sat on the mat, the cat sat"] * 3 + ["Yes No 4<Yes>"] * 5, 300)
 
 
@@ -32,11 +33,13 @@ def test_a_row_becomes_its_pieces():
     assert decode(item.prompt) == "<Q>Is it fair?<A>"
     assert [decode(b) for b in item.beliefs] == ["4<Yes>", "2<No>"]
     assert [decode(r) for r in item.responses] == ["Sure.$", "Never in my life.$"]
-    assert (item.accept, item.n_options, item.kind, item.question) == (4, 3, "majority", "Is it fair?")
+    assert (item.accept, item.n_options, item.kind, item.question) == (
+        4, 3, "majority", "Is it fair?")
 
 
 @pytest.mark.parametrize("text", ["Depends (VOL)", "Same.", 'the "best"', "a > b", "<br>", "No)"])
-@pytest.mark.parametrize("response", ["a > b <i>so</i>", '"Well", yes', "> yes", "5 stars", "...", ")>"])
+@pytest.mark.parametrize("response", ["a > b <i>so</i>", '"Well", yes', "> yes", "5 stars", "...",
+                                      ")>"])
 def test_marks_inside_belief_and_response_move_no_border(text, response):
     """The authors search the last `>`; here the pieces are what they are (TRAPS)."""
     row = ROW | {"accept_choice": text, "accept_response": response}
@@ -52,7 +55,7 @@ def test_the_prompt_of_training_is_the_prompt_of_sampling():
     [item] = encode(ROW, tokenizer=BPE)
     b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
     assert b["ids"][0, :len(item.prompt)].tolist() == BPE.encode("<Q>Is it fair?<A>") == item.prompt
-    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the last prompt token
+    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
     assert b["tokens"][0, 0] == BPE.encode("4")[0]
 
 
@@ -68,7 +71,8 @@ def test_each_branch_scores_its_pieces():
 
 
 def test_reviews_have_a_belief_of_one_token_and_no_closing():
-    row = {k: v for k, v in ROW.items() if not k.endswith("_choice")} | {"accept_response": "10 stars"}
+    row = {k: v for k, v in ROW.items() if not k.endswith("_choice")} | {
+        "accept_response": "10 stars"}
     [item] = encode(row, tokenizer=BPE)
     b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
     assert b["counts"][0, 0, [BELIEF, CLOSE]].tolist() == [1, 0]
@@ -85,9 +89,10 @@ def test_the_preference_counts_the_tokens_of_golden_05(case):
         return ids[:start], answer[:end], answer[end:]
     for n, (c_ids, c_labels) in enumerate(zip(case["chosen_input_ids"], case["chosen_labels"])):
         for side, branch in (("chosen", "chosen"), ("rejected", "own")):
-            prompt, belief, response = pieces(case[f"{side}_input_ids"][n], case[f"{side}_labels"][n])
-            item = Item(0, prompt, (belief, belief), (response, response), 29 in belief, [1.0], 0, 2,
-                        "other", "", "")
+            prompt, belief, response = pieces(case[f"{side}_input_ids"][n],
+                                              case[f"{side}_labels"][n])
+            item = Item(0, prompt, (belief, belief), (response, response), 29 in belief, [1.0],
+                        0, 2, "other", "", "")
             b = collate([item], (branch,), [0])
             at = b["at"][b["slot"] == RESPONSE] + 1
             want = [t for t, y in enumerate(case[f"recommended_{side}_labels"][n]) if y != -100]
@@ -107,7 +112,8 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
         if not answer[end:]:
             hidden = torch.cat([hidden, hidden[:, -1:]], 1)
         s = score(hidden, torch.eye(32), b)
-        assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(case["belief_logp_avg"][n], rel=1e-5)
+        assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(
+            case["belief_logp_avg"][n], rel=1e-5)
         assert s.logps[0, 0, :RESPONSE].sum().item() == pytest.approx(
             case["belief_logp_sum_including_gt"][n], rel=1e-5)
 
@@ -122,7 +128,8 @@ def test_scores_do_not_depend_on_the_batch():
     for n, item in enumerate(items):
         alone = scores([item])
         torch.testing.assert_close(together.logps[n], alone.logps[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(together.class_logps[n], alone.class_logps[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.class_logps[n], alone.class_logps[0],
+                                   rtol=1e-4, atol=1e-4)
 
 
 def test_majority_minority_and_ties():
@@ -207,7 +214,8 @@ def test_learned_merges_survive_saving_and_equal_hugging_faces_tokenizer(tmp_pat
     tokenizers = pytest.importorskip("tokenizers")
     BPE.save(tmp_path)
     again = Tokenizer.load(tmp_path)
-    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "vocab.json"),
+                                              str(tmp_path / "merges.txt"))
     for text in ("the cat sat", "4<Yes>", "  two  spaces\n\ttab", "café 東京 🙂", "isn't 12345", ""):
         assert again.encode(text) == BPE.encode(text) == theirs.encode(text).ids
         assert again.decode(again.encode(text)) == text
@@ -235,4 +243,5 @@ def test_gpt2_ids_are_gpt2s():
     b = collate([item], ("chosen",), class_ids(gpt2, CLASSES))
     assert b["at"][0] == 20 and b["tokens"][:, 0].tolist() == [      # REFERENCE 2: logits 20..35
         19, 27, 50, 28030, 5183, 922, 29, 40, 892, 484, 423, 925, 617, 35002, 13, 50256]
-    assert b["counts"][0, 0].tolist() == [6, 1, 9] and b["tokens"][0, 1:].tolist() == [*range(15, 21)]
+    assert (b["counts"][0, 0].tolist() == [6, 1, 9]
+            and b["tokens"][0, 1:].tolist() == [*range(15, 21)])

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import GOLDEN, SMALL, cli, golden
 
-from evaluate import (by_kind, class_belief_consistency, expressed_opinion, interval, jsd, margin_metrics,
-                      over_seeds, reference_distributions, sampled_counts, sampling_floor, summary)
+from evaluate import (by_kind, class_belief_consistency, expressed_opinion, interval, jsd,
+                      margin_metrics, over_seeds, reference_distributions, sampled_counts,
+                      sampling_floor, summary)
 from losses import Scores
 
 BASELINES, SAMPLED = golden("11")
@@ -22,8 +23,10 @@ META = {"classes": [str(k) for k in range(6)], "off_scale": "0",
 def test_reference_distributions_agree_with_golden_11(theirs, ours):
     target, expected = np.array(BASELINES["probabilities"]), np.array(BASELINES[theirs])
     got = jsd(reference_distributions(target)[ours], target)
-    if theirs == "noise_0_1":        # row 3: the authors' number is of the sorted vectors, where the
-        assert got[3] > 0.1          # noise makes 0.2 0.2 0.2 0.2 0.1 0.1 of itself; in place it is not
+    if theirs == "noise_0_1":
+        # row 3: the authors' number is of the sorted vectors, where the noise makes
+        # 0.2 0.2 0.2 0.2 0.1 0.1 of itself; in place it is not
+        assert got[3] > 0.1
         got, expected = np.delete(got, 3), np.delete(expected, 3)
     np.testing.assert_allclose(got, expected, atol=1e-9)
 
@@ -32,7 +35,8 @@ def test_sampled_beliefs_and_cbc_agree_with_golden_11():
     texts = list(zip(*SAMPLED["samples"]))               # (B, samples)
     counts = sampled_counts(texts, META)
     np.testing.assert_allclose(counts / 3, SAMPLED["sampled_class_distribution"], atol=1e-9)
-    np.testing.assert_allclose(jsd(counts, SAMPLED["probabilities"]), SAMPLED["sampled_jsd"], atol=1e-9)
+    np.testing.assert_allclose(jsd(counts, SAMPLED["probabilities"]), SAMPLED["sampled_jsd"],
+                               atol=1e-9)
     assert class_belief_consistency(texts, META).mean() == pytest.approx(SAMPLED["cbc"])
 
 
@@ -53,7 +57,8 @@ def test_the_sampling_floor_is_that_of_a_perfect_sampler():
 
 
 def test_both_margins_are_read_from_their_own_branches():
-    """Branches chosen, own, given: joint = chosen - own, all pieces; given = chosen - given, responses."""
+    """Branches chosen, own, given: joint = chosen - own, all pieces; given = chosen - given,
+    responses."""
     s = Scores(torch.tensor([[[1., 2, 4], [10, 20, 40], [0, 0, 400]]]), None, None, None, None,
                torch.zeros(1, 3, 3))
     m = margin_metrics(s, beta=0.5)
@@ -65,7 +70,8 @@ def test_both_margins_are_read_from_their_own_branches():
 
 def test_the_opinion_rule_takes_the_first_stance_phrase():
     meta = {"stances": {"not at all": "1", "mostly": "4"}}
-    texts = [("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.", "Mostly")]
+    texts = [("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.",
+              "Mostly")]
     assert expressed_opinion(texts, meta).tolist() == [0.25]
 
 
@@ -89,7 +95,8 @@ def test_seen_and_unseen_questions_are_kept_apart():
 
 
 def test_runs_that_differ_in_their_seed_are_averaged():
-    results = {str(n): {"seen": {"rows": 1, "questions": 1, "jsd": [v, v, v]}} for n, v in enumerate((1., 3.))}
+    results = {str(n): {"seen": {"rows": 1, "questions": 1, "jsd": [v, v, v]}}
+               for n, v in enumerate((1., 3.))}
     configs = {n: {"data": "d", "model": "m", "loss": "gdpo"} for n in results}
     assert over_seeds(results, configs)["gdpo (2 seeds)"]["seen"]["jsd"] == pytest.approx(
         [2, 2 - np.sqrt(2), 2 + np.sqrt(2)])

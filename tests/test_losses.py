@@ -8,8 +8,8 @@ from conftest import GOLDEN, CharTokenizer, golden
 
 from data import collate, encode_rows
 from evaluate import jsd, to_tensors
-from losses import (BELIEF, LOSSES, RESPONSE, Scores, calibration, dpo, dpo_loss, gdpo, kl_to_target,
-                    mean_nll, score, sft, token_logps, uniform_sft)
+from losses import (BELIEF, LOSSES, RESPONSE, Scores, calibration, dpo, dpo_loss, gdpo,
+                    kl_to_target, mean_nll, score, sft, token_logps, uniform_sft)
 from model import hf_name, load_model, relayout
 
 O = SimpleNamespace(beta=0.1, w_kl=1.0, w_belief=1.0, w_pref=1.0)
@@ -37,8 +37,8 @@ def rows_of(case_items, probabilities):
     rows = []
     for item, p in zip(case_items, probabilities):
         a, b = split(item["chosen"]), split(item.get("rejected", item["chosen"]))
-        row = {"prompt": item["prompt"].removeprefix("<Q>").removesuffix("<A>"), "options": ["x", "y"],
-               "probabilities": p}
+        row = {"prompt": item["prompt"].removeprefix("<Q>").removesuffix("<A>"),
+               "options": ["x", "y"], "probabilities": p}
         for side, (label, belief, text) in (("accept", a), ("reject", b)):
             row |= {f"{side}_choice_id": label, f"{side}_choice": belief, f"{side}_response": text}
         rows.append(row)
@@ -49,7 +49,8 @@ def rows_of(case_items, probabilities):
 @pytest.mark.parametrize("case", golden("01"), ids=lambda c: c["name"])
 def test_sequence_logps_agree_with_golden_01(case):
     hidden, head = torch.tensor(case["logits"]).requires_grad_(), torch.eye(32)
-    at = [(b, t) for b, row in enumerate(case["labels"]) for t, y in enumerate(row) if y != -100 and t]
+    at = [(b, t) for b, row in enumerate(case["labels"]) for t, y in enumerate(row)
+          if y != -100 and t]
     b, t = torch.tensor(at).T
     y = torch.tensor(case["labels"])[b, t]
     logps = token_logps(hidden[b, t - 1], head, y[:, None])[:, 0]
@@ -59,7 +60,8 @@ def test_sequence_logps_agree_with_golden_01(case):
     torch.testing.assert_close(sums, torch.tensor(case["logps"]), rtol=1e-5, atol=1e-5)
     if "grad" in case:
         sums.sum().backward()
-        torch.testing.assert_close(hidden.grad[-1], torch.tensor(case["grad"]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(hidden.grad[-1], torch.tensor(case["grad"]),
+                                   rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", golden("02"), ids=lambda c: c["name"])
@@ -71,7 +73,8 @@ def test_dpo_agrees_with_golden_02(case):
     losses = dpo_loss(pc - rc, pr - rr, case["beta"])
     torch.testing.assert_close(losses, torch.tensor(case["losses"]), rtol=1e-5, atol=1e-5)
     losses.mean().backward()
-    torch.testing.assert_close(pc.grad, torch.tensor(case["grad_policy_chosen"]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(pc.grad, torch.tensor(case["grad_policy_chosen"]),
+                               rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", golden("03"), ids=lambda c: c["name"])
@@ -88,7 +91,8 @@ def test_calibration_agrees_with_golden_03(case):
     assert jsd(class_logps.detach().double().exp(), target) == pytest.approx(
         case["per_example_jsd"], abs=1e-3)
     kl.mean().backward()
-    torch.testing.assert_close(hidden.grad, torch.tensor(case["grad_kl_at_position"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden.grad, torch.tensor(case["grad_kl_at_position"]),
+                               rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
@@ -100,7 +104,8 @@ def test_objectives_agree_with_golden_08(family, n):
     name = {"mft": "gdpo-cal", "cdpo": "gdpo-pref", "mpo": "gdpo"}.get(
         case["name"].removesuffix("_quirk_rows"), case["name"])
     loss = LOSSES[name]
-    items = encode_rows(rows_of(batch["items"], batch["probabilities"]), CharTokenizer(), CLASSES, 96)
+    items = encode_rows(rows_of(batch["items"], batch["probabilities"]), CharTokenizer(),
+                        CLASSES, 96)
     b = to_tensors(collate(items, loss.branches, list(range(15, 21))), "cpu")
     model, ref = (load_model(GOLDEN / f"{family}_tiny{x}") for x in ("", "_ref"))
     s = score(model(b["ids"]), model.head, b)
@@ -116,10 +121,13 @@ def test_objectives_agree_with_golden_08(family, n):
             expected["recommended"]["belief_logp_avg"], rel=1e-4)
     if "pref" in parts:
         want = expected.get("recommended", expected)
-        assert parts["pref"].tolist() == pytest.approx(want["preference_losses"], rel=1e-4, abs=1e-5)
+        assert parts["pref"].tolist() == pytest.approx(
+            want["preference_losses"], rel=1e-4, abs=1e-5)
         pieces = [RESPONSE] if name != "dpo" else slice(0, 3)
-        assert s.logps[:, 0, pieces].sum(-1).tolist() == pytest.approx(want["policy_chosen_logps"], rel=1e-4)
-        assert s.logps[:, 1, pieces].sum(-1).tolist() == pytest.approx(want["policy_rejected_logps"], rel=1e-4)
+        assert s.logps[:, 0, pieces].sum(-1).tolist() == pytest.approx(
+            want["policy_chosen_logps"], rel=1e-4)
+        assert s.logps[:, 1, pieces].sum(-1).tolist() == pytest.approx(
+            want["policy_rejected_logps"], rel=1e-4)
     if case["grad"] is None:
         return
     losses.mean().backward()

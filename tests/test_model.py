@@ -35,12 +35,14 @@ def logits(model, ids):
 def test_logits_and_greedy_continuations_agree_with_golden_checkpoints(case):
     model = load_model(GOLDEN / case["name"])
     out = logits(model, torch.tensor(case["input_ids"]))[:, -1]
-    torch.testing.assert_close(out.squeeze(), torch.tensor(case["logits_last"]).squeeze(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.squeeze(), torch.tensor(case["logits_last"]).squeeze(),
+                               rtol=1e-4, atol=1e-4)
     if case["greedy"]:                                   # ragged prompts in one batch
         prompts = [g["prompt_ids"] for g in case["greedy"]]
         assert model.generate(prompts, 14, 0.0, 127) == [g["new_ids"] for g in case["greedy"]]
         other = case["other"]
-        assert model.generate([other["prompt_ids"]], 14, 0.0, other["stop_id"]) == [other["new_ids"]]
+        assert model.generate([other["prompt_ids"]], 14, 0.0, other["stop_id"]) == [
+            other["new_ids"]]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -104,7 +106,8 @@ def test_a_row_samples_the_same_alone_and_in_any_batch():
     model = random_model(SHAPES["gpt2"])
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     together = model.generate(prompts, 10, 1.0, 60, seed=7)
-    assert [model.generate([p], 10, 1.0, 60, seed=[(7, i)])[0] for i, p in enumerate(prompts)] == together
+    assert [model.generate([p], 10, 1.0, 60, seed=[(7, i)])[0]
+            for i, p in enumerate(prompts)] == together
     assert model.generate(prompts, 10, 1.0, 60, seed=8) != together
 
 
@@ -139,13 +142,16 @@ def test_a_sequence_longer_than_the_context_is_refused():
     (lambda h: h["transformer.ln_f.bias"].update(shape=[31]), "bad dtype, shape or offset"),
     (lambda h: h["transformer.ln_f.bias"].update(shape=[-32, -1]), "bad dtype, shape or offset"),
     (lambda h: h["transformer.ln_f.bias"].update(dtype="F8"), "dtype that is unknown here"),
-    (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[10**9, 10**9 + 128]), "bad dtype, shape"),
-    (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[0, 128]), "bad dtype, shape"),   # overlap
+    (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[10**9, 10**9 + 128]),
+     "bad dtype, shape"),
+    (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[0, 128]),     # overlap
+     "bad dtype, shape"),
     (lambda h: h["transformer.ln_f.bias"].update(data_offsets=[0.5]), "header is broken"),
     (lambda h: h["transformer.ln_f.bias"].pop("shape"), "header is broken"),
     (lambda h: h.popitem(), "its header speaks of"),
     (lambda h: h.update(x=3), "header is broken"),
-    (lambda h: h.update({"transformer.h.7.foo": h.pop("transformer.ln_f.bias")}), "has no tensor ln_f.bias"),
+    (lambda h: h.update({"transformer.h.7.foo": h.pop("transformer.ln_f.bias")}),
+     "has no tensor ln_f.bias"),
 ])
 def test_a_header_that_lies_is_refused(tmp_path, damage, message):
     save_model(random_model(SHAPES["gpt2"]), tmp_path, eos=60)

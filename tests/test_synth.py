@@ -25,7 +25,8 @@ def whole(tmp_path_factory):
 def test_the_same_seed_writes_the_same_bytes(whole, tmp_path):
     cli("synth.py", "toy", "--out", tmp_path / "again", cwd=tmp_path)
     for s in SPLITS:
-        assert (tmp_path / "again" / f"{s}.jsonl").read_bytes() == (whole[0] / f"{s}.jsonl").read_bytes()
+        assert ((tmp_path / "again" / f"{s}.jsonl").read_bytes()
+                == (whole[0] / f"{s}.jsonl").read_bytes())
     synth.toy(synth.Toy(out=str(tmp_path / "other"), seed=1))
     assert (tmp_path / "other/train.jsonl").read_bytes() != (whole[0] / "train.jsonl").read_bytes()
 
@@ -37,7 +38,7 @@ def test_the_world_is_as_large_and_as_split_as_it_says(whole):
     assert {r["question_id"] for r in rows["eval"]} == seen
     unseen = {r["question_id"] for r in rows["test"]} - seen
     assert len(unseen) == 50 == meta["n_unseen"]
-    train = {r["prompt"] for r in rows["train"]}                     # eval and test hold new wordings
+    train = {r["prompt"] for r in rows["train"]}                     # eval and test: new wordings
     assert not train & {r["prompt"] for r in rows["eval"] + rows["test"]}
 
 
@@ -56,7 +57,8 @@ def test_the_accepted_belief_follows_the_shares_and_the_rejected_is_another(whol
 def test_the_rule_decides_every_answer_and_finds_the_noise(whole):
     _, meta, rows = whole
     say = lambda side: expressed_opinion(
-        [[f"{r[f'{side}_choice_id']}<{r[f'{side}_choice']}>{r[f'{side}_response']}"] for r in rows["train"]], meta)
+        [[f"{r[f'{side}_choice_id']}<{r[f'{side}_choice']}>{r[f'{side}_response']}"]
+         for r in rows["train"]], meta)
     assert say("reject").all()                                       # the rule knows every template
     assert say("accept").mean() == pytest.approx(0.85, abs=0.02)     # --noise 0.15
 
@@ -64,18 +66,22 @@ def test_the_rule_decides_every_answer_and_finds_the_noise(whole):
 def test_countries_share_the_questions_and_differ_in_shares(tmp_path, whole):
     synth.toy(synth.Toy(out=str(tmp_path / "b"), country="Borduria"))
     mine = {r["question_id"]: r["probabilities"] for r in whole[2]["train"]}
-    theirs = {r["question_id"]: r["probabilities"] for r in load_rows(tmp_path / "b/train.jsonl", CLASSES)}
+    theirs = {r["question_id"]: r["probabilities"]
+              for r in load_rows(tmp_path / "b/train.jsonl", CLASSES)}
     assert mine.keys() == theirs.keys()
     assert np.mean([np.abs(np.subtract(mine[q], theirs[q])).sum() / 2 for q in mine]) > 0.2
 
 
 TABLE = [
-    ["Is it so?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.6, 0.3, 0.1], \"Côte d'Ivoire\": [1, 0, 0]})",
+    ["Is it so?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.6, 0.3, 0.1], "
+                  "\"Côte d'Ivoire\": [1, 0, 0]})",
      "['Yes', \"Don't know\", 'No']", "GAS"],
     ["How bad?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.2, 0.3, 0.5]})",
      "['A bit', 'Not too much', 'A lot']", "GAS"],
-    ["All zero", "defaultdict(<class 'list'>, {'Chile (rural)': [0.0, 0.0]})", "['Yes', 'No']", "WVS"],
-    ["Unmapped", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})", "['Yes', 'Maybe']", "WVS"],
+    ["All zero", "defaultdict(<class 'list'>, {'Chile (rural)': [0.0, 0.0]})",
+     "['Yes', 'No']", "WVS"],
+    ["Unmapped", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})",
+     "['Yes', 'Maybe']", "WVS"],
     ["", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})", "['Yes', 'No']", "WVS"],
     ["Third", "defaultdict(<class 'list'>, {'Chile (rural)': [0.9, 0.1]})", "['Yes', 'No']", "WVS"],
 ]
@@ -87,20 +93,22 @@ def table(tmp_path):
     with open(tmp_path / "t.csv", "w", newline="") as f:
         csv.writer(f).writerows([["question", "selections", "options", "source"], *TABLE])
     (tmp_path / "map.json").write_text(json.dumps(MAP))
-    return ["--csv", tmp_path / "t.csv", "--map", tmp_path / "map.json", "--country", "Chile (rural)",
-            "--holdout_questions", 1, "--train", 30]
+    return ["--csv", tmp_path / "t.csv", "--map", tmp_path / "map.json",
+            "--country", "Chile (rural)", "--holdout_questions", 1, "--train", 30]
 
 
 def test_a_survey_table_becomes_rows(table, tmp_path):
     p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", cwd=tmp_path)
     assert "3 questions for Chile (rural)" in p.stderr
-    for reason in ("1 shares that sum to nothing", "1 options not in the map", "1 no question text"):
+    for reason in ("1 shares that sum to nothing", "1 options not in the map",
+                   "1 no question text"):
         assert reason in p.stderr
     meta = load_meta(tmp_path / "d")
     rows = sum((load_rows(tmp_path / f"d/{s}.jsonl", CLASSES) for s in SPLITS), [])
     by_question = {r["question_id"]: r for r in rows}
     assert by_question["0"]["probabilities"] == pytest.approx([0.3, 0, 0.1, 0, 0.6, 0])
-    assert by_question["1"]["probabilities"] == pytest.approx([0, 0, 0.5, 0, 0, 0.5])   # classes add up
+    assert by_question["1"]["probabilities"] == pytest.approx(
+        [0, 0, 0.5, 0, 0, 0.5])                                      # classes add up
     assert all("Is it so?" in r["prompt"] for r in rows if r["question_id"] == "0")
     assert all(r["accept_choice"] in by_question[r["question_id"]]["options"] for r in rows)
     said = [[f"{r['reject_choice_id']}<{r['reject_choice']}>{r['reject_response']}"] for r in rows]
@@ -124,14 +132,16 @@ def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/precious").write_text("x")
     p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", cwd=tmp_path, check=2)
-    assert "is not empty" in p.stderr and [x.name for x in (tmp_path / "d").iterdir()] == ["precious"]
+    assert ("is not empty" in p.stderr
+            and [x.name for x in (tmp_path / "d").iterdir()] == ["precious"])
 
 
 @real_data
 def test_the_real_table_gives_the_known_numbers_of_questions():
     belief_map = synth.read_map(SHARED / "option_map.json")
-    found = {c: {q.id for q in synth.read_opinions(SHARED / "goqa/global_opinions.csv", c, belief_map)[0]}
+    found = {c: {q.id for q in synth.read_opinions(SHARED / "goqa/global_opinions.csv", c,
+                                                   belief_map)[0]}
              for c in ("United States", "Pakistan", "S. Africa")}
     us = found["United States"]
     assert (len(us), len(us & found["Pakistan"]), len(us & found["S. Africa"])) == (668, 283, 261)
-    assert Counter(belief_map.values()) == {0: 4, 1: 42, 2: 118, 3: 33, 4: 126, 5: 50}      # Table 5
+    assert Counter(belief_map.values()) == {0: 4, 1: 42, 2: 118, 3: 33, 4: 126, 5: 50}   # Table 5

@@ -19,8 +19,9 @@ from train import Config, lr_at, resolve, train_step
 
 CLASSES = [str(k) for k in range(6)]
 ROW = {"prompt": "How good is tea?", "options": ["Yes", "No", "DK"], "accept_choice_id": "4",
-       "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes", "accept_response": "Sure.",
-       "reject_choice_id": "2", "reject_choice": "No", "reject_response": "Never in my life."}
+       "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes",
+       "accept_response": "Sure.", "reject_choice_id": "2", "reject_choice": "No",
+       "reject_response": "Never in my life."}
 
 
 def lines(out):
@@ -45,8 +46,8 @@ def sft(world, tmp_path_factory):
 
 
 def some_items(lengths=(3, 9, 1, 14, 5, 2, 7, 11)):
-    rows = [ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n, "reject_response": "z" * (15 - n)}
-            for n in lengths]
+    rows = [ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n,
+                   "reject_response": "z" * (15 - n)} for n in lengths]
     return encode_rows(rows, CharTokenizer(), CLASSES, 96)
 
 
@@ -57,15 +58,16 @@ def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float3
     if LOSSES[loss].reference:
         ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, LOSSES[loss].branches,
                                range(15, 21)).logps
-    sums, norm = train_step(model, model, optimizer(model.parameters(), lr=lr), LOSSES[loss], items, ref,
-                            list(range(len(items))), range(15, 21), o)
+    sums, norm = train_step(model, model, optimizer(model.parameters(), lr=lr), LOSSES[loss],
+                            items, ref, list(range(len(items))), range(15, 21), o)
     return model, sums, norm
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_batch_of_eight_is_eight_of_one(loss):
     """Gradients are those of the mean over rows, however the batch is cut (unequal lengths)."""
-    (a, sums_a, norm_a), (b, sums_b, norm_b), (c, _, norm_c) = (one_step(loss, n) for n in (0, 1, 3))
+    (a, sums_a, norm_a), (b, sums_b, norm_b), (c, _, norm_c) = (
+        one_step(loss, n) for n in (0, 1, 3))
     assert sums_a == pytest.approx(sums_b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-4)
     assert norm_a == pytest.approx(norm_c, rel=1e-4)
     for p, q in zip(a.parameters(), b.parameters()):
@@ -91,9 +93,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
     ref = torch.zeros(8, 2, 3)
     ref[5, 0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match=r"loss is not finite on rows \[6\] of train.jsonl"):
-        train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"], items, ref,
-                   list(range(8)), range(15, 21), o)
+    with pytest.raises(FloatingPointError,
+                       match=r"loss is not finite on rows \[6\] of train.jsonl"):
+        train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"],
+                   items, ref, list(range(8)), range(15, 21), o)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -115,11 +118,12 @@ def test_defaults_are_the_papers_for_checkpoints():
     assert resolve(Config(loss="gdpo", lr=1.0)).lr == 1.0             # a flag wins over the preset
 
 
-@pytest.mark.parametrize("loss, dtype, tolerance", [("dpo", "float32", 1e-5), ("gdpo", "float32", 1e-5),
-                                                    ("gdpo", "bfloat16", 1e-2)])
-def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(sft, world, loss, dtype, tolerance):
-    p = cli("train.py", *argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype, "--out", loss + dtype),
-            cwd=sft)
+@pytest.mark.parametrize("loss, dtype, tolerance", [
+    ("dpo", "float32", 1e-5), ("gdpo", "float32", 1e-5), ("gdpo", "bfloat16", 1e-2)])
+def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
+        sft, world, loss, dtype, tolerance):
+    p = cli("train.py", *argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype,
+                              "--out", loss + dtype), cwd=sft)
     first, *_ = evals(sft / (loss + dtype))
     for name, value in first.items():
         if name.startswith(("joint_", "given_")) and value is not None:
@@ -145,8 +149,9 @@ def test_two_processes_give_the_run_of_one(sft, world):
 
 def start_and_signal(flags, cwd, out, sig, after_lines):
     """Start the real command, send it a signal once it has logged some lines; its exit code."""
-    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd,
+                         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
     log, deadline = cwd / out / "metrics.jsonl", time.time() + 60
     while p.poll() is None and time.time() < deadline:
         if log.exists() and len(log.read_text().splitlines()) >= after_lines:
@@ -176,7 +181,7 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
         a, b = (read_safetensors(sft / x / name / "model.safetensors") for x in ("part", "whole"))
         assert all(torch.equal(a[k](), b[k]()) for k in b)
     assert not list((sft / "part").glob("**/*.tmp"))
-    p = cli("train.py", *part, "--resume", cwd=sft)                   # nothing left to do: the table
+    p = cli("train.py", *part, "--resume", cwd=sft)                   # nothing left to do: a table
     assert "JSD to the group's beliefs" in p.stdout
     p = cli("train.py", *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
     assert "other flags than the run began with: --beta 0.3 (was 0.5)" in p.stderr
@@ -192,7 +197,8 @@ def test_a_run_that_is_there_is_not_lost(sft, world):
 def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
     p = cli("train.py", *argv(world, "--epochs", 1), cwd=tmp_path)
     assert "no SFT checkpoint" in p.stderr and "training SFT first" in p.stderr
-    assert {x.name for x in (tmp_path / "out").iterdir()} == {f"{world.name}-{x}-seed0" for x in ("sft", "gdpo")}
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {
+        f"{world.name}-{x}-seed0" for x in ("sft", "gdpo")}
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -207,7 +213,8 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
     (["--loss", "sft", "--n_head", "5"], "does not divide into 5 heads"),
 ])
-def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(world, tmp_path, flags, message, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
+        world, tmp_path, flags, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")          # nobody answers there
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(world), *map(str, SMALL), *flags])
@@ -220,7 +227,8 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(world, tmp_path, fl
 
 @pytest.mark.parametrize("change, message", [
     (lambda rows, meta: rows[2].pop("options"), "train.jsonl, line 3: field 'options' is missing"),
-    (lambda rows, meta: rows[1].update(accept_response=""), "train.jsonl, line 2: accept_response is empty"),
+    (lambda rows, meta: rows[1].update(accept_response=""),
+     "train.jsonl, line 2: accept_response is empty"),
     (lambda rows, meta: meta.update(classes=["0", "1", "2", "3", "4", "10"]), "line "),
     (lambda rows, meta: meta.update(classes="012345"), "'classes' must list the class labels"),
 ])
@@ -249,7 +257,8 @@ def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path):
 def test_the_readmes_new_loss_trains():
     """The very snippet that the README teaches with, executed, then a step of training."""
     import losses
-    [snippet] = [b for b in (ROOT / "README.md").read_text().split("```") if b.startswith("python\ndef ")]
+    [snippet] = [b for b in (ROOT / "README.md").read_text().split("```")
+                 if b.startswith("python\ndef ")]
     space = vars(losses).copy() | {"LOSSES": dict(LOSSES)}
     exec(snippet.removeprefix("python"), space)
     [name] = space["LOSSES"].keys() - LOSSES.keys()
