@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import time
 import unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
@@ -47,13 +48,16 @@ def check_row(row, classes):
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ValueError(f"field {name!r} has the wrong type: {row[name]!r}")
     for name in TEXTS:
-        if not isinstance(row.get(name) or "", (str, int)):
+        if row.get(name) is not None and not isinstance(row[name], str):
             raise ValueError(f"field {name!r} must be text, got {row[name]!r}")
+    options = row["options"]
+    if len(options) < 2 or len(set(map(str, options))) < len(options):
+        raise ValueError(f"options must be two or more different beliefs, got {options}")
     p = row["probabilities"]
     if len(p) != len(classes):
         raise ValueError(f"probabilities has {len(p)} entries for the {len(classes)} classes "
                          f"{classes} of meta.json")
-    if not all(isinstance(x, (int, float)) and 0 <= x <= 1.02 for x in p) or abs(sum(p) - 1) > 0.02:
+    if not all(type(x) in (int, float) and 0 <= x <= 1.02 for x in p) or abs(sum(p) - 1) > 0.02:
         raise ValueError(f"probabilities must be shares that sum to 1 (within 0.02), got {p}")
     for side in ("accept", "reject"):
         if str(row[f"{side}_choice_id"]) not in classes:
@@ -61,7 +65,7 @@ def check_row(row, classes):
                              f"{classes}")
         if not row[f"{side}_response"].strip():
             raise ValueError(f"{side}_response is empty: leave the row out")
-    if (row.get("accept_choice") is None) != (row.get("reject_choice") is None):
+    if bool(row.get("accept_choice")) != bool(row.get("reject_choice")):
         raise ValueError("accept_choice and reject_choice: give both belief texts or neither")
     if not row["prompt"].strip():
         raise ValueError("prompt is empty: leave the row out")
@@ -71,14 +75,16 @@ def load_rows(path, classes):
     """The rows of a JSON-lines file, each checked against FIELDS and the class labels.
     ValueError names the file and the line of the first broken row."""
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode())
                     check_row(row, classes)
-                except ValueError as e:
-                    raise ValueError(f"{path}, line {number}: {e}") from None
+                    if b"\\ud" in line:                 # half of a surrogate pair is no text
+                        json.dumps(row, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as e:
+                    raise ValueError(f"{path}, line {number}: {e}: mend or remove it") from None
                 rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows: make it again with synth.py")
@@ -91,12 +97,18 @@ def load_meta(folder):
     if not path.is_file():
         raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with "
                                 "`python synth.py toy --out DIR`, or correct --data")
-    meta = json.loads(path.read_text(encoding="utf-8"))
+    meta = read_json(path)
     classes = meta.get("classes")
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)
             and len(set(classes)) == len(classes)):
-        raise ValueError(f"{path}: 'classes' must list the class labels as strings, got "
-                         f"{classes!r}")
+        raise ValueError(f"{path}: 'classes' must list the class labels as strings, "
+                         f"got {classes!r}")
+    if meta.get("off_scale") not in (None, *classes):
+        raise ValueError(f"{path}: 'off_scale' {meta['off_scale']!r} is not one of {classes}")
+    for name in ("belief_to_class", "stances"):
+        texts = meta.get(name) or {}
+        if not isinstance(texts, dict) or not all(str(c) in classes for c in texts.values()):
+            raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
     return meta
 
 
@@ -177,7 +189,7 @@ class Tokenizer:
         texts = [(folder / name).read_text(encoding="utf-8") for name in names]
         try:
             return from_tokenizer_json(*texts) if len(texts) == 1 else from_vocab_and_merges(*texts)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as e:
             raise ValueError(f"{folder / names[-1]}: not a byte-level BPE that is read here: "
                              f"{e}") from None
 
@@ -196,14 +208,19 @@ def from_vocab_and_merges(vocab, merges):
 def from_tokenizer_json(text):
     """Hugging Face's one file, of GPT-2 or Pythia, as text -> Tokenizer."""
     t = json.loads(text)
-    model, splitter = t["model"], t.get("pre_tokenizer") or {}
+    model, splitter, after = t["model"], t.get("pre_tokenizer") or {}, t.get("post_processor") or {}
     normalizer = (t.get("normalizer") or {}).get("type")
     if model.get("type", "BPE") != "BPE" or splitter.get("type") != "ByteLevel" \
-            or splitter.get("add_prefix_space") or normalizer not in (None, "NFC"):
-        raise ValueError(f"model {model.get('type')}, pre_tokenizer {splitter}, "
-                         f"normalizer {normalizer}")
-    added = {a["content"]: a["id"] for a in t["added_tokens"]}
-    odd = [a for a in added if a.strip(" ") and a not in (EOS, "<|padding|>")]
+            or splitter.get("add_prefix_space") or not splitter.get("use_regex", True) \
+            or normalizer not in (None, "NFC") or after.get("type", "ByteLevel") != "ByteLevel" \
+            or model.get("dropout") or t.get("truncation"):
+        raise ValueError(f"model {model.get('type')}, dropout {model.get('dropout')}, "
+                         f"pre_tokenizer {splitter}, normalizer {normalizer}, post_processor "
+                         f"{after.get('type')}, truncation {t.get('truncation')}")
+    added = {EOS: model["vocab"].get(EOS)} | {a["content"]: a["id"] for a in t["added_tokens"]}
+    odd = [a["content"] for a in t["added_tokens"]
+           if a["content"].strip(" ") and a["content"] not in (EOS, "<|padding|>")
+           or a.get("single_word") or a.get("lstrip") or a.get("rstrip")]
     if odd:
         raise ValueError(f"added tokens {odd[:3]}")
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
@@ -321,10 +338,10 @@ def encode_rows(rows, tokenizer, classes, max_length, overlong="error", name="da
         target, accept = row["probabilities"], classes.index(sides[0][0])
         item = Item(
             row=n, prompt=encode((row.get("context") or "") + f"<Q>{row['prompt']}<A>"),
-            beliefs=tuple(encode(c if text is None else f"{c}<{text}>") for c, text in sides),
+            beliefs=tuple(encode(f"{c}<{text}>" if text else c) for c, text in sides),
             responses=tuple(tokenizer.encode(row[f"{s}_response"]) + [tokenizer.eos]
                             for s in ("accept", "reject")),
-            has_close=sides[0][1] is not None, target=target, accept=accept,
+            has_close=bool(sides[0][1]), target=target, accept=accept,
             n_options=len(row["options"]), kind=kind_of(target, accept),
             question=str(row.get("question_id") or row["prompt"]),
             group=str(row.get("group") or ""))
@@ -426,62 +443,68 @@ CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
      "pytorch_model.bin.index.json"]]
 
 
-TIMEOUT = 30                                           # seconds without a byte: a stall
+TIMEOUT, PAUSE, TRIES = 30, 1.0, 5     # seconds without a byte; first wait; attempts
 
 
 def find_checkpoint(name, weights=True):
     """A checkpoint folder for --model: a local folder, or a name on the hub ("gpt2",
-    "EleutherAI/pythia-70m"), fetched file by file where the cache does not hold it. HF_ENDPOINT,
-    HF_TOKEN and HF_HOME are honoured. weights=False: config.json alone.
-    FileNotFoundError or ValueError, in one line, where that cannot be."""
-    if Path(name).is_dir():
+    "EleutherAI/pythia-70m"), fetched file by file where the cache does not hold it, all of one
+    commit. HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured.
+    weights=False: config.json alone. OSError or ValueError, one line, where that cannot be."""
+    if name and Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
         raise FileNotFoundError(f"no folder {name}, and that is no name on the hub "
                                 "(gpt2, ORG/MODEL)")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
-    repo = home / f"models--{name.replace('/', '--')}"
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    repo = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    commit = None
     for choices in CHECKPOINT if weights else CHECKPOINT[:1]:
-        path = next(filter(None, (find(repo, name, file) for find in (cached, fetch)
-                                  for file in choices)), None)
+        tries = (find(repo, name, file, commit) for find in (cached, fetch) for file in choices)
+        path = next(filter(None, tries), None)
         if path is None:
             raise ValueError(f"{name} on the hub has no {' or '.join(choices)}")
+        commit = path.parent.name
         if path.name.endswith(".index.json"):
-            for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-                if Path(shard).name != shard or not (cached(repo, name, shard)
-                                                       or fetch(repo, name, shard)):
-                    raise ValueError(f"{path}: shard {shard!r} is not a file beside it")
+            for shard in sorted(set(shards_of(path).values())):
+                if not (cached(repo, name, shard, commit) or fetch(repo, name, shard, commit)):
+                    raise ValueError(f"{path}: shard {shard!r} is not beside it on the hub")
     return path.parent
 
 
-def cached(repo, name, file):
-    """The path of a file that the cache holds, or None."""
+def cached(repo, name, file, commit):
+    """The path of a file that the cache holds, or None. commit None: the one last fetched."""
     main = repo / "refs" / "main"
-    path = repo / "snapshots" / main.read_text().strip() / file if main.is_file() else None
-    return path if path and path.is_file() else None
+    commit = commit or (main.read_text().strip() if main.is_file() else "none")
+    path = repo / "snapshots" / commit / file
+    return path if path.is_file() else None
 
 
-def fetch(repo, name, file):
+def fetch(repo, name, file, commit):
     """One file of a hub repository -> its path in the cache; None if the hub has no such file.
     It is fetched into blobs/ETAG.incomplete, from where an earlier try broke off, its size and, if
     the hub tells it, its sha256 are checked, and it is renamed. A lock keeps other processes
     out."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url, token = f"{endpoint}/{name}/resolve/main/{file}", os.environ.get("HF_TOKEN")
-    headers = {"Accept-Encoding": "identity"} | (
-        {"Authorization": f"Bearer {token}"} if token else {})
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise FileNotFoundError(f"{name}: {file} is not in {repo} and HF_HUB_OFFLINE is set")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url, token = f"{endpoint}/{name}/resolve/{commit or 'main'}/{file}", os.environ.get("HF_TOKEN")
+    headers = {"Accept-Encoding": "identity"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     head = request("HEAD", url, headers)
     if head.status_code == 404:
         return None
     known = {}                                         # first to say it: the hub, not its storage
     for answer in [*head.history, head]:
         for key in ("X-Repo-Commit", "X-Linked-ETag", "X-Linked-Size", "ETag"):
-            known.setdefault(key, answer.headers.get(key)) if answer.headers.get(key) else None
+            if answer.headers.get(key):
+                known.setdefault(key, answer.headers[key])
     etag = (known.get("X-Linked-ETag") or known.get("ETag") or "").removeprefix("W/").strip('"')
-    commit = known.get("X-Repo-Commit") or "main"
+    commit = known.get("X-Repo-Commit", "")
     if not re.fullmatch(r"[\w.-]+", etag) or not re.fullmatch(r"\w+", commit):
-        raise ValueError(f"{url}: the answer names no ETag to check the file by: "
-                         "is HF_ENDPOINT right?")
+        raise ValueError(f"{url}: the answer names no commit or no ETag to keep the file by "
+                         f"({commit!r}, {etag!r}): is HF_ENDPOINT right?")
     size = int(known.get("X-Linked-Size") or head.headers.get("Content-Length") or -1)
     blob, link = repo / "blobs" / etag, repo / "snapshots" / commit / file
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -500,46 +523,54 @@ def fetch(repo, name, file):
 
 
 def request(method, url, headers, **kwargs):
-    """One HTTP request; a 4xx but 404 and 416, and a server out of reach, is a one-line error."""
-    try:
-        answer = requests.request(method, url, headers=headers, allow_redirects=True,
-                                  timeout=(10, TIMEOUT), **kwargs)
-    except requests.RequestException as e:
-        raise ConnectionError(f"{url}: {type(e).__name__}: give a local folder, or check the "
-                              "network and HF_ENDPOINT") from None
-    if answer.status_code in (401, 403):
-        raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants "
-                         "an HF_TOKEN")
-    if answer.status_code >= 400 and answer.status_code not in (404, 416):
-        raise ConnectionError(f"{url}: the server answered {answer.status_code} {answer.reason}")
-    return answer
-
-
-def download(url, headers, path, size, name, tries=5):
-    """GET url into path, going on from what is there; after a cut or a stall, again."""
-    for left in reversed(range(tries)):
-        have = path.stat().st_size if path.exists() else 0
-        if size >= 0 and have >= size:
-            return
+    """One HTTP answer, of 2xx or 404. 429 and 5xx are asked again, after Retry-After or a doubling
+    wait; another 4xx, and a server out of reach, is a one-line error."""
+    for attempt in range(TRIES):
         try:
-            answer = request("GET", url, headers | ({"Range": f"bytes={have}-"} if have else {}),
-                             stream=True)
+            answer = requests.request(method, url, headers=headers, allow_redirects=True,
+                                      timeout=(10, TIMEOUT), **kwargs)
+        except requests.RequestException as e:
+            raise ConnectionError(f"{url}: {type(e).__name__}: give a local folder, or check the "
+                                  "network and HF_ENDPOINT") from None
+        if answer.status_code in (401, 403):
+            raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants an "
+                             "HF_TOKEN")
+        if answer.ok or answer.status_code == 404:
+            return answer
+        if answer.status_code != 429 and answer.status_code < 500:
+            break
+        asked = answer.headers.get("Retry-After", "")
+        time.sleep(min(60, int(asked) if asked.isdigit() else PAUSE * 2 ** attempt))
+    raise ConnectionError(f"{url}: the server answered {answer.status_code} {answer.reason}")
+
+
+def download(url, headers, path, size, name):
+    """GET url into path, going on from what is there; after a cut or a stall, again."""
+    for attempt in range(TRIES):
+        have = path.stat().st_size if path.exists() else 0
+        if have >= size >= 0:
+            return
+        ranged = headers | {"Range": f"bytes={have}-"} if have else headers
+        try:
+            answer = request("GET", url, ranged, stream=True)
+            if answer.status_code == 404:
+                raise ValueError(f"{url}: gone between two requests: run the command again")
             if answer.status_code != 206:              # a server that knows no ranges sends it all
                 have = 0
             with answer, open(path, "ab" if have else "wb") as f, tqdm(
-                    desc=f"fetching {name}", total=size if size > 0 else None, initial=have,
-                    unit="B", unit_scale=True, delay=1, dynamic_ncols=True) as bar:
+                    desc=f"fetching {name}", total=max(size, 0) or None, initial=have, unit="B",
+                    unit_scale=True, delay=1, dynamic_ncols=True) as bar:
                 for chunk in answer.iter_content(1 << 16):
                     f.write(chunk)
                     bar.update(len(chunk))
             if size < 0 or path.stat().st_size >= size:
                 return
+            problem = "closed before the end"
         except (requests.RequestException, ConnectionError) as e:
-            if not left:
-                raise ConnectionError(f"{url}: broken off {tries} times ({type(e).__name__}); what "
-                                      "came is kept, run the command again to go on") from None
-    raise ConnectionError(f"{url}: the server closed {tries} times before the end; "
-                          "run it again to go on")
+            problem = type(e).__name__
+        time.sleep(PAUSE * 2 ** attempt)
+    raise ConnectionError(f"{url}: broken off {TRIES} times ({problem}); what came is kept, run the "
+                          "command again to go on")
 
 
 def check_blob(path, etag, size, url):
@@ -590,6 +621,35 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_ranges(o, **ranges):
+    """ValueError, naming the flag, for a field of o outside (low, high), or no number."""
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(o, name) <= high:        # NaN is in no range
+            raise ValueError(f"--{name} must be from {low:g} to {high:g}, got {getattr(o, name)}")
+
+
+def read_json(path, kind=dict):
+    """A JSON file that holds a `kind`; ValueError with its path if it does not."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({e}): make or fetch it again") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must hold a JSON {kind.__name__}, not a {type(value).__name__}")
+    return value
+
+
+def shards_of(path):
+    """{tensor: shard} of a checkpoint's index; every shard a plain name, in the same folder."""
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{path} has no weight_map: fetch it again")
+    for shard in where.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{path}: shard {shard!r} is not a file of this folder")
+    return where
 
 
 def write(path, text):

@@ -21,12 +21,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (Parser, Tokenizer, add_flags, class_ids, collate, encode_rows, find_checkpoint,
-                  load_meta, load_rows, run, write)
+from data import (Parser, SPLITS, Tokenizer, add_flags, check_ranges, class_ids, collate,
+                  encode_rows, find_checkpoint, load_meta, load_rows, read_json, run, write)
 from losses import ANSWER, RESPONSE, Scores, logratios, margin, score
-from model import load_model
+from model import fingerprint, load_model
 
 EVAL_BRANCHES = ("chosen", "own", "given")
+VOLATILE = ("out", "resume", "overwrite", "device", "micro_batch", "log_every", "compile",
+            "checkpointing", "dry_run")                # flags that leave a run what it is
 KINDS = ("majority", "minority", "other")
 
 
@@ -40,6 +42,24 @@ def rank_and_size():
 def progress(*args, **kwargs):
     """A progress bar; where nobody watches (a log file), a line every 30 seconds."""
     return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **kwargs)
+
+
+def device_of(name):
+    """"auto", "cpu" or "cuda" -> the device that is there; ValueError if it is not."""
+    if name not in ("auto", "cpu", "cuda") or name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} is not here: say --device cpu, or auto")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def load_torch(path):
+    """A file of torch.save, weights alone, on the CPU; ValueError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as e:                             # of many kinds, by how the file is broken
+        raise ValueError(f"{path} is damaged ({type(e).__name__}): begin the run again with "
+                         "--overwrite") from None
 
 
 def autocast(device, dtype):
@@ -95,6 +115,8 @@ def jsd(p, q):
 def belief_metrics(s):
     """JSD of the model's class distribution to the target, and its class mass: {name: (B,)}."""
     q = s.class_logps.double().exp().numpy()
+    if not np.isfinite(q).all():
+        raise FloatingPointError("the model's log-probs are not finite: its training diverged")
     return {"jsd": jsd(q, s.target.numpy()), "class_mass": q.sum(-1)}
 
 
@@ -185,39 +207,49 @@ def sample_rows(model, items, tokenizer, n_samples, max_new_tokens, seed, dtype,
     return texts
 
 
-def sampled_counts(texts, meta):
+def parse_answer(text, meta):
+    """(class label, belief text, response) of a sampled answer; None for a part that is not there.
+    The belief is one that the dataset knows, or whatever stands before the first `>`."""
+    labels = sorted(meta["classes"], key=len, reverse=True)
+    label = next((c for c in labels if text.startswith(c)), None)
+    rest = text[len(label or ""):]
+    known = [t for t in meta.get("belief_to_class") or () if rest.startswith(f"<{t}>")]
+    belief = max(known, key=len) if known else (re.match("<(.*?)>", rest, re.S) or [None, None])[1]
+    return label, belief, rest if belief is None else rest[len(belief) + 2:]
+
+
+def sampled_counts(answers, meta):
     """How often each class begins the answers: (B, K). An answer that begins with no class label
     counts for the class off the scale, or for none where there is no such class."""
     classes = meta["classes"]
-    counts = np.zeros((len(texts), len(classes)))
-    for row, answers in enumerate(texts):
-        for text in answers:
-            label = text[:1] if text[:1] in classes else meta.get("off_scale")
+    counts = np.zeros((len(answers), len(classes)))
+    for row, several in enumerate(answers):
+        for label, _, _ in several:
+            label = label or meta.get("off_scale")
             if label is not None:
                 counts[row, classes.index(label)] += 1
     return counts
 
 
-def class_belief_consistency(texts, meta):
+def class_belief_consistency(answers, meta):
     """CBC of section 5.1.1 (B,): how often the belief's text maps back to the class before it."""
-    belief_map = meta["belief_to_class"]
-    def consistent(text):
-        belief = re.match(r"(.)<(.*?)>", text, re.S)
-        return belief is not None and str(belief_map.get(belief[2])) == belief[1]
-    return np.array([np.mean([consistent(t) for t in answers]) for answers in texts])
+    to_class = meta["belief_to_class"]
+    return np.array([np.mean([label is not None and str(to_class.get(belief)) == label
+                              for label, belief, _ in several]) for several in answers])
 
 
-def expressed_opinion(texts, meta):
+def expressed_opinion(answers, meta):
     """How often the response expresses the class that the model announced (B,), by the rule of the
     templates: the first stance phrase in it is one of that class's. No phrase: not expressed."""
     stances = {phrase.lower(): label for phrase, label in meta["stances"].items()}
-    find = re.compile("|".join(rf"\b{re.escape(p)}\b"
-                               for p in sorted(stances, key=len, reverse=True)))
-    def expresses(text):
-        answer = re.match(r"(.)<.*?>(.*)", text, re.S)
-        phrase = find.search(answer[2].lower()) if answer else None
-        return phrase is not None and stances[phrase[0]] == answer[1]
-    return np.array([np.mean([expresses(t) for t in answers]) for answers in texts])
+    longest = sorted(stances, key=len, reverse=True)
+    find = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in longest))
+
+    def expresses(label, response):
+        phrase = find.search(response.lower())
+        return phrase is not None and stances[phrase[0]] == label
+    return np.array([np.mean([expresses(label, response) for label, _, response in several])
+                     for several in answers])
 
 
 def sampling_floor(target, n_samples, draws=64):
@@ -253,7 +285,8 @@ class Evaluation:
         self.references = {}
 
     def score(self, folder, device, run_config):
-        """(items, model, tokenizer, Scores over EVAL_BRANCHES) of a checkpoint folder."""
+        """(items, model, tokenizer, Scores over EVAL_BRANCHES) of a checkpoint."""
+        folder = find_checkpoint(str(folder))
         model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
         ids = class_ids(tokenizer, self.meta["classes"])
         limit = min(run_config["max_length"] or model.cfg.n_ctx, model.cfg.n_ctx)
@@ -264,26 +297,36 @@ class Evaluation:
 
     def measure(self, out, o, run_config, device):
         """{metric: (B,)} of one run, and its items."""
-        folder = Path(out) / o.checkpoint if run_config["loss"] else find_checkpoint(out)
+        folder = Path(out) / o.checkpoint if run_config["loss"] else out
         items, model, tokenizer, s = self.score(folder, device, run_config)
         metrics = belief_metrics(s)
         if run_config["init"]:
-            init = run_config["init"]
-            if init not in self.references:
-                self.references[init] = self.score(init, device, run_config)[3].logps
-            s.ref = self.references[init]
+            s.ref = self.reference(out, device, run_config)
             metrics |= by_kind(margin_metrics(s, run_config["beta"]), items)
         if o.samples:
             texts = sample_rows(model, items, tokenizer, o.samples, o.max_new_tokens, o.seed,
                                 run_config["dtype"])
-            target, counts = s.target.double().numpy(), sampled_counts(texts, self.meta)
+            answers = [[parse_answer(t, self.meta) for t in several] for several in texts]
+            target, counts = s.target.double().numpy(), sampled_counts(answers, self.meta)
             metrics["sampled_jsd"] = jsd(counts + 1e-12, target)
             metrics["sampling_floor"] = sampling_floor(target, o.samples)
             if self.meta.get("belief_to_class"):
-                metrics["cbc"] = class_belief_consistency(texts, self.meta)
+                metrics["cbc"] = class_belief_consistency(answers, self.meta)
             if self.meta.get("stances"):
-                metrics["opinion"] = expressed_opinion(texts, self.meta)
+                metrics["opinion"] = expressed_opinion(answers, self.meta)
         return metrics, items
+
+    def reference(self, out, device, run_config):
+        """Log-probs under the checkpoint that the run in OUT began with, which must still be it."""
+        init = run_config["init"]
+        if init not in self.references:
+            _, model, _, s = self.score(init, device, run_config)
+            self.references[init] = s.logps, fingerprint(model)
+        logps, now = self.references[init]
+        if load_torch(Path(out) / "reference.pt")["init"] != now:
+            raise ValueError(f"{init} is not any more the checkpoint that {out} began with: train "
+                             "the run again, or put that checkpoint back")
+        return logps
 
 
 def interval(values, questions):
@@ -328,17 +371,20 @@ def table(results, part, columns):
 
 
 def over_seeds(results, configs):
-    """Results of runs that differ in their seed alone -> {loss (n seeds): mean and spread}, the
+    """Results of runs that differ in their seed alone -> {name (n seeds): mean and spread}, the
     spread one standard deviation over seeds, shown in the place of the interval."""
     groups = {}
     for out, result in results.items():
-        key = (configs[out]["data"], configs[out]["model"], configs[out]["loss"])
-        groups.setdefault(key, []).append(result)
+        same = {k: v for k, v in configs[out].items() if k not in (*VOLATILE, "seed", "init")}
+        group = groups.setdefault(json.dumps(same, sort_keys=True), {})
+        group.setdefault(configs[out].get("seed"), (out, result))
     merged = {}
-    for (data, model, loss), several in groups.items():
+    for key, by_seed in groups.items():
+        several = [result for _, result in by_seed.values()]
         if len(several) > 1:
-            merged[f"{loss} ({len(several)} seeds)"] = {part: {
-                k: spread([r[part][k][0] for r in several if r[part].get(k)])
+            first = next(iter(by_seed.values()))[0]
+            merged[f"{re.sub('-?seed[0-9]+$', '', first)} ({len(several)} seeds)"] = {part: {
+                k: spread([r[part][k][0] for r in several if r.get(part, {}).get(k)])
                 for k in several[0][part] if k not in ("rows", "questions")} for part in several[0]}
     return merged
 
@@ -360,7 +406,11 @@ def read_run(out, o):
     """The flags of the run in OUT; of a checkpoint that is no run (a folder, a name on the hub),
     the few that stand for them."""
     if (Path(out) / "metrics.jsonl").is_file():
-        return json.loads((Path(out) / "config.json").read_text())
+        config = read_json(Path(out) / "config.json")
+        missing = {"loss", "data", "init", "beta", "dtype", "max_length", "overlong"} - set(config)
+        if missing:
+            raise ValueError(f"{out}/config.json lacks {sorted(missing)}: it is no run's")
+        return config
     if not o.data:
         raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give the OUT of "
                          "train.py, or, for a checkpoint, --data DIR as well")
@@ -375,11 +425,14 @@ def main():
     add_flags(parser, Config)
     flags = vars(parser.parse_args())
     outs, o = flags.pop("OUT"), Config(**flags)
-    if o.device == "auto":
-        o.device = "cuda" if torch.cuda.is_available() else "cpu"
-    configs = {out: read_run(out, o) for out in outs}
+    check_ranges(o, samples=(0, 10000), max_new_tokens=(1, 100000), seed=(0, 2 ** 63))
+    for name, allowed in (("split", SPLITS), ("checkpoint", ("best", "last"))):
+        if getattr(o, name) not in allowed:
+            raise ValueError(f"--{name} must be one of {', '.join(allowed)}")
+    o.device = device_of(o.device)
+    configs = {out: read_run(out, o) for out in dict.fromkeys(x.rstrip("/") or x for x in outs)}
     evaluations, results = {}, {}
-    for out in progress(outs, desc="runs", unit="run", disable=len(outs) == 1):
+    for out in progress(configs, desc="runs", unit="run", disable=len(configs) == 1):
         data = o.data or configs[out]["data"]
         if data not in evaluations:
             evaluations[data] = Evaluation(data, o.split)
@@ -405,6 +458,8 @@ def report(results, configs, evaluations, o):
         for columns in (BELIEFS, MARGINS):
             columns = {k: v for k, v in columns.items()
                        if any(k in r.get(part, {}) for r in results.values())}
+            if not columns:
+                continue
             print(table(results, part, columns))
             if merged:
                 print("mean ± standard deviation over seeds\n" + table(merged, part, columns))

@@ -10,6 +10,7 @@ as an option, any attention kernel of our own (torch's scaled_dot_product_attent
 Letters in all files: B rows (pairs), N sequences, T tokens, V vocabulary, K belief classes,
 C channels, H heads, D head size, S branches of a row, M scored tokens.
 """
+import hashlib
 import json
 import math
 import mmap
@@ -26,6 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from data import read_json, shards_of, write
 
 
 @dataclass
@@ -105,8 +108,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        if cfg.n_embd % cfg.n_head:
-            raise ValueError(f"n_embd {cfg.n_embd} does not divide into {cfg.n_head} heads")
+        check_config(cfg, neox=bool(cfg.rotary))
         self.cfg, self.checkpointing = cfg, False
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if not cfg.rotary:
@@ -249,18 +251,22 @@ TIED = ("lm_head.weight", "embed_out.weight")          # a copy of the embedding
 
 
 def config_from_hf(c):
-    """Hugging Face's config.json (a dict; old and new key styles) -> GPTConfig."""
+    """Hugging Face's config.json (a dict; old and new key styles) -> GPTConfig. ValueError for a
+    setting that would change the logits and is not implemented."""
     kind = c.get("model_type")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    plain = {"activation_function": "gelu_new", "hidden_act": "gelu", "scale_attn_weights": True,
+             "scale_attn_by_inverse_layer_idx": False, "attention_bias": True}
+    odd = {k: c[k] for k, v in plain.items() if c.get(k, v) != v}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        odd["rope"] = rope
+    if odd:
+        raise ValueError(f"{odd} is not implemented here")
     if kind == "gpt2":
-        if c.get("activation_function", "gelu_new") != "gelu_new":
-            raise ValueError(f"activation {c['activation_function']!r} is not GPT-2's gelu_new")
         return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
                          c.get("n_inner") or 4 * c["n_embd"], c.get("layer_norm_epsilon", 1e-5),
                          tied=c.get("tie_word_embeddings", True))
     if kind == "gpt_neox":
-        rope = c.get("rope_parameters") or {}
-        if c.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(f"activation {c['hidden_act']!r} is not Pythia's gelu")
         return GPTConfig(
             c["vocab_size"], c["max_position_embeddings"], c["num_hidden_layers"],
             c["num_attention_heads"], c["hidden_size"], c["intermediate_size"],
@@ -270,6 +276,19 @@ def config_from_hf(c):
             parallel=c.get("use_parallel_residual", True), tanh_gelu=False,
             tied=c.get("tie_word_embeddings", False))
     raise ValueError(f"model_type {kind!r} is not supported: use a gpt2 or gpt_neox checkpoint")
+
+
+def check_config(cfg, neox):
+    """ValueError for sizes that no model can have."""
+    sizes = ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd", "n_inner")
+    for name in sizes:
+        if type(getattr(cfg, name)) is not int or not 0 < getattr(cfg, name) <= 1 << 20:
+            raise ValueError(f"{name} cannot be {getattr(cfg, name)!r}")
+    if cfg.n_embd % cfg.n_head:
+        raise ValueError(f"n_embd {cfg.n_embd} does not divide into {cfg.n_head} heads")
+    if type(cfg.eps) is not float or not 0 < cfg.rotary <= 1 and neox:
+        raise ValueError(f"eps {cfg.eps!r} or rotary share {cfg.rotary!r} cannot be")
+    return cfg
 
 
 def config_to_hf(cfg, eos, dtype):
@@ -334,8 +353,8 @@ def read_safetensors(path):
         try:
             header = json.loads(f.read(length), object_pairs_hook=unique)
             header.pop("__metadata__", None)
-            spans = sorted((index(t["data_offsets"][0]), index(t["data_offsets"][1]), name)
-                           for name, t in header.items())
+            spans = sorted((*map(index, t["data_offsets"]), name) for name, t in header.items())
+            spans = [(start, end, name) for start, end, name in spans]
             tensors = {n: (DTYPES[t["dtype"]], tuple(map(index, t["shape"])))
                        for n, t in header.items()}
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
@@ -385,14 +404,13 @@ def read_weights(folder):
             return read(folder / name)
         listing = folder / f"{name}.index.json"
         if listing.is_file():
-            where, stored = json.loads(listing.read_text())["weight_map"], {}
+            where, stored = shards_of(listing), {}
             for shard in sorted(set(where.values())):
-                if Path(shard).name != shard or not (folder / shard).is_file():
+                if not (folder / shard).is_file():
                     raise ValueError(f"{listing}: shard {shard!r} is not a file of this folder")
                 stored |= {k: v for k, v in read(folder / shard).items() if where.get(k) == shard}
             if len(stored) < len(where):
-                raise ValueError(f"{listing}: no shard holds "
-                                 f"{sorted(set(where) - set(stored))[:3]}")
+                raise ValueError(f"{listing}: no shard holds {sorted(set(where) - set(stored))[:3]}")
             return stored
     raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: give a "
                             "checkpoint folder, such as OUT/best of an earlier run")
@@ -427,9 +445,10 @@ def read_config(folder):
         raise FileNotFoundError(f"no config.json in {folder}: give a checkpoint folder, such as "
                                 "OUT/best of an earlier run")
     try:
-        return config_from_hf(json.loads(path.read_text()))
-    except KeyError as e:
-        raise ValueError(f"{path} lacks the key {e}") from None
+        hf = read_json(path)
+        return check_config(config_from_hf(hf), neox=hf["model_type"] == "gpt_neox")
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: a key is missing or of the wrong type: {e}") from None
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
 
@@ -441,7 +460,10 @@ def load_model(folder, device="cpu"):
     folder, cfg = Path(folder), read_config(folder)
     with torch.device("meta"):
         model = GPT(cfg)
-    stored = {k.removeprefix("transformer."): v for k, v in read_weights(folder).items()}
+    found = read_weights(folder)
+    stored = {k.removeprefix("transformer."): v for k, v in found.items()}
+    if len(stored) < len(found):
+        raise ValueError(f"{folder}: tensors stand twice, with and without `transformer.`")
     state = {}
     for name, p in model.named_parameters():
         theirs = hf_name(name, cfg).removeprefix("transformer.")
@@ -449,16 +471,31 @@ def load_model(folder, device="cpu"):
             theirs = "lm_head.weight"                  # as transformers 5 writes it
         if theirs not in stored:
             raise ValueError(f"{folder}: the checkpoint has no tensor {theirs}")
-        w = relayout(name, stored.pop(theirs)(), cfg, to_hf=False)
-        if w.shape != p.shape:
-            raise ValueError(f"{folder}: {theirs} has shape {tuple(w.shape)}, not {tuple(p.shape)}")
+        w = stored.pop(theirs)()
+        shape = relayout(name, p, cfg, to_hf=True).shape
+        if not isinstance(w, torch.Tensor) or w.shape != shape or not w.is_floating_point():
+            raise ValueError(f"{folder}: {theirs} is {getattr(w, 'dtype', type(w))} of shape "
+                             f"{tuple(getattr(w, 'shape', ()))}, not numbers of shape {tuple(shape)}")
+        w = relayout(name, w, cfg, to_hf=False)
         # one copy, in the order of the file: a transposed GPT-2 matrix stays a transposed view
         state[name] = torch.empty_like(w, dtype=torch.float32, device=device).copy_(w)
-    extra = [k for k in stored if not k.endswith(BUFFERS) and not (cfg.tied and k in TIED)]
+    for name in TIED if cfg.tied else ():
+        if name in stored and not torch.equal(stored.pop(name)().float(), state["wte.weight"].cpu()):
+            raise ValueError(f"{folder}: config.json ties the head to the embeddings, but {name} "
+                             "differs from them: set tie_word_embeddings to false")
+    extra = [k for k in stored if not k.endswith(BUFFERS)]
     if extra:
         raise ValueError(f"{folder}: tensors that no part of the model takes: {extra[:3]}")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
+
+
+def fingerprint(model):
+    """A short text that tells one set of weights from another: the hash of some of each tensor."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().flatten()[:256].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_model(model, folder, eos, dtype=torch.float32):
@@ -466,7 +503,7 @@ def save_model(model, folder, eos, dtype=torch.float32):
     are replaced in one rename; config.json is written first and is the same for a whole run."""
     folder, cfg = Path(folder), model.cfg
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_to_hf(cfg, eos, dtype), indent=2) + "\n")
+    write(folder / "config.json", json.dumps(config_to_hf(cfg, eos, dtype), indent=2) + "\n")
     ours = {hf_name(n, cfg): (n, p) for n, p in model.named_parameters()}
     shapes = {k: relayout(n, p.to("meta"), cfg, to_hf=True).shape for k, (n, p) in ours.items()}
     write_safetensors(folder / "model.safetensors", shapes, dtype,

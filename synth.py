@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Parser, SPLITS, add_flags, run
+from data import Parser, SPLITS, add_flags, check_ranges, read_json, run
 
 CLASSES = ["0", "1", "2", "3", "4", "5"]  # Appendix B: 1 (least) to 5 (most agreement); 0 off scale
 
@@ -87,21 +87,24 @@ WRITERS = {"template": template_writer}
 # ---------------------------------------------------------------------------------------------
 # Pairs
 
-def make_row(question, paraphrase, answers, group, rng, noise):
-    """One row as in section 5.1. noise: how often the accepted answer expresses another option than
-    its belief, for people are not consistent; it is what the preference term has to mend."""
+def make_row(question, paraphrase, answers, others, group, rng, noise):
+    """One row as in section 5.1. answers: one per option; others: another dialogue's.
+    noise: how often the accepted answer expresses another option than its belief."""
+    # differs: section 5.1 has no noise. People are not consistent, and without it the preference
+    # term has nothing to mend. The stray answer comes from another dialogue, so that it is not
+    # the very text that is rejected.
     n = len(question.options)
     accept = rng.choice(n, p=question.shares)
-    others = [k for k in range(n) if k != accept]
-    reject = others[rng.integers(n - 1)]
-    said = others[rng.integers(n - 1)] if rng.random() < noise else accept
+    rest = [k for k in range(n) if k != accept]
+    reject, stray = rest[rng.integers(n - 1)], rest[rng.integers(n - 1)]
+    said = others[stray] if rng.random() < noise else answers[accept]
     target = np.zeros(len(CLASSES))
     np.add.at(target, question.classes, question.shares)     # options that share a class add up
     return {
         "prompt": paraphrase, "options": question.options,
         "probabilities": [round(float(p), 6) for p in target],
         "accept_choice_id": CLASSES[question.classes[accept]],
-        "accept_choice": question.options[accept], "accept_response": answers[said],
+        "accept_choice": question.options[accept], "accept_response": said,
         "reject_choice_id": CLASSES[question.classes[reject]],
         "reject_choice": question.options[reject], "reject_response": answers[reject],
         "group": group, "question_id": question.id}
@@ -115,7 +118,8 @@ def write_dataset(questions, unseen, o, group, made_by):
     quote = made_by == "opinions"
     for q in questions:
         dialogues = WRITERS[o.writer](q, o.train + o.eval + o.test, rng, quote)
-        rows = [make_row(q, *d, group, rng, o.noise) for d in dialogues]
+        rows = [make_row(q, *d, dialogues[n - 1][1], group, rng, o.noise)
+                for n, d in enumerate(dialogues)]
         if q.id in unseen:
             splits["test"] += rows[:2 * o.test]
             continue
@@ -266,6 +270,7 @@ class Opinions:
 def read_opinions(path, country, belief_map):
     """Questions of the table that `country` answered and whose options all stand in the map.
     Returns them and {reason: number of rows left out}."""
+    csv.field_size_limit(1 << 30)
     with open(path, newline="", encoding="utf-8") as f:
         reader = csv.DictReader(f)
         if not {"question", "selections", "options"} <= set(reader.fieldnames or ()):
@@ -279,7 +284,7 @@ def read_opinions(path, country, belief_map):
         countries |= set(shares)
         p = shares.get(country)
         reason = ("another country's" if p is None
-                  else "no question text" if not row["question"].strip()
+                  else "no question text" if not (row["question"] or "").strip()
                   else "options not in the map" if not set(options) <= set(belief_map)
                   else "shares and options of different number" if len(p) != len(options)
                   else "shares that sum to nothing" if sum(p) <= 0
@@ -299,8 +304,12 @@ def read_opinions(path, country, belief_map):
 
 def parse_selections(text, path, n):
     """'defaultdict(<class 'list'>, {'Chile': [0.2, 0.8], ...})' -> {country: shares}."""
-    match = re.fullmatch(r"defaultdict\(<class 'list'>, (\{.*\})\)", text.strip(), re.S)
-    return literal(match.group(1) if match else text, dict, path, n)
+    match = re.fullmatch(r"defaultdict\(<class 'list'>, (\{.*\})\)", (text or "").strip(), re.S)
+    shares = literal(match.group(1) if match else text, dict, path, n)
+    for country, p in shares.items():
+        if not (isinstance(p, list) and all(type(x) in (int, float) and 0 <= x < 2 for x in p)):
+            raise ValueError(f"{path}, data row {n}: the shares of {country} are {str(p)[:60]}")
+    return shares
 
 
 def parse_list(text, path, n):
@@ -309,16 +318,16 @@ def parse_list(text, path, n):
 
 def literal(text, kind, path, n):
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(text or "None")
         if isinstance(value, kind):
             return value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         pass
-    raise ValueError(f"{path}, data row {n}: not a Python {kind.__name__}: {text[:80]!r}")
+    raise ValueError(f"{path}, data row {n}: not a Python {kind.__name__}: {str(text)[:80]!r}")
 
 
 def read_map(path):
-    belief_map = json.loads(Path(path).read_text(encoding="utf-8"))
+    belief_map = read_json(path)
     bad = [t for t, k in belief_map.items() if str(k) not in CLASSES]
     if bad:
         raise ValueError(f"{path}: {bad[0]!r} has class {belief_map[bad[0]]!r}, "
@@ -352,6 +361,8 @@ def main():
     make, config = COMMANDS[flags.pop("command")]
     if flags["writer"] not in WRITERS:
         raise ValueError(f"--writer {flags['writer']!r} is unknown; there is: {', '.join(WRITERS)}")
+    check_ranges(config(**flags), train=(1, 1000), eval=(1, 1000), test=(1, 1000), noise=(0, 1),
+                 holdout_questions=(0, 1 << 30), seed=(0, 1 << 40))
     make(config(**flags))
 
 

@@ -14,6 +14,8 @@ OUT holds config.json (the flags), metrics.jsonl (a JSON object per logged step)
 Left out on purpose: a resident reference model, dropout, float16.
 """
 import dataclasses
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,12 +34,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import synth
-from data import (Parser, Tokenizer, add_flags, class_ids, collate, encode_rows, epoch_batches,
-                  find_checkpoint, load_meta, load_rows, run, train_bpe, write)
-from evaluate import (EVAL_BRANCHES, autocast, eval_metrics, progress, rank_and_size, score_rows,
-                      to_tensors)
+from data import (Parser, Tokenizer, add_flags, check_ranges, class_ids, collate, encode_rows,
+                  epoch_batches, find_checkpoint, load_meta, load_rows, read_json, run, train_bpe,
+                  write)
+from evaluate import (EVAL_BRANCHES, VOLATILE, autocast, device_of, eval_metrics, load_torch,
+                      progress, rank_and_size, score_rows, to_tensors)
 from losses import LOSSES, score
-from model import GPT, GPTConfig, load_model, read_config, save_model
+from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
 
 
 @dataclass
@@ -84,7 +88,7 @@ PRESETS = {
     ("scratch", "sft"): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
                              optimizer="adamw", beta=0.1, eval_every=8000),
     ("scratch", "preference"): dict(epochs=2.0, batch_size=32, lr=4e-4, warmup=10,
-                                    schedule="cosine", optimizer="rmsprop", beta=0.5,
+                                    schedule="cosine", optimizer="rmsprop", beta=1.0,
                                     eval_every=1600),
     ("checkpoint", "sft"): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150,
                                 schedule="constant", optimizer="rmsprop", beta=0.1,
@@ -95,8 +99,15 @@ PRESETS = {
 }
 CHOICES = {"schedule": ["constant", "cosine"], "optimizer": ["rmsprop", "adamw"],
            "select": ["jsd", "loss"], "overlong": ["error", "drop", "trim"],
-           "device": ["auto", "cpu", "cuda"], "dtype": ["float32", "bfloat16"],
+           "dtype": ["float32", "bfloat16"],
            "save_dtype": ["float32", "bfloat16"]}
+
+TINY, HUGE = 1e-12, 1 << 40
+RANGES = {"seed": (0, HUGE), "epochs": (TINY, 1e6), "batch_size": (1, HUGE), "lr": (TINY, 1e3),
+          "micro_batch": (0, HUGE), "warmup": (0, HUGE), "clip": (TINY, 1e12), "beta": (TINY, 1e6),
+          "w_kl": (0, 1e6), "w_belief": (0, 1e6), "w_pref": (0, 1e6), "eval_every": (1, HUGE),
+          "max_length": (0, 1 << 20), "n_layer": (1, 256), "n_head": (1, 256),
+          "n_embd": (1, 1 << 15), "vocab_size": (258, 1 << 18), "log_every": (1, HUGE)}
 
 
 def resolve(o):
@@ -108,8 +119,7 @@ def resolve(o):
     for name, value in PRESETS[kind].items():
         if getattr(o, name) in (-1, ""):
             setattr(o, name, value)
-    if o.device == "auto":
-        o.device = "cuda" if torch.cuda.is_available() else "cpu"
+    o.device, o.data, o.model = device_of(o.device), str(Path(o.data)), o.model.rstrip("/")
     if o.dtype == "auto":
         o.dtype = "bfloat16" if o.device == "cuda" else "float32"
     if o.dtype in ("float16", "fp16", "half"):
@@ -118,9 +128,9 @@ def resolve(o):
         if getattr(o, name) not in allowed:
             raise ValueError(f"--{name} {getattr(o, name)!r} is unknown; there is: "
                              f"{', '.join(allowed)}")
-    for name in ("epochs", "batch_size", "lr", "eval_every", "clip", "beta", "log_every"):
-        if getattr(o, name) <= 0:
-            raise ValueError(f"--{name} must be above 0, got {getattr(o, name)}")
+    check_ranges(o, **RANGES)
+    if o.resume and o.overwrite:
+        raise ValueError("--resume goes on with the run, --overwrite throws it away: say one")
     o.out = o.out or run_folder(o, o.loss)
     return o
 
@@ -136,7 +146,8 @@ def run_folder(o, loss):
 def setup(o):
     """Join the process group under torchrun; returns this process's device."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if o.device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if o.device == "cuda" else "gloo",
+                                timeout=timedelta(hours=3))   # others wait while one fetches
     if o.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -293,20 +304,26 @@ class Run:
         self.o, self.model, self.tokenizer, self.optimizer = o, model, tokenizer, optimizer
         self.out, self.step, self.best = Path(o.out), 0, None
         self.before, self.after = None, None           # eval metrics at step 0, and now
+        self.sums, self.rows = {}, 0                   # of the steps since the last logged line
+        self.items = None                              # hash of the rows, as tokens
         self.writes = rank_and_size()[0] == 0
+
+    STATE = ("step", "best", "before", "after", "sums", "rows", "items")
 
     def save_state(self):
         if self.writes:
-            save({"step": self.step, "best": self.best, "before": self.before, "after": self.after,
-                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
-                 self.out / "state.pt")
+            save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+                 | {k: getattr(self, k) for k in self.STATE}, self.out / "state.pt")
 
     def load_state(self):
-        s = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        s = load_torch(self.out / "state.pt")
+        if s["items"] != self.items:
+            raise ValueError(f"the rows or the tokenizer are not those that {self.out} began with: "
+                             "put them back, or begin again with --overwrite")
         self.model.load_state_dict(s["model"])
         self.optimizer.load_state_dict(s["optimizer"])
-        self.step, self.best, self.before, self.after = (
-            s[k] for k in ("step", "best", "before", "after"))
+        for k in self.STATE:
+            setattr(self, k, s[k])
         if self.writes:                                # forget what was logged after that
             lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
@@ -347,30 +364,47 @@ def can_resume(o):
     """True if OUT holds a state to go on from. ValueError if it holds a run that this one would
     destroy, or one of other flags."""
     out, config = Path(o.out), dataclasses.asdict(o)
-    volatile = ("resume", "overwrite", "device", "micro_batch", "log_every", "compile",
-                "checkpointing")
+    if o.resume and not out.exists():
+        say(f"nothing to go on with in {out}: beginning")
     if (out / "metrics.jsonl").exists() and not (o.overwrite or o.resume):
         raise ValueError(f"{out} holds a run already: --resume to go on with it, --overwrite to "
                          "throw it away, or another --out")
     if not o.resume or not (out / "state.pt").is_file():
         return False
-    old = json.loads((out / "config.json").read_text())
+    old = read_json(out / "config.json")
     changed = [f"--{k} {config[k]} (was {old.get(k)})" for k in config
-               if k not in volatile and old.get(k) != config[k]]
+               if k not in VOLATILE and old.get(k) != config[k]]
     if changed:
         raise ValueError("cannot resume with other flags than the run began with: "
                          + ", ".join(changed))
     return True
 
 
-def fresh_folder(o):
-    """Make OUT, without what an earlier run left there."""
-    out = Path(o.out)
+def claim_folder(r, resumed):
+    """Make OUT and keep other processes out of it (the lock goes with this one, however it ends);
+    unless the run goes on, clear what an earlier one left there."""
+    r.out.mkdir(parents=True, exist_ok=True)
+    r.lock = open(r.out / ".lock", "w")
+    try:
+        fcntl.flock(r.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work in {r.out}: wait, or say --out") from None
+    if resumed:
+        return
     for name in ("state.pt", "metrics.jsonl", "reference.pt", "eval.json"):
-        (out / name).unlink(missing_ok=True)
+        (r.out / name).unlink(missing_ok=True)
     for name in ("best", "last"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    write(out / "config.json", json.dumps(dataclasses.asdict(o), indent=1) + "\n")
+        shutil.rmtree(r.out / name, ignore_errors=True)
+    write(r.out / "config.json", json.dumps(dataclasses.asdict(r.o), indent=1) + "\n")
+
+
+def hash_of(items):
+    """The hash of all rows as tokens: tells whether a resumed run meets the same."""
+    digest = hashlib.sha256()
+    for split in items.values():
+        for item in split:
+            digest.update(repr(item).encode())
+    return digest.hexdigest()
 
 
 def reference_logps(r, items, branches, classes, resumed):
@@ -378,11 +412,11 @@ def reference_logps(r, items, branches, classes, resumed):
     in OUT/reference.pt, for after a resume that policy is gone."""
     path = r.out / "reference.pt"
     if resumed:
-        return torch.load(path, weights_only=True)
+        return load_torch(path)
     ref = {name: score_rows(r.model, items[name], branches[name], classes, r.o.dtype,
                             f"reference, {name}").logps for name in items}
     if r.writes:
-        save(ref, path)
+        save(ref | {"init": fingerprint(r.model)}, path)
     return ref
 
 
@@ -400,11 +434,9 @@ def train(o):
     limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
     items = {s: encode_rows(rows[s], tokenizer, classes, limit, o.overlong, f"{o.data}/{s}.jsonl")
              for s in rows}
-    if not resumed:
-        on_first_rank(lambda: fresh_folder(o))
-
-    optimizer = optimizer_of(o, model)
-    r = Run(o, model, tokenizer, optimizer)
+    r = Run(o, model, tokenizer, optimizer_of(o, model))
+    r.items = hash_of(items)
+    on_first_rank(lambda: claim_folder(r, resumed))
     branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
     ref = reference_logps(r, items, branches, ids, resumed) if loss.reference else {}
     if resumed:
@@ -433,23 +465,24 @@ def loop(r, policy, loss, items, ref, classes):
     stop = StopFlag()
     bar = progress(total=schedule.total, initial=r.step, desc=o.loss, unit="step",
                    disable=not r.writes)
-    sums, rows, clock = {}, 0, time.time()
+    clock = time.time()
     while r.step < schedule.total:
         batch, lr = schedule.batch(r.step), lr_at(o, r.step, schedule.total)
         for group in r.optimizer.param_groups:
             group["lr"] = lr
-        step_sums, norm = train_step(policy, model, r.optimizer, loss, items["train"],
-                                     ref.get("train"), batch, classes, o)
+        sums, norm = train_step(policy, model, r.optimizer, loss, items["train"], ref.get("train"),
+                                batch, classes, o)
         r.step += 1
         bar.update()
-        sums, rows = {k: sums.get(k, 0) + v for k, v in step_sums.items()}, rows + len(batch)
+        r.sums = {k: r.sums.get(k, 0) + v for k, v in sums.items()}
+        r.rows += len(batch)
         done = r.step == schedule.total
         if r.step % o.log_every == 0 or done:
-            means = {k: v / rows for k, v in sums.items()}
+            means = {k: v / r.rows for k, v in r.sums.items()}
             r.log(examples=r.step * o.batch_size, epoch=round(r.step / schedule.per_epoch, 4),
                   lr=lr, grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
             bar.set_postfix(loss=f"{means['loss']:.3f}", jsd=f"{r.after['jsd']:.3f}", refresh=False)
-            sums, rows, clock = {}, 0, time.time()
+            r.sums, r.rows, clock = {}, 0, time.time()
         if r.step % every == 0 or done:
             evaluate()
         if sum_over_ranks([stop.asked], model.head.device)[0]:
@@ -477,15 +510,24 @@ class StopFlag:
             signal.signal(sig, handler)
 
 
+SHARED = ("data", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
+          "vocab_size")                                # flags that a run has in common with its SFT
+
+
 def train_sft_first(o):
     """The SFT checkpoint that o starts from: the run beside it, trained or finished if need be."""
     folder = run_folder(o, "sft")
-    if not Path(folder, "last").is_dir():
+    if not on_first_rank(lambda: Path(folder, "last").is_dir()):
         say(f"no SFT checkpoint in {folder}: training SFT first")
-        keep = {k: getattr(o, k) for k in (
-            "data", "model", "seed", "micro_batch", "max_length", "overlong", "n_layer", "n_head",
-            "n_embd", "vocab_size", "device", "dtype", "compile", "checkpointing", "log_every")}
+        keep = {k: getattr(o, k) for k in (*SHARED, "micro_batch", "device", "dtype", "compile",
+                                           "checkpointing", "log_every")}
         train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
+    sft = read_json(Path(folder) / "config.json")
+    other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
+             if sft.get(k) != getattr(o, k)]
+    if other:
+        raise ValueError(f"the SFT run in {folder} is another one: {', '.join(other)}; say --init "
+                         "with the checkpoint to start from, or move that run away")
     return f"{folder}/best"
 
 

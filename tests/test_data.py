@@ -181,6 +181,11 @@ def test_a_class_must_be_one_token():
     ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
     ({"reject_response": " "}, "reject_response is empty"),
     ({"reject_choice": None}, "give both belief texts or neither"),
+    ({"accept_choice": False}, "'accept_choice' must be text"),
+    ({"context": 5}, "'context' must be text"),
+    ({"options": ["Yes"]}, "options must be two or more"),
+    ({"options": ["Yes", "Yes"]}, "options must be two or more"),
+    ({"probabilities": [True, 0, 0, 0, 0, 0]}, "sum to 1"),
 ])
 def test_a_broken_row_is_named(change, message):
     with pytest.raises(ValueError, match=message):
@@ -195,7 +200,22 @@ def test_a_broken_line_is_named_with_its_number(tmp_path):
     path.write_text(json.dumps({k: v for k, v in ROW.items() if k != "options"}))
     with pytest.raises(ValueError, match="line 1: field 'options' is missing; the row has"):
         load_rows(path, CLASSES)
+    for line in (b"\xff\xfe", b"[" * 200000, json.dumps(ROW | {"prompt": "\ud800"}).encode()):
+        path.write_bytes(line)
+        with pytest.raises(ValueError, match="rows.jsonl, line 1: "):
+            load_rows(path, CLASSES)
     with pytest.raises(FileNotFoundError, match="no dataset in"):
+        load_meta(tmp_path)
+
+
+@pytest.mark.parametrize("meta, message", [
+    ("[1]", "must hold a JSON dict"), ("{", "is not JSON"), ("{}", "'classes' must list"),
+    ('{"classes": ["0", "1"], "off_scale": "7"}', "'off_scale' '7' is not one of"),
+    ('{"classes": ["0", "1"], "belief_to_class": {"Yes": 4}}', "'belief_to_class' must map"),
+])
+def test_a_broken_meta_json_is_named(tmp_path, meta, message):
+    (tmp_path / "meta.json").write_text(meta)
+    with pytest.raises(ValueError, match=f"meta.json.*{message}"):
         load_meta(tmp_path)
 
 

@@ -1,15 +1,18 @@
 """python -m pytest tests/test_evaluate.py"""
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, SMALL, cli, golden
+from conftest import SMALL, cli, golden
 
+import evaluate
+from data import run
 from evaluate import (by_kind, class_belief_consistency, expressed_opinion, interval, jsd,
-                      margin_metrics, over_seeds, reference_distributions, sampled_counts,
-                      sampling_floor, summary)
+                      margin_metrics, over_seeds, parse_answer, reference_distributions,
+                      sampled_counts, sampling_floor, summary)
 from losses import Scores
 
 BASELINES, SAMPLED = golden("11")
@@ -32,12 +35,12 @@ def test_reference_distributions_agree_with_golden_11(theirs, ours):
 
 
 def test_sampled_beliefs_and_cbc_agree_with_golden_11():
-    texts = list(zip(*SAMPLED["samples"]))               # (B, samples)
-    counts = sampled_counts(texts, META)
+    answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
+    counts = sampled_counts(answers, META)
     np.testing.assert_allclose(counts / 3, SAMPLED["sampled_class_distribution"], atol=1e-9)
     np.testing.assert_allclose(jsd(counts, SAMPLED["probabilities"]), SAMPLED["sampled_jsd"],
                                atol=1e-9)
-    assert class_belief_consistency(texts, META).mean() == pytest.approx(SAMPLED["cbc"])
+    assert class_belief_consistency(answers, META).mean() == pytest.approx(SAMPLED["cbc"])
 
 
 def test_jsd_is_the_distance_between_0_and_root_log_2():
@@ -69,10 +72,20 @@ def test_both_margins_are_read_from_their_own_branches():
 
 
 def test_the_opinion_rule_takes_the_first_stance_phrase():
-    meta = {"stances": {"not at all": "1", "mostly": "4"}}
+    meta = META | {"stances": {"not at all": "1", "mostly": "4"}}
     texts = [("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.",
               "Mostly")]
-    assert expressed_opinion(texts, meta).tolist() == [0.25]
+    answers = [[parse_answer(t, meta) for t in row] for row in texts]
+    assert expressed_opinion(answers, meta).tolist() == [0.25]
+
+
+def test_answers_are_cut_where_label_and_belief_end():
+    meta = {"classes": ["Well", "We", "4"], "belief_to_class": {"a > b": "4", "a": "We"}}
+    assert parse_answer("Well<a>b", meta) == ("Well", "a", "b")
+    assert parse_answer("4<a > b>so <i>", meta) == ("4", "a > b", "so <i>")
+    assert parse_answer("4<who knows>x", meta) == ("4", "who knows", "x")
+    assert parse_answer("4 stars", meta) == ("4", None, " stars")
+    assert parse_answer("<a>", meta) == (None, "a", "")
 
 
 def test_the_bootstrap_resamples_questions_not_rows():
@@ -97,9 +110,13 @@ def test_seen_and_unseen_questions_are_kept_apart():
 def test_runs_that_differ_in_their_seed_are_averaged():
     results = {str(n): {"seen": {"rows": 1, "questions": 1, "jsd": [v, v, v]}}
                for n, v in enumerate((1., 3.))}
-    configs = {n: {"data": "d", "model": "m", "loss": "gdpo"} for n in results}
-    assert over_seeds(results, configs)["gdpo (2 seeds)"]["seen"]["jsd"] == pytest.approx(
-        [2, 2 - np.sqrt(2), 2 + np.sqrt(2)])
+    configs = {n: {"data": "d", "loss": "gdpo", "seed": int(n)} for n in results}
+    [(name, merged)] = over_seeds(results, configs).items()
+    assert merged["seen"]["jsd"] == pytest.approx([2, 2 - np.sqrt(2), 2 + np.sqrt(2)])
+    assert name.endswith("(2 seeds)")
+    configs["1"]["beta"] = 3                             # another setting is no other seed
+    assert over_seeds(results, configs) == {}
+    assert over_seeds(results, {n: {"seed": 0} for n in results}) == {}
 
 
 def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path):
@@ -115,13 +132,21 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path)
     assert saved["seen"]["given_majority"] and saved["seen"]["cbc"] and saved["seen"]["opinion"]
     again = cli("evaluate.py", runs[1], "--samples", 2, "--max_new_tokens", 12, cwd=tmp_path)
     assert json.loads((tmp_path / runs[1] / "eval.json").read_text()) == saved and again.stdout
+    cli("train.py", "--loss", "sft", "--data", world, "--epochs", 2, *SMALL, "--overwrite", cwd=tmp_path)
+    p = cli("evaluate.py", runs[1], "--samples", 0, cwd=tmp_path, check=2)   # another reference now
+    assert "is not any more the checkpoint that" in p.stderr
 
 
 @pytest.mark.parametrize("args, message", [
     (["nowhere"], "nowhere is not the folder of a run"),
     ([], "the following arguments are required: OUT"),
     (["x", "--samples", "many"], "invalid int value"),
+    (["x", "--samples", "-1"], "--samples must be from 0 to 10000"),
+    (["x", "--device", "mars"], "--device mars is not here"),
 ])
-def test_bad_input_is_one_line_and_exit_2(args, message, tmp_path):
-    p = cli("evaluate.py", *args, cwd=tmp_path, check=2)
-    assert message in p.stderr and len(p.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_exit_2(args, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
+    with pytest.raises(SystemExit) as e:
+        run(evaluate.main)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and message in err and len(err.strip().splitlines()) == 1

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden
 
-from model import GPT, GPTConfig, config_from_hf, load_model, pick, read_safetensors, save_model
+from model import GPT, GPTConfig, load_model, pick, read_safetensors, save_model
 
 CLOSE = dict(rtol=0, atol=1e-4)
 TINY = dict(vocab_size=61, n_ctx=48, n_layer=2, n_head=4, n_embd=32, n_inner=64)
@@ -172,6 +172,41 @@ def test_a_cut_file_is_refused(tmp_path):
         read_safetensors(tmp_path / "x.safetensors")
 
 
-def test_an_unknown_architecture_is_named():
-    with pytest.raises(ValueError, match="model_type 'llama' is not supported"):
-        config_from_hf({"model_type": "llama"})
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "llama"}, "model_type 'llama' is not supported"),
+    ({"scale_attn_weights": False}, "'scale_attn_weights': False} is not implemented"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "is not implemented here"),
+    ({"activation_function": "relu"}, "'relu'} is not implemented here"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "is not implemented here"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "is not implemented here"),
+    ({"n_head": 0}, "n_head cannot be 0"), ({"n_head": "4"}, "n_head cannot be '4'"),
+    ({"n_head": 5}, "does not divide into 5 heads"), ({"vocab_size": None}, "vocab_size cannot be"),
+    ({"n_embd": None}, "n_embd cannot be None"), ({"layer_norm_epsilon": "1e-5"}, "eps '1e-5'"),
+])
+def test_a_config_that_would_give_other_logits_is_refused(tmp_path, change, message):
+    save_model(random_model(SHAPES["gpt2"]), tmp_path, eos=60)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON dict"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.update({"lm_head.weight": torch.ones(61, 32)}), "differs from them"),
+    (lambda s: s.update({"wte.weight": s["transformer.wte.weight"].clone()}), "stand twice"),
+    (lambda s: s.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int64)}),
+     "ln_f.bias is torch.int64"),
+    (lambda s: s.update({"transformer.h.0.attn.c_attn.weight": torch.ones(2, 3, 4)}),
+     "of shape \\(2, 3, 4\\), not numbers"),
+])
+def test_tensors_that_are_not_the_models_are_refused(tmp_path, change, message):
+    torch_files = pytest.importorskip("safetensors.torch")
+    save_model(random_model(SHAPES["gpt2"]), tmp_path, eos=60)
+    state = torch_files.load_file(tmp_path / "model.safetensors")
+    change(state)
+    torch_files.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)

@@ -1,6 +1,7 @@
 """python -m pytest tests/test_synth.py"""
 import csv
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from conftest import SHARED, cli, real_data
 
 import synth
-from data import load_meta, load_rows
+from data import load_meta, load_rows, run
 from evaluate import expressed_opinion
 
 CLASSES = synth.CLASSES
@@ -49,6 +50,7 @@ def test_the_accepted_belief_follows_the_shares_and_the_rejected_is_another(whol
         expected += r["probabilities"]
         got[int(r["accept_choice_id"])] += 1
         assert r["accept_choice"] != r["reject_choice"]
+        assert r["accept_response"] != r["reject_response"]
         assert abs(sum(r["probabilities"]) - 1) < 1e-4
     sd = np.sqrt(expected)                                           # of counts, roughly
     assert (abs(got - expected) < 4 * sd).all()
@@ -57,7 +59,7 @@ def test_the_accepted_belief_follows_the_shares_and_the_rejected_is_another(whol
 def test_the_rule_decides_every_answer_and_finds_the_noise(whole):
     _, meta, rows = whole
     say = lambda side: expressed_opinion(
-        [[f"{r[f'{side}_choice_id']}<{r[f'{side}_choice']}>{r[f'{side}_response']}"]
+        [[(r[f"{side}_choice_id"], r[f"{side}_choice"], r[f"{side}_response"])]
          for r in rows["train"]], meta)
     assert say("reject").all()                                       # the rule knows every template
     assert say("accept").mean() == pytest.approx(0.85, abs=0.02)     # --noise 0.15
@@ -111,7 +113,7 @@ def test_a_survey_table_becomes_rows(table, tmp_path):
         [0, 0, 0.5, 0, 0, 0.5])                                      # classes add up
     assert all("Is it so?" in r["prompt"] for r in rows if r["question_id"] == "0")
     assert all(r["accept_choice"] in by_question[r["question_id"]]["options"] for r in rows)
-    said = [[f"{r['reject_choice_id']}<{r['reject_choice']}>{r['reject_response']}"] for r in rows]
+    said = [[(r["reject_choice_id"], r["reject_choice"], r["reject_response"])] for r in rows]
     assert expressed_opinion(said, meta).all()
 
 
@@ -121,11 +123,34 @@ def test_a_survey_table_becomes_rows(table, tmp_path):
     (["--csv", "no.csv"], "No such file or directory: 'no.csv'"),
     (["--holdout_questions", 3], "must leave some of the 3 questions"),
     (["--train", 1000], "knows 48 paraphrases of a question, not 1004"),
+    (["--train", 0], "--train must be from 1 to 1000"),
+    (["--noise", "nan"], "--noise must be from 0 to 1"),
+    (["--seed", -1], "--seed must be from 0"),
 ])
-def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(table, tmp_path, change, message):
-    p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", *change, cwd=tmp_path, check=2)
-    assert message in p.stderr and "Traceback" not in p.stderr
+def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
+        table, tmp_path, change, message, monkeypatch, capsys):
+    flags = ["synth.py", "opinions", *table, "--out", tmp_path / "d", *change]
+    monkeypatch.setattr(sys, "argv", [str(x) for x in flags])
+    with pytest.raises(SystemExit) as e:
+        run(synth.main)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and message in err[-1] and err[-1].startswith("synth.py: error: ")
     assert not list(tmp_path.glob("d*"))
+
+
+@pytest.mark.parametrize("cell, column, message", [
+    ("{'Chile (rural)': ['a', 0.5]}", 1, "data row 0: the shares of Chile"),
+    ("{'Chile (rural)': 0.5}", 1, "data row 0: the shares of Chile"),
+    ("{'Chile (rural)': [-0.5, 1.5]}", 1, "data row 0: the shares of Chile"),
+    ("", 1, "data row 0: not a Python dict"), ("Yes", 2, "data row 0: not a Python list"),
+])
+def test_a_broken_cell_of_the_table_is_named(tmp_path, cell, column, message):
+    row = list(TABLE[0])
+    row[column] = cell
+    with open(tmp_path / "t.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["question", "selections", "options", "source"], row])
+    with pytest.raises(ValueError, match=message):
+        synth.read_opinions(tmp_path / "t.csv", "Chile (rural)", MAP)
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path):

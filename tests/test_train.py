@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,13 +166,13 @@ def start_and_signal(flags, cwd, out, sig, after_lines):
 def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
     """Bit for bit: weights, losses, data order. kill -9 loses what came after the last evaluation,
     Ctrl-C loses nothing."""
-    flags = argv(world, "--loss", "gdpo", "--epochs", 30)
+    flags = argv(world, "--loss", "gdpo", "--epochs", 30, "--log_every", 3)
     cli("train.py", *flags, "--out", "whole", cwd=sft)
     part = [*flags, "--out", "part"]
-    code, _ = start_and_signal(part, sft, "part", signal.SIGKILL, 40)
+    code, _ = start_and_signal(part, sft, "part", signal.SIGKILL, 30)
     assert code == -signal.SIGKILL
     killed = len(lines(sft / "part"))
-    code, err = start_and_signal([*part, "--resume"], sft, "part", signal.SIGINT, killed + 40)
+    code, err = start_and_signal([*part, "--resume"], sft, "part", signal.SIGINT, killed + 30)
     assert code == 130 and "stopped and saved at step" in err, err
     stopped = lines(sft / "part")[-1]["step"]
     p = cli("train.py", *part, "--resume", cwd=sft)
@@ -184,7 +185,43 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
     p = cli("train.py", *part, "--resume", cwd=sft)                   # nothing left to do: a table
     assert "JSD to the group's beliefs" in p.stdout
     p = cli("train.py", *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
-    assert "other flags than the run began with: --beta 0.3 (was 0.5)" in p.stderr
+    assert "other flags than the run began with: --beta 0.3 (was 1.0)" in p.stderr
+
+
+def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp_path):
+    shutil.copytree(world, tmp_path / "d")
+    init = sft / f"out/{world.name}-sft-seed0/best"
+    flags = ["--loss", "gdpo", "--init", init, "--data", "d", *SMALL, "--epochs", 1, "--out", "o"]
+    cli("train.py", *flags, cwd=tmp_path)
+    path = tmp_path / "d/train.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    p = cli("train.py", *flags, "--resume", cwd=tmp_path, check=2)
+    assert "the rows or the tokenizer are not those that o began with" in p.stderr
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    state = (tmp_path / "o/state.pt").read_bytes()
+    (tmp_path / "o/state.pt").write_bytes(state[:5000])
+    p = cli("train.py", *flags, "--resume", cwd=tmp_path, check=2)
+    assert "o/state.pt is damaged" in p.stderr and "Traceback" not in p.stderr
+
+
+def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world):
+    p = cli("train.py", *argv(world, "--loss", "dpo", "--n_layer", 2, "--out", "other"), cwd=sft,
+            check=2)
+    assert "is another one: --n_layer 1 (here: 2)" in p.stderr and not (sft / "other").exists()
+
+
+def test_two_commands_do_not_write_into_one_folder(sft, world):
+    flags = argv(world, "--loss", "gdpo", "--epochs", 300, "--out", "both")
+    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=sft,
+                         stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        while not (sft / "both/metrics.jsonl").exists() and p.poll() is None:
+            time.sleep(0.05)
+        second = cli("train.py", *flags, "--overwrite", cwd=sft, check=2)
+        assert "another process is at work in both" in second.stderr
+    finally:
+        p.kill()
+        p.communicate()
 
 
 def test_a_run_that_is_there_is_not_lost(sft, world):
@@ -205,7 +242,14 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
     (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, dpo, gdpo"),
     (["--los", "gdpo"], "unrecognized arguments: --los gdpo"),
     (["--beta", "big"], "argument --beta: invalid float value: 'big'"),
-    (["--beta", "-3"], "--beta must be above 0"),
+    (["--beta", "-3"], "--beta must be from"),
+    (["--epochs", "nan"], "--epochs must be from"),
+    (["--lr", "inf"], "--lr must be from"),
+    (["--micro_batch", "-1"], "--micro_batch must be from 0"),
+    (["--warmup", "-5"], "--warmup must be from 0"),
+    (["--seed", "-1"], "--seed must be from 0"),
+    (["--n_layer", "0"], "--n_layer must be from 1"),
+    (["--resume", "--overwrite"], "--resume goes on with the run, --overwrite throws it away"),
     (["--dtype", "float16"], "use bfloat16 or float32"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no folder no/where/, and that is no name on the hub"),
@@ -229,7 +273,7 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
     (lambda rows, meta: rows[2].pop("options"), "train.jsonl, line 3: field 'options' is missing"),
     (lambda rows, meta: rows[1].update(accept_response=""),
      "train.jsonl, line 2: accept_response is empty"),
-    (lambda rows, meta: meta.update(classes=["0", "1", "2", "3", "4", "10"]), "line "),
+    (lambda rows, meta: rows[0].update(accept_choice_id="7"), "line 1: accept_choice_id '7' is not"),
     (lambda rows, meta: meta.update(classes="012345"), "'classes' must list the class labels"),
 ])
 def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, message):
