@@ -457,7 +457,8 @@ def find_checkpoint(name, weights=True):
         raise FileNotFoundError(f"no folder {name}, and that is no name on the hub "
                                 "(gpt2, ORG/MODEL)")
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    repo = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    repo = cache / f"models--{name.replace('/', '--')}"
     commit = None
     for choices in CHECKPOINT if weights else CHECKPOINT[:1]:
         tries = (find(repo, name, file, commit) for find in (cached, fetch) for file in choices)
@@ -569,8 +570,8 @@ def download(url, headers, path, size, name):
         except (requests.RequestException, ConnectionError) as e:
             problem = type(e).__name__
         time.sleep(PAUSE * 2 ** attempt)
-    raise ConnectionError(f"{url}: broken off {TRIES} times ({problem}); what came is kept, run the "
-                          "command again to go on")
+    raise ConnectionError(f"{url}: broken off {TRIES} times ({problem}); what came is kept, run "
+                          "the command again to go on")
 
 
 def check_blob(path, etag, size, url):

@@ -410,7 +410,8 @@ def read_weights(folder):
                     raise ValueError(f"{listing}: shard {shard!r} is not a file of this folder")
                 stored |= {k: v for k, v in read(folder / shard).items() if where.get(k) == shard}
             if len(stored) < len(where):
-                raise ValueError(f"{listing}: no shard holds {sorted(set(where) - set(stored))[:3]}")
+                missing = sorted(set(where) - set(stored))[:3]
+                raise ValueError(f"{listing}: no shard holds {missing}")
             return stored
     raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: give a "
                             "checkpoint folder, such as OUT/best of an earlier run")
@@ -475,12 +476,14 @@ def load_model(folder, device="cpu"):
         shape = relayout(name, p, cfg, to_hf=True).shape
         if not isinstance(w, torch.Tensor) or w.shape != shape or not w.is_floating_point():
             raise ValueError(f"{folder}: {theirs} is {getattr(w, 'dtype', type(w))} of shape "
-                             f"{tuple(getattr(w, 'shape', ()))}, not numbers of shape {tuple(shape)}")
+                             f"{tuple(getattr(w, 'shape', ()))}, "
+                             f"not numbers of shape {tuple(shape)}")
         w = relayout(name, w, cfg, to_hf=False)
         # one copy, in the order of the file: a transposed GPT-2 matrix stays a transposed view
         state[name] = torch.empty_like(w, dtype=torch.float32, device=device).copy_(w)
     for name in TIED if cfg.tied else ():
-        if name in stored and not torch.equal(stored.pop(name)().float(), state["wte.weight"].cpu()):
+        own = stored.pop(name)().float() if name in stored else None
+        if own is not None and not torch.equal(own, state["wte.weight"].cpu()):
             raise ValueError(f"{folder}: config.json ties the head to the embeddings, but {name} "
                              "differs from them: set tie_word_embeddings to false")
     extra = [k for k in stored if not k.endswith(BUFFERS)]

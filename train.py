@@ -305,7 +305,7 @@ class Run:
         self.out, self.step, self.best = Path(o.out), 0, None
         self.before, self.after = None, None           # eval metrics at step 0, and now
         self.sums, self.rows = {}, 0                   # of the steps since the last logged line
-        self.items = None                              # hash of the rows, as tokens
+        self.items, self.lock = None, None             # hash of the rows as tokens; OUT/.lock
         self.writes = rank_and_size()[0] == 0
 
     STATE = ("step", "best", "before", "after", "sums", "rows", "items")
@@ -444,6 +444,8 @@ def train(o):
     policy = torch.compile(model, dynamic=True) if o.compile else model
     policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
     loop(r, policy, loss, items, ref, ids)
+    if r.lock:
+        r.lock.close()
     return r
 
 

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data import run  # noqa: E402
+
 GOLDEN = ROOT / "tests" / "golden"       # from runs of the authors' code and of transformers
 SHARED = ROOT.parent / "shared" / "data"  # real files that users do not have; tests skip without
 torch.set_num_threads(2)
@@ -42,6 +45,24 @@ def cli(script, *args, cwd, check=0, nproc=0, **env):
                        timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     assert check is None or p.returncode == check, p.stdout + p.stderr
     return p
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The same as cli, in this process: no start of Python and torch to wait for."""
+    def call(module, *args, cwd, check=0):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        code = 0
+        capsys.readouterr()
+        try:
+            run(module.main)
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        assert code == check, out + err
+        return SimpleNamespace(stdout=out, stderr=err, returncode=code)
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, SHARED, SMALL, cli, golden, real_data
 
 import data
+import evaluate
+import train
 from data import Tokenizer, find_checkpoint, train_bpe
 from model import GPT, GPTConfig, load_model, save_model
 from train import memory
@@ -243,14 +245,14 @@ def mini_tokenizer(family, folder):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "pythia"])
-def test_transformers_loads_what_a_run_writes(family, tmp_path, world):
+def test_transformers_loads_what_a_run_writes(family, tmp_path, world, call):
     """A run from a checkpoint of each family: OUT/best gives the same logits and ids there."""
     transformers = pytest.importorskip("transformers")
     base = tmp_path / "base"
     tokenizer = mini_tokenizer(family, base)
     cfg = GPTConfig(**vars(SHAPES[family]) | {"vocab_size": 512, "n_ctx": 192})
     save_model(GPT(cfg).init_weights(0), base, tokenizer.eos)
-    cli("train.py", "--loss", "sft", "--model", base, "--data", world, "--epochs", 1,
+    call(train, "--loss", "sft", "--model", base, "--data", world, "--epochs", 1,
         "--batch_size", 8, "--lr", 1e-3, "--device", "cpu", "--checkpointing", "--out", "out",
         cwd=tmp_path)
     best = tmp_path / "out/best"
@@ -266,7 +268,7 @@ def test_transformers_loads_what_a_run_writes(family, tmp_path, world):
     assert {p.name for p in best.iterdir()} <= {
         "config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt",
         "tokenizer_config.json"}
-    p = cli("evaluate.py", base, best, "--data", world, "--samples", 1, "--max_new_tokens", 4,
+    p = call(evaluate, base, best, "--data", world, "--samples", 1, "--max_new_tokens", 4,
             cwd=tmp_path)
     assert f"{base} " in p.stdout and not (base / "eval.json").exists()
 

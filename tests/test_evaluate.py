@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL, cli, golden
 
 import evaluate
+import train
 from data import run
 from evaluate import (by_kind, class_belief_consistency, expressed_opinion, interval, jsd,
                       margin_metrics, over_seeds, parse_answer, reference_distributions,
@@ -119,8 +120,8 @@ def test_runs_that_differ_in_their_seed_are_averaged():
     assert over_seeds(results, {n: {"seed": 0} for n in results}) == {}
 
 
-def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path):
-    cli("train.py", "--loss", "gdpo", "--data", world, "--epochs", 1, *SMALL, cwd=tmp_path)
+def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path, call):
+    call(train, "--loss", "gdpo", "--data", world, "--epochs", 1, *SMALL, cwd=tmp_path)
     runs = [f"out/{world.name}-{loss}-seed0" for loss in ("sft", "gdpo")]
     p = cli("evaluate.py", *runs, "--samples", 2, "--max_new_tokens", 12, cwd=tmp_path)
     for run in runs:
@@ -130,10 +131,11 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path)
         assert saved["seen"]["jsd"][1] <= saved["seen"]["jsd"][0] <= saved["seen"]["jsd"][2]
     assert "given majority" in p.stdout and "JSD without training: majority" in p.stdout
     assert saved["seen"]["given_majority"] and saved["seen"]["cbc"] and saved["seen"]["opinion"]
-    again = cli("evaluate.py", runs[1], "--samples", 2, "--max_new_tokens", 12, cwd=tmp_path)
+    again = call(evaluate, runs[1], "--samples", 2, "--max_new_tokens", 12, cwd=tmp_path)
     assert json.loads((tmp_path / runs[1] / "eval.json").read_text()) == saved and again.stdout
-    cli("train.py", "--loss", "sft", "--data", world, "--epochs", 2, *SMALL, "--overwrite", cwd=tmp_path)
-    p = cli("evaluate.py", runs[1], "--samples", 0, cwd=tmp_path, check=2)   # another reference now
+    call(train, "--loss", "sft", "--data", world, "--epochs", 2, *SMALL, "--overwrite",
+         cwd=tmp_path)
+    p = call(evaluate, runs[1], "--samples", 0, cwd=tmp_path, check=2)   # another reference now
     assert "is not any more the checkpoint that" in p.stderr
 
 

@@ -122,8 +122,8 @@ def test_defaults_are_the_papers_for_checkpoints():
 @pytest.mark.parametrize("loss, dtype, tolerance", [
     ("dpo", "float32", 1e-5), ("gdpo", "float32", 1e-5), ("gdpo", "bfloat16", 1e-2)])
 def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
-        sft, world, loss, dtype, tolerance):
-    p = cli("train.py", *argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype,
+        sft, world, loss, dtype, tolerance, call):
+    p = call(train, *argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype,
                               "--out", loss + dtype), cwd=sft)
     first, *_ = evals(sft / (loss + dtype))
     for name, value in first.items():
@@ -188,24 +188,24 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
     assert "other flags than the run began with: --beta 0.3 (was 1.0)" in p.stderr
 
 
-def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp_path):
+def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp_path, call):
     shutil.copytree(world, tmp_path / "d")
     init = sft / f"out/{world.name}-sft-seed0/best"
     flags = ["--loss", "gdpo", "--init", init, "--data", "d", *SMALL, "--epochs", 1, "--out", "o"]
-    cli("train.py", *flags, cwd=tmp_path)
+    call(train, *flags, cwd=tmp_path)
     path = tmp_path / "d/train.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    p = cli("train.py", *flags, "--resume", cwd=tmp_path, check=2)
+    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
     assert "the rows or the tokenizer are not those that o began with" in p.stderr
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     state = (tmp_path / "o/state.pt").read_bytes()
     (tmp_path / "o/state.pt").write_bytes(state[:5000])
-    p = cli("train.py", *flags, "--resume", cwd=tmp_path, check=2)
+    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
     assert "o/state.pt is damaged" in p.stderr and "Traceback" not in p.stderr
 
 
-def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world):
-    p = cli("train.py", *argv(world, "--loss", "dpo", "--n_layer", 2, "--out", "other"), cwd=sft,
+def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world, call):
+    p = call(train, *argv(world, "--loss", "dpo", "--n_layer", 2, "--out", "other"), cwd=sft,
             check=2)
     assert "is another one: --n_layer 1 (here: 2)" in p.stderr and not (sft / "other").exists()
 
@@ -224,9 +224,9 @@ def test_two_commands_do_not_write_into_one_folder(sft, world):
         p.communicate()
 
 
-def test_a_run_that_is_there_is_not_lost(sft, world):
+def test_a_run_that_is_there_is_not_lost(sft, world, call):
     flags = argv(world, "--loss", "sft", "--epochs", 1)
-    p = cli("train.py", *flags, cwd=sft, check=2)
+    p = call(train, *flags, cwd=sft, check=2)
     assert "holds a run already: --resume to go on" in p.stderr
     assert len(evals(sft / f"out/{world.name}-sft-seed0")) > 5
 
@@ -273,10 +273,10 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
     (lambda rows, meta: rows[2].pop("options"), "train.jsonl, line 3: field 'options' is missing"),
     (lambda rows, meta: rows[1].update(accept_response=""),
      "train.jsonl, line 2: accept_response is empty"),
-    (lambda rows, meta: rows[0].update(accept_choice_id="7"), "line 1: accept_choice_id '7' is not"),
+    (lambda rows, meta: rows[0].update(accept_choice_id="7"), "line 1: accept_choice_id '7' is"),
     (lambda rows, meta: meta.update(classes="012345"), "'classes' must list the class labels"),
 ])
-def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, message):
+def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, message, call):
     rows = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()]
     meta = json.loads((world / "meta.json").read_text())
     change(rows, meta)
@@ -284,17 +284,17 @@ def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, messag
     for s in ("train", "eval"):
         (tmp_path / f"d/{s}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "d/meta.json").write_text(json.dumps(meta))
-    p = cli("train.py", "--data", "d", "--loss", "sft", cwd=tmp_path, check=2)
+    p = call(train, "--data", "d", "--loss", "sft", cwd=tmp_path, check=2)
     assert message in p.stderr and len(p.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path):
+def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path, call):
     (tmp_path / "d").mkdir()
     for name in ("train.jsonl", "eval.jsonl", "meta.json"):
         text = (world / name).read_text().replace('"5"', '"10"')
         (tmp_path / "d" / name).write_text(text)
-    p = cli("train.py", "--data", "d", "--loss", "sft", *SMALL, cwd=tmp_path, check=2)
+    p = call(train, "--data", "d", "--loss", "sft", *SMALL, cwd=tmp_path, check=2)
     assert "class '10' is 2 tokens" in p.stderr and not (tmp_path / "out").exists()
 
 
