@@ -576,7 +576,7 @@ def dry_run(o):
 def table(r):
     """What the run did, in words for its owner."""
     a, b, o = r.before, r.after, r.o
-    lines = [f"\n{o.loss} on {o.data}, {len(a)} measures on held-out paraphrases (eval split):",
+    lines = [f"\n{o.loss} on {o.data}, held-out paraphrases (eval split):",
              f"{'':46}{'before':>9}{'after':>9}"]
     names = {"jsd": "JSD to the group's beliefs (0 to 0.833)",
              "class_mass": "mass on the class tokens"}
