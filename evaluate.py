@@ -299,7 +299,8 @@ class Evaluation:
         """{metric: (B,)} of one run, and its items."""
         folder = Path(out) / o.checkpoint if run_config["loss"] else out
         if run_config["loss"] and not folder.is_dir():
-            raise FileNotFoundError(f"{out} has no {o.checkpoint}/ yet: finish the run with --resume")
+            raise FileNotFoundError(f"{out} has no {o.checkpoint}/ yet: finish the run with "
+                                    "--resume")
         items, model, tokenizer, s = self.score(folder, device, run_config)
         metrics = belief_metrics(s)
         if run_config["init"]:
