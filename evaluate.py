@@ -81,7 +81,7 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
     parts, start = [], 0
     bar = progress(total=len(mine), desc=desc, unit="row", leave=False, disable=rank > 0, delay=1)
     while start < len(mine):
-        stop, longest = start + 1, lengths[mine[start]]
+        stop = start + 1
         while (stop < len(mine)
                and (stop + 1 - start) * len(branches) * lengths[mine[stop]] <= tokens):
             stop += 1
@@ -322,10 +322,11 @@ class Evaluation:
     def reference(self, out, device, run_config):
         """Log-probs under the checkpoint that the run in OUT began with, which must still be it."""
         init = run_config["init"]
-        if init not in self.references:
+        key = (init, run_config["dtype"], run_config["max_length"], run_config["overlong"])
+        if key not in self.references:
             _, model, _, s = self.score(init, device, run_config)
-            self.references[init] = s.logps, fingerprint(model)
-        logps, now = self.references[init]
+            self.references[key] = s.logps, fingerprint(model)
+        logps, now = self.references[key]
         if load_torch(Path(out) / "reference.pt")["init"] != now:
             raise ValueError(f"{init} is not any more the checkpoint that {out} began with: train "
                              "the run again, or put that checkpoint back")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT, SHARED, SMALL, cli, golden, real_data
+from conftest import ROOT, SHARED, cli, real_data
 
 import data
 import evaluate

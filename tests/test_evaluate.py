@@ -124,9 +124,9 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path,
     call(train, "--loss", "gdpo", "--data", world, "--epochs", 1, *SMALL, cwd=tmp_path)
     runs = [f"out/{world.name}-{loss}-seed0" for loss in ("sft", "gdpo")]
     p = cli("evaluate.py", *runs, "--samples", 2, "--max_new_tokens", 12, cwd=tmp_path)
-    for run in runs:
-        saved = json.loads((tmp_path / run / "eval.json").read_text())
-        [line] = [x for x in p.stdout.splitlines() if x.startswith(run)][:1]
+    for out in runs:
+        saved = json.loads((tmp_path / out / "eval.json").read_text())
+        [line] = [x for x in p.stdout.splitlines() if x.startswith(out)][:1]
         assert f"{saved['seen']['jsd'][0]:.3f}" == line.split()[1]
         assert saved["seen"]["jsd"][1] <= saved["seen"]["jsd"][0] <= saved["seen"]["jsd"][2]
     assert "given majority" in p.stdout and "JSD without training: majority" in p.stdout

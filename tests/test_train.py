@@ -13,7 +13,7 @@ import torch
 from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli
 
 import train
-from data import class_ids, encode_rows, load_rows, run, train_bpe
+from data import encode_rows, run
 from losses import LOSSES
 from model import load_model, read_safetensors
 from train import Config, lr_at, resolve, train_step
