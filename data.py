@@ -3,19 +3,22 @@
 Second in reading order. A row is one JSON object a line (see load_rows). It is never tokenized as
 one string and searched for its parts: prompt, belief and response are tokenized apart and joined,
     <Q>{prompt}<A> | {class}<{belief text}> | {response}<|endoftext|>      (reviews: {class} alone)
-and every scored token carries the piece it belongs to, so that every loss is a selection.
+and every scored token carries the piece it belongs to, so that every loss is a selection. The
+prompt's form is the dataset's own (`form` in meta.json): another puts the group before it.
 
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
-At the end of the file: checkpoints from the hub, and what the scripts share at their boundary
-(flags, files, one-line errors).
+At the end of the file: checkpoints and rows from the hub, HTTP, and what the scripts share at their
+boundary (flags, files, one-line errors).
 """
 import argparse
+import ast
 import dataclasses
 import fcntl
 import hashlib
 import inspect
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -34,8 +37,9 @@ from tqdm import tqdm
 
 FIELDS = {"prompt": str, "options": list, "probabilities": list, "accept_choice_id": (str, int),
           "accept_response": str, "reject_choice_id": (str, int), "reject_response": str}
-TEXTS = ("accept_choice", "reject_choice", "group", "question_id", "context")    # optional fields
+TEXTS = ("accept_choice", "reject_choice", "group", "question_id")               # optional fields
 SPLITS = ("train", "eval", "test")
+FORM = "<Q>{prompt}<A>"                # of the prompt, where meta.json names no other
 
 
 def check_row(row, classes):
@@ -50,6 +54,10 @@ def check_row(row, classes):
     for name in TEXTS:
         if row.get(name) is not None and not isinstance(row[name], str):
             raise ValueError(f"field {name!r} must be text, got {row[name]!r}")
+    context = row.get("context") or ""
+    if not isinstance(context, str) and not (
+            isinstance(context, list) and all(isinstance(shot, str) for shot in context)):
+        raise ValueError(f"field 'context' must be text, or a list of texts, got {context!r}")
     options = row["options"]
     if len(options) < 2 or len(set(map(str, options))) < len(options):
         raise ValueError(f"options must be two or more different beliefs, got {options}")
@@ -109,7 +117,55 @@ def load_meta(folder):
         texts = meta.get(name) or {}
         if not isinstance(texts, dict) or not all(str(c) in classes for c in texts.values()):
             raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
+    check_form(meta.setdefault("form", FORM), path)
     return meta
+
+
+def check_form(form, where):
+    if not isinstance(form, str) or form.count("{prompt}") != 1:
+        raise ValueError(f"{where}: the prompt's form must be a text that holds {{prompt}} once "
+                         f"(and {{group}} perhaps), got {form!r}")
+
+
+def load_dataset(names, splits, form=""):
+    """(meta, {split: rows}) of one dataset or of several, mixed: folders or names on the hub, with
+    commas between. They must agree on what their rows mean; form: instead of their own.
+    ValueError, FileNotFoundError: one line, what to change."""
+    folders = [find_dataset(name) for name in names.split(",")]
+    metas = [load_meta(folder) for folder in folders]
+    meta = dict(metas[0])
+    for other, folder in zip(metas[1:], folders[1:]):
+        for key in ("classes", "off_scale") + (() if form else ("form",)):
+            if other.get(key) != meta.get(key):
+                raise ValueError(f"{folder}: its {key} {other.get(key)!r} differ from "
+                                 f"{meta.get(key)!r} of {folders[0]}, so that they cannot be mixed"
+                                 + (": say --form" if key == "form" else ""))
+        for key in ("belief_to_class", "stances"):
+            texts = meta.get(key) or {}
+            odd = [t for t, c in (other.get(key) or {}).items() if str(texts.get(t, c)) != str(c)]
+            if odd:
+                raise ValueError(f"{folder}: {odd[0]!r} has another class there than in "
+                                 f"{folders[0]}: correct one of their {key}")
+            meta[key] = texts | (other.get(key) or {})
+    if form:
+        check_form(form, "--form")
+        meta["form"] = form
+    rows = {s: [row for folder in folders for row in load_rows(folder / f"{s}.jsonl",
+                                                               meta["classes"])] for s in splits}
+    return meta, rows
+
+
+def dataset_name(names):
+    """"data/usa,data/pk" -> "usa+pk", to name a run's folder by."""
+    return "+".join(Path(name).name for name in names.split(","))
+
+
+def prompt_text(row, form):
+    """The prompt as the model reads it, without few-shot context. The group stands in it where the
+    form has {group}."""
+    before, after = form.split("{prompt}")
+    group = row.get("group") or ""
+    return before.replace("{group}", group) + row["prompt"] + after.replace("{group}", group)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -326,18 +382,23 @@ def class_ids(tokenizer, classes):
     return [i[0] for i in ids]
 
 
-def encode_rows(rows, tokenizer, classes, max_length, overlong="error", name="data"):
-    """Rows -> Items of at most max_length tokens. A longer row is an error, is dropped, or is
-    trimmed: the prompt's middle goes first (down to half of max_length; <Q> and <A> stay), then the
-    response's end, and with it EOS. Drops are counted aloud. name: for messages."""
+def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"):
+    """Rows -> Items of at most max_length tokens. A row whose context is a list of shots loses the
+    second of them (the first is the instruction) until it fits. A row still too long is an error,
+    is dropped, or is trimmed: the prompt's middle goes first (down to half of max_length; <Q> and
+    <A> stay), then the response's end, and with it EOS. All is counted aloud. name: for
+    messages."""
     encode = lru_cache(100_000)(tokenizer.encode)      # prompts and beliefs repeat
+    classes, form = meta["classes"], meta.get("form", FORM)
     class_ids(tokenizer, classes)
-    items, dropped, trimmed = [], 0, 0
+    items, dropped, trimmed, fewer = [], 0, 0, 0
     for n, row in enumerate(rows):
+        shots, prompt = row.get("context") or "", prompt_text(row, form)
+        shots = [shots] if isinstance(shots, str) else list(shots)
         sides = [(str(row[f"{s}_choice_id"]), row.get(f"{s}_choice")) for s in ("accept", "reject")]
         target, accept = row["probabilities"], classes.index(sides[0][0])
         item = Item(
-            row=n, prompt=encode((row.get("context") or "") + f"<Q>{row['prompt']}<A>"),
+            row=n, prompt=encode("".join(shots) + prompt),
             beliefs=tuple(encode(f"{c}<{text}>" if text else c) for c, text in sides),
             responses=tuple(tokenizer.encode(row[f"{s}_response"]) + [tokenizer.eos]
                             for s in ("accept", "reject")),
@@ -345,6 +406,10 @@ def encode_rows(rows, tokenizer, classes, max_length, overlong="error", name="da
             n_options=len(row["options"]), kind=kind_of(target, accept),
             question=str(row.get("question_id") or row["prompt"]),
             group=str(row.get("group") or ""))
+        fewer += item.length(BRANCHES) > max_length and len(shots) > 1
+        while item.length(BRANCHES) > max_length and len(shots) > 1:
+            del shots[1]
+            item.prompt = encode("".join(shots) + prompt)
         if item.length(BRANCHES) > max_length:
             if overlong == "error":
                 raise ValueError(
@@ -359,6 +424,9 @@ def encode_rows(rows, tokenizer, classes, max_length, overlong="error", name="da
     if dropped or trimmed:
         print(f"{name}: of {len(rows)} rows {trimmed} trimmed and {dropped} dropped, "
               f"longer than {max_length} tokens", file=sys.stderr)
+    if fewer:
+        print(f"{name}: {fewer} of {len(rows)} rows do not fit {max_length} tokens with all their "
+              "shots, and keep those that do", file=sys.stderr)
     if not items:
         raise ValueError(f"{name}: no row fits {max_length} tokens: raise --max_length")
     return items
@@ -456,10 +524,7 @@ def find_checkpoint(name, weights=True):
     if not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
         raise FileNotFoundError(f"no folder {name}, and that is no name on the hub "
                                 "(gpt2, ORG/MODEL)")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    repo = cache / f"models--{name.replace('/', '--')}"
-    commit = None
+    repo, commit = hub_cache() / f"models--{name.replace('/', '--')}", None
     for choices in CHECKPOINT if weights else CHECKPOINT[:1]:
         tries = (find(repo, name, file, commit) for find in (cached, fetch) for file in choices)
         path = next(filter(None, tries), None)
@@ -471,6 +536,15 @@ def find_checkpoint(name, weights=True):
                 if not (cached(repo, name, shard, commit) or fetch(repo, name, shard, commit)):
                     raise ValueError(f"{path}: shard {shard!r} is not beside it on the hub")
     return path.parent
+
+
+def hub_cache():
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+
+
+def offline():
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
 def cached(repo, name, file, commit):
@@ -486,7 +560,7 @@ def fetch(repo, name, file, commit):
     It is fetched into blobs/ETAG.incomplete, from where an earlier try broke off, its size and, if
     the hub tells it, its sha256 are checked, and it is renamed. A lock keeps other processes
     out."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if offline():
         raise FileNotFoundError(f"{name}: {file} is not in {repo} and HF_HUB_OFFLINE is set")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url, token = f"{endpoint}/{name}/resolve/{commit or 'main'}/{file}", os.environ.get("HF_TOKEN")
@@ -523,26 +597,35 @@ def fetch(repo, name, file, commit):
     return link
 
 
-def request(method, url, headers, **kwargs):
-    """One HTTP answer, of 2xx or 404. 429 and 5xx are asked again, after Retry-After or a doubling
-    wait; another 4xx, and a server out of reach, is a one-line error."""
-    for attempt in range(TRIES):
+def request(method, url, headers=None, read=None, tries=None, sleep=time.sleep, **kwargs):
+    """One HTTP answer, of 2xx or 404, or read(it). 429, 5xx, timeouts, cut connections and answers
+    that cannot be read are asked again, after Retry-After or a jittered, doubling wait; another
+    4xx is an error with the server's words at once, and so is, without tries, a server out of
+    reach. sleep may return True to give up."""
+    for attempt in range(tries or TRIES):
+        wait = PAUSE * 2 ** attempt * random.uniform(0.5, 1.5)
         try:
             answer = requests.request(method, url, headers=headers, allow_redirects=True,
-                                      timeout=(10, TIMEOUT), **kwargs)
+                                      auth=lambda r: r,  # else ~/.netrc overrides the headers
+                                      **{"timeout": (10, TIMEOUT)} | kwargs)
+            if answer.ok or answer.status_code == 404:
+                return read(answer) if read else answer
+            problem = f"the server answered {answer.status_code} {answer.reason}"
+            if answer.status_code in (401, 403) and method == "HEAD":
+                raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants an "
+                                 "HF_TOKEN")
+            if answer.status_code != 429 and answer.status_code < 500:
+                raise ValueError(f"{url}: {problem}: {' '.join(answer.text.split())[:500]}")
+            asked = answer.headers.get("Retry-After", "")
+            wait = float(asked) if asked.replace(".", "", 1).isdigit() else wait
         except requests.RequestException as e:
-            raise ConnectionError(f"{url}: {type(e).__name__}: give a local folder, or check the "
-                                  "network and HF_ENDPOINT") from None
-        if answer.status_code in (401, 403):
-            raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants an "
-                             "HF_TOKEN")
-        if answer.ok or answer.status_code == 404:
-            return answer
-        if answer.status_code != 429 and answer.status_code < 500:
-            break
-        asked = answer.headers.get("Retry-After", "")
-        time.sleep(min(60, int(asked) if asked.isdigit() else PAUSE * 2 ** attempt))
-    raise ConnectionError(f"{url}: the server answered {answer.status_code} {answer.reason}")
+            problem = type(e).__name__
+            if not tries and "Max retries" in str(e):
+                raise ConnectionError(f"{url}: {problem}: give a local folder, or check the network "
+                                      "and HF_ENDPOINT") from None
+        if attempt + 1 < (tries or TRIES) and sleep(min(60, wait)):
+            raise ConnectionAbortedError(url)
+    raise ConnectionError(f"{url}: {problem}, {attempt + 1} times")
 
 
 def download(url, headers, path, size, name):
@@ -589,6 +672,137 @@ def check_blob(path, etag, size, url):
                          "differ); it was thrown away, run the command again")
 
 
+def find_dataset(name):
+    """A dataset's folder for --data: a local one, or a published set by its name on the hub
+    ("Binwei01/mmoqa_usa"), whose rows are then fetched once and kept beside the checkpoints."""
+    if Path(name).is_dir() or Path(name).parent.is_dir() or not re.fullmatch(
+            r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", name):
+        return Path(name)                              # a local one, perhaps not there
+    folder = hub_cache() / f"rows--{name.replace('/', '--')}"
+    if not (folder / "meta.json").is_file():
+        if offline():
+            raise FileNotFoundError(f"{name} is not in {folder} and HF_HUB_OFFLINE is set")
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "meta.json").is_file():
+                fetch_rows(name, folder)
+    return folder
+
+
+PAGE = 100                             # rows of an answer: the most that the hub gives
+
+
+def fetch_rows(name, folder):
+    """All rows of a published dataset into folder, by the hub's rows API. meta.json comes last, and
+    tells that they are complete."""
+    ours = {"validation": "eval", "valid": "eval", "dev": "eval"}
+    found = {ours.get(s["split"], s["split"]): s for s in ask_hub(name, "splits")["splits"]}
+    if not set(SPLITS) <= set(found):
+        raise ValueError(f"{name} has the splits {sorted(found)}, not {', '.join(SPLITS)}")
+    for split in SPLITS:
+        if not (folder / f"{split}.jsonl").is_file():
+            fetch_split(name, found[split]["config"], found[split]["split"],
+                        folder / f"{split}.jsonl")
+    write(folder / "meta.json", json.dumps(published_meta(name, folder), indent=1) + "\n")
+
+
+def fetch_split(name, config, split, path):
+    """One split, page after page, into PATH.part, from where an earlier try broke off."""
+    part, done = Path(f"{path}.part"), 0
+    if part.is_file():
+        lines = part.read_bytes().split(b"\n")[:-1]    # without the half line of a killed fetch
+        part.write_bytes(b"".join(line + b"\n" for line in lines))
+        done = len(lines)
+    with progress(desc=f"fetching {name}, {split}", unit="row", initial=done) as bar, \
+            open(part, "a", encoding="utf-8") as f:
+        while bar.total is None or done < bar.total:
+            rows, total = page(name, config, split, done, PAGE)
+            if not rows and done < total:
+                raise ValueError(f"{name}, {split}: the hub ends at row {done} of {total}")
+            for n, row in enumerate(rows, done):
+                row = published_row(row, f"{name}, {split}, row {n}")
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.flush()
+            done, bar.total = done + len(rows), total
+            bar.update(len(rows))
+    part.rename(path)
+
+
+def page(name, config, split, offset, length):
+    """(rows from offset on, how many there are in all). Where long cells come cut off, the page is
+    asked for again in halves."""
+    answer = ask_hub(name, "rows", config=config, split=split, offset=offset, length=length)
+    cut = [r["truncated_cells"] for r in answer["rows"] if r.get("truncated_cells")]
+    if not cut:
+        return [r["row"] for r in answer["rows"]], answer["num_rows_total"]
+    if length == 1:
+        raise ValueError(f"{name}, {split}, row {offset}: the hub cuts {cut[0]} off: fetch the "
+                         "dataset in another way")
+    half = length // 2
+    return (page(name, config, split, offset, half)[0]
+            + page(name, config, split, offset + half, length - half)[0], answer["num_rows_total"])
+
+
+def ask_hub(name, what, **query):
+    server = os.environ.get("HF_DATASETS_SERVER") or "https://datasets-server.huggingface.co"
+    token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    status, answer = request("GET", f"{server.rstrip('/')}/{what}", headers,
+                             read=lambda r: (r.status_code, r.json()),
+                             params={"dataset": name} | query)
+    if status == 404:
+        raise ValueError(f"no folder {name}, and the hub has no such dataset ({answer}): make one "
+                         "with synth.py, or correct --data")
+    return answer
+
+
+def published_row(row, where):
+    """A published row in the columns of DESIGN: numbers may be texts and lists may be literals."""
+    lacking = [k for k in FIELDS if row.get(k) is None]
+    if lacking:
+        raise ValueError(f"{where} has no column {', '.join(lacking)}; it has "
+                         f"{', '.join(sorted(row))}")
+    out = {k: row[k] for k in (*FIELDS, *TEXTS) if row.get(k) not in (None, "")}
+    for name in ("options", "probabilities"):
+        if isinstance(row[name], str):
+            try:
+                out[name] = ast.literal_eval(row[name])
+            except (ValueError, SyntaxError):
+                raise ValueError(f"{where}: {name} is no list: {row[name]!r:.80}") from None
+    out["options"] = [str(option) for option in out["options"]]
+    for name in ("accept_choice_id", "reject_choice_id", *(k for k in TEXTS if k in out)):
+        value = out.get(name, "")
+        out[name] = str(int(value)) if isinstance(value, float) else str(value)
+    if out["prompt"].startswith("<Q>") and out["prompt"].endswith("<A>"):
+        out["prompt"] = out["prompt"][3:-3]
+    return out
+
+
+def published_meta(name, folder):
+    """meta.json of a published set from its rows: six shares are classes 0..5, 0 off the scale,
+    and five are ratings 1..5; a belief's class is the one that rows give it most often."""
+    seen, sizes = defaultdict(Counter), Counter()
+    for split in SPLITS:
+        with open(folder / f"{split}.jsonl", encoding="utf-8") as f:
+            for row in map(json.loads, f):
+                sizes[len(row["probabilities"])] += 1
+                for side in ("accept", "reject"):
+                    if row.get(f"{side}_choice"):
+                        seen[row[f"{side}_choice"]][row[f"{side}_choice_id"]] += 1
+    if len(sizes) != 1 or not set(sizes) <= {5, 6}:
+        raise ValueError(f"{name}: probabilities of {sorted(sizes)} entries: 5 (ratings) or 6 "
+                         "(opinions) are known here")
+    six = set(sizes) == {6}
+    odd = sum(len(c) > 1 for c in seen.values())
+    if odd:
+        print(f"{name}: {odd} of {len(seen)} belief texts occur under several classes; each counts "
+              "for its most frequent one", file=sys.stderr)
+    return {"classes": [str(k) for k in range(0 if six else 1, 6)],
+            "off_scale": "0" if six and seen else None, "made_by": "published", "from": name,
+            "belief_to_class": {t: c.most_common(1)[0][0] for t, c in seen.items()}}
+
+
 # ---------------------------------------------------------------------------------------------
 # The boundary that all scripts share: flags, files, one-line errors
 
@@ -629,6 +843,11 @@ def check_ranges(o, **ranges):
     for name, (low, high) in ranges.items():
         if not low <= getattr(o, name) <= high:        # NaN is in no range
             raise ValueError(f"--{name} must be from {low:g} to {high:g}, got {getattr(o, name)}")
+
+
+def progress(*args, **kwargs):
+    """A progress bar; where nobody watches (a log file), a line every 30 seconds."""
+    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **kwargs)
 
 
 def read_json(path, kind=dict):

@@ -10,7 +10,6 @@ Left out here: BPC by an LLM judge, RS, figures.
 """
 import json
 import re
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,10 +18,9 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data import (Parser, SPLITS, Tokenizer, add_flags, check_ranges, class_ids, collate,
-                  encode_rows, find_checkpoint, load_meta, load_rows, read_json, run, write)
+                  encode_rows, find_checkpoint, load_dataset, progress, read_json, run, write)
 from losses import ANSWER, RESPONSE, Scores, logratios, margin, score
 from model import fingerprint, load_model
 
@@ -37,11 +35,6 @@ KINDS = ("majority", "minority", "other")
 
 def rank_and_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def progress(*args, **kwargs):
-    """A progress bar; where nobody watches (a log file), a line every 30 seconds."""
-    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **kwargs)
 
 
 def device_of(name):
@@ -276,12 +269,10 @@ class Config:
 
 class Evaluation:
     """What runs on one dataset share: its rows, and the reference's log-probs by checkpoint."""
-    def __init__(self, folder, split):
-        self.meta = load_meta(folder)
-        self.name = f"{folder}/{split}.jsonl"
-        self.rows = load_rows(self.name, self.meta["classes"])
-        train = load_rows(Path(folder) / "train.jsonl", self.meta["classes"])
-        self.trained = {str(r.get("question_id") or r["prompt"]) for r in train}
+    def __init__(self, data, form, split):
+        self.meta, rows = load_dataset(data, dict.fromkeys(("train", split)), form)
+        self.name, self.rows = f"{data}/{split}.jsonl", rows[split]
+        self.trained = {str(r.get("question_id") or r["prompt"]) for r in rows["train"]}
         self.references = {}
 
     def score(self, folder, device, run_config):
@@ -290,7 +281,7 @@ class Evaluation:
         model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
         ids = class_ids(tokenizer, self.meta["classes"])
         limit = min(run_config["max_length"] or model.cfg.n_ctx, model.cfg.n_ctx)
-        items = encode_rows(self.rows, tokenizer, self.meta["classes"], limit,
+        items = encode_rows(self.rows, tokenizer, self.meta, limit,
                             run_config["overlong"], self.name)
         s = score_rows(model, items, EVAL_BRANCHES, ids, run_config["dtype"])
         return items, model, tokenizer, s
@@ -349,15 +340,30 @@ def interval(values, questions):
 
 
 def summary(metrics, items, trained):
-    """{"seen": {metric: [mean, low, high]}, "unseen": ...}: questions with a paraphrase in training
-    and questions never trained on."""
-    questions = np.array([i.question for i in items])
+    """{part: {metric: [mean, low, high]}}: "seen", questions with a paraphrase in training, and
+    "unseen", never trained on; of several groups also each, and for each metric the worst."""
+    questions, groups = (np.array([getattr(i, k) for i in items]) for k in ("question", "group"))
     seen = np.array([q in trained for q in questions])
-    return {name: {"rows": int(mask.sum()), "questions": len(set(questions[mask])),
-                   **{k: interval(v[mask], questions[mask]) for k, v in metrics.items()}}
-            for name, mask in (("seen", seen), ("unseen", ~seen)) if mask.any()}
+    parts = {"seen": seen, "unseen": ~seen}
+    if len(set(groups)) > 1:
+        parts |= {f"group {g}": groups == g for g in sorted(set(groups))}
+    out = {name: {"rows": int(mask.sum()), "questions": len(set(questions[mask])),
+                  **{k: interval(v[mask], questions[mask]) for k, v in metrics.items()}}
+           for name, mask in parts.items() if mask.any()}
+    several = [v for name, v in out.items() if name.startswith("group ")]
+    if several:
+        out["worst group"] = {k: worst(k, [v[k] for v in several if v[k]]) for k in metrics}
+    return out
 
 
+def worst(metric, values):
+    """Of [[mean, low, high], ...] the worst: the largest distance, or the smallest of a metric
+    where more is better."""
+    pick = max if metric in LESS_IS_BETTER else min
+    return pick(values, key=lambda v: v[0], default=None)
+
+
+LESS_IS_BETTER = ("jsd", "sampled_jsd", "sampling_floor")
 BELIEFS = {"jsd": "JSD", "class_mass": "mass", "sampled_jsd": "sampled JSD", "cbc": "CBC",
            "opinion": "opinion"}
 MARGINS = {f"{kind}_{k}": f"{kind} {k}" for kind in ("joint", "given") for k in KINDS}
@@ -437,28 +443,27 @@ def main():
     configs = {out: read_run(out, o) for out in dict.fromkeys(x.rstrip("/") or x for x in outs)}
     evaluations, results = {}, {}
     for out in progress(configs, desc="runs", unit="run", disable=len(configs) == 1):
-        data = o.data or configs[out]["data"]
+        data = o.data or configs[out]["data"], configs[out].get("form", "")
         if data not in evaluations:
-            evaluations[data] = Evaluation(data, o.split)
+            evaluations[data] = Evaluation(*data, o.split)
         e = evaluations[data]
         metrics, items = e.measure(out, o, configs[out], o.device)
         results[out] = summary(metrics, items, e.trained)
         if configs[out]["loss"]:
             write(Path(out) / "eval.json", json.dumps({"split": o.split, "checkpoint": o.checkpoint,
-                  "data": data, "samples": o.samples, **results[out]}, indent=1) + "\n")
+                  "data": data[0], "samples": o.samples, **results[out]}, indent=1) + "\n")
     report(results, configs, evaluations, o)
 
 
 def report(results, configs, evaluations, o):
     merged = over_seeds(results, configs)
-    for part in ("seen", "unseen"):
-        some = next((r[part] for r in results.values() if part in r), None)
-        if some is None:
-            continue
-        print(f"\n{part} questions: {some['rows']} {o.split} rows, {some['questions']} questions; "
-              f"the runs' {o.checkpoint} weights" + (
-                  f"; {o.samples} samples a row (a perfect model's sampled JSD: "
-                  f"{some['sampling_floor'][0]:.3f})" if o.samples else ""))
+    for part in dict.fromkeys(part for r in results.values() for part in r):
+        some = next(r[part] for r in results.values() if part in r)
+        counts = (f": {some['rows']} {o.split} rows, {some['questions']} questions"
+                  if "rows" in some else ", metric by metric")
+        print(f"\n{part}{' questions' * part.endswith('seen')}{counts}; the runs' {o.checkpoint} weights" + (
+            f"; {o.samples} samples a row (a perfect model's sampled JSD: "
+            f"{some['sampling_floor'][0]:.3f})" if o.samples else ""))
         for columns in (BELIEFS, MARGINS):
             columns = {k: v for k, v in columns.items()
                        if any(k in r.get(part, {}) for r in results.values())}
@@ -467,7 +472,7 @@ def report(results, configs, evaluations, o):
             print(table(results, part, columns))
             if merged:
                 print("mean ± standard deviation over seeds\n" + table(merged, part, columns))
-    for data, e in evaluations.items():
+    for (data, _), e in evaluations.items():
         print(f"\n{data}: {reference_lines(e)}")
     print("± half of the 95% bootstrap interval over questions. joint: belief and answer, each "
           "with its own belief; given: the answer after the accepted belief.")

@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 import synth
 from data import (Parser, Tokenizer, add_flags, check_ranges, class_ids, collate, encode_rows,
-                  epoch_batches, find_checkpoint, load_meta, load_rows, read_json, run, train_bpe,
-                  write)
+                  dataset_name, epoch_batches, find_checkpoint, find_dataset, load_dataset,
+                  progress, prompt_text, read_json, run, train_bpe, write)
 from evaluate import (EVAL_BRANCHES, VOLATILE, autocast, device_of, eval_metrics, load_torch,
-                      progress, rank_and_size, score_rows, to_tensors)
+                      rank_and_size, score_rows, to_tensors)
 from losses import LOSSES, score
 from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
 
@@ -46,7 +46,8 @@ from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_mod
 @dataclass
 class Config:
     loss: str = "gdpo"            # which method: see LOSSES in losses.py
-    data: str = "data/toy"        # dataset folder; the shipped world is made there if it is missing
+    data: str = "data/toy"        # dataset: folder or hub name; several, with commas, are mixed
+    form: str = ""                # of the prompt, "<G>{group}<Q>{prompt}<A>" say; empty: the data's
     model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2), folder, hub name
     init: str = ""                # what the others start from; empty: the SFT run, made if missing
     out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
@@ -119,7 +120,8 @@ def resolve(o):
     for name, value in PRESETS[kind].items():
         if getattr(o, name) in (-1, ""):
             setattr(o, name, value)
-    o.device, o.data, o.model = device_of(o.device), str(Path(o.data)), o.model.rstrip("/")
+    o.device, o.model = device_of(o.device), o.model.rstrip("/")
+    o.data = ",".join(str(Path(name)) for name in o.data.split(","))
     if o.dtype == "auto":
         o.dtype = "bfloat16" if o.device == "cuda" else "float32"
     if o.dtype in ("float16", "fp16", "half"):
@@ -136,7 +138,7 @@ def resolve(o):
 
 
 def run_folder(o, loss):
-    parts = [Path(o.data).name, "" if o.model == "scratch" else Path(o.model).name, loss]
+    parts = [dataset_name(o.data), "" if o.model == "scratch" else Path(o.model).name, loss]
     return f"out/{'-'.join(filter(None, parts))}-seed{o.seed}"
 
 
@@ -196,20 +198,21 @@ def say(*words):
 # What a run starts from
 
 def prepare_data(o):
-    """Make the shipped world where it is missing; returns (classes, {split: rows})."""
-    if Path(o.data) == Path("data/toy"):
-        on_first_rank(lambda: Path(o.data).exists() or synth.toy(synth.Toy(out=o.data)))
-    classes = load_meta(o.data)["classes"]
-    return classes, {s: load_rows(Path(o.data) / f"{s}.jsonl", classes) for s in ("train", "eval")}
+    """Make the shipped world, fetch a published set where it is missing; (meta, {split: rows})."""
+    splits = ("train", "eval")
+    if "data/toy" in o.data.split(","):
+        on_first_rank(lambda: Path("data/toy").exists() or synth.toy(synth.Toy(out="data/toy")))
+    on_first_rank(lambda: [str(find_dataset(name)) for name in o.data.split(",")])
+    return load_dataset(o.data, splits, o.form)
 
 
-def start_model(o, rows, device):
+def start_model(o, rows, form, device):
     """(model, tokenizer) that the run starts from: a checkpoint, or a fresh small one."""
     name = o.init if LOSSES[o.loss].reference else o.model
     if name != "scratch":
         folder = on_first_rank(lambda: str(find_checkpoint(name)))
         return load_model(folder, device), Tokenizer.load(folder)
-    texts = [t for r in rows for t in (f"<Q>{r['prompt']}<A>", r["accept_response"],
+    texts = [t for r in rows for t in (prompt_text(r, form), r["accept_response"],
                                        r["reject_response"], *(f"<{c}>" for c in r["options"]))]
     tokenizer = train_bpe(texts, o.vocab_size)
     return GPT(scratch_config(o, tokenizer.n_tokens)).init_weights(o.seed).to(device), tokenizer
@@ -424,15 +427,15 @@ def train(o):
     """One run from its first step, or its last saved one, to its end. Returns the Run."""
     device = setup(o)
     loss = LOSSES[o.loss]
-    classes, rows = prepare_data(o)
+    meta, rows = prepare_data(o)
     if loss.reference and not o.init:
         o.init = train_sft_first(o)
     resumed = on_first_rank(lambda: can_resume(o))
-    model, tokenizer = start_model(o, rows["train"], device)
+    model, tokenizer = start_model(o, rows["train"], meta["form"], device)
     model.checkpointing = o.checkpointing
-    ids = class_ids(tokenizer, classes)
+    ids = class_ids(tokenizer, meta["classes"])
     limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
-    items = {s: encode_rows(rows[s], tokenizer, classes, limit, o.overlong, f"{o.data}/{s}.jsonl")
+    items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
              for s in rows}
     r = Run(o, model, tokenizer, optimizer_of(o, model))
     r.items = hash_of(items)
@@ -512,7 +515,7 @@ class StopFlag:
             signal.signal(sig, handler)
 
 
-SHARED = ("data", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
+SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
           "vocab_size")                                # flags that a run has in common with its SFT
 
 

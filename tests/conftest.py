@@ -2,12 +2,16 @@
 
     python -m pytest                 # all, about a minute and a half on two cores
 """
+import csv
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qs, urlparse
 
 import pytest
 import torch
@@ -70,7 +74,7 @@ def world(tmp_path_factory):
     """A small made-up dataset: 40 rows to train on, 20 each for eval and test."""
     folder = tmp_path_factory.mktemp("world") / "tiny"
     import synth
-    synth.toy(synth.Toy(out=str(folder), train=4, eval=2, test=2))
+    synth.toy(synth.Toy(out=str(folder), paraphrases=10))
     for split, n in (("train", 40), ("eval", 20), ("test", 20)):
         path = folder / f"{split}.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:n]))
@@ -79,3 +83,71 @@ def world(tmp_path_factory):
 
 SMALL = ("--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--vocab_size", 400, "--batch_size", 8,
          "--eval_every", 16, "--log_every", 1, "--device", "cpu")
+
+
+@pytest.fixture
+def server():
+    """A local HTTP server, http://... at .url. Tests set .answer(request) -> (status, JSON or text,
+    headers...); a request has path, query, body, headers. .requests lists what came."""
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self):
+            url, size = urlparse(self.path), int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(size)) if size else None
+            query = {k: v[0] for k, v in parse_qs(url.query).items()}
+            r = SimpleNamespace(path=url.path, query=query, body=body, headers=self.headers)
+            fake.requests.append(r)
+            status, answer, *headers = fake.answer(r)
+            data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            try:
+                self.send_response(status)
+                for name, value in [*headers, ("Content-Length", str(len(data)))]:
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+            except OSError:
+                pass                                   # the client is gone, or was told too much
+
+        do_GET = do_POST = do_HEAD = reply
+        log_message = lambda *args: None
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    fake = SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", requests=[], answer=None)
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    yield fake
+    http.shutdown()
+    http.server_close()
+
+
+def completion(text, finish="stop"):
+    """A chat completion as OpenAI's API answers it."""
+    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text},
+                         "finish_reason": finish}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}
+
+
+SURVEY = [
+    ["Is it so?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.6, 0.3, 0.1], "
+                  "\"Côte d'Ivoire\": [1, 0, 0]})",
+     "['Yes', \"Don't know\", 'No']", "GAS"],
+    ["How bad?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.2, 0.3, 0.5]})",
+     "['A bit', 'Not too much', 'A lot']", "GAS"],
+    ["All zero", "defaultdict(<class 'list'>, {'Chile (rural)': [0.0, 0.0]})",
+     "['Yes', 'No']", "WVS"],
+    ["Unmapped", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})",
+     "['Yes', 'Maybe']", "WVS"],
+    ["", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})", "['Yes', 'No']", "WVS"],
+    ["Third", "defaultdict(<class 'list'>, {'Chile (rural)': [0.9, 0.1]})", "['Yes', 'No']", "WVS"],
+]
+SURVEY_MAP = {"Yes": 4, "No": 2, "Don't know": 0, "A bit": 2, "Not too much": 2, "A lot": 5}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Flags of `synth.py opinions` for a small survey table."""
+    with open(tmp_path / "t.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["question", "selections", "options", "source"], *SURVEY])
+    (tmp_path / "map.json").write_text(json.dumps(SURVEY_MAP))
+    return ["--csv", tmp_path / "t.csv", "--map", tmp_path / "map.json",
+            "--country", "Chile (rural)", "--holdout_questions", 1, "--paraphrases", 40,
+            "--noise", 0.15]

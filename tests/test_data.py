@@ -21,7 +21,8 @@ BPE = train_bpe(["the cat sat on the mat, the cat sat"] * 3 + ["Yes No 4<Yes>"] 
 
 
 def encode(*rows, max_length=96, tokenizer=None, **kwargs):
-    return encode_rows(rows, tokenizer or CharTokenizer(), CLASSES, max_length, **kwargs)
+    return encode_rows(rows, tokenizer or CharTokenizer(), {"classes": CLASSES}, max_length,
+                       **kwargs)
 
 
 def decode(ids):

@@ -102,7 +102,7 @@ def test_the_bootstrap_resamples_questions_not_rows():
 
 
 def test_seen_and_unseen_questions_are_kept_apart():
-    items = [SimpleNamespace(question=q) for q in "aabc"]
+    items = [SimpleNamespace(question=q, group="") for q in "aabc"]
     out = summary({"jsd": np.array([1.0, 1, 1, 5])}, items, {"a", "b"})
     assert out["seen"]["rows"] == 3 and out["seen"]["questions"] == 2 and out["seen"]["jsd"][0] == 1
     assert out["unseen"]["jsd"][0] == 5

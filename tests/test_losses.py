@@ -105,7 +105,7 @@ def test_objectives_agree_with_golden_08(family, n):
         case["name"].removesuffix("_quirk_rows"), case["name"])
     loss = LOSSES[name]
     items = encode_rows(rows_of(batch["items"], batch["probabilities"]), CharTokenizer(),
-                        CLASSES, 96)
+                        {"classes": CLASSES}, 96)
     b = to_tensors(collate(items, loss.branches, list(range(15, 21))), "cpu")
     model, ref = (load_model(GOLDEN / f"{family}_tiny{x}") for x in ("", "_ref"))
     s = score(model(b["ids"]), model.head, b)

@@ -1,12 +1,11 @@
 """python -m pytest tests/test_synth.py"""
 import csv
-import json
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import SHARED, cli, real_data
+from conftest import SHARED, SURVEY, cli, real_data
 
 import synth
 from data import load_meta, load_rows, run
@@ -33,12 +32,12 @@ def test_the_same_seed_writes_the_same_bytes(whole, tmp_path):
 
 
 def test_the_world_is_as_large_and_as_split_as_it_says(whole):
-    _, meta, rows = whole
+    _, _, rows = whole
     seen = {r["question_id"] for r in rows["train"]}
     assert len(seen) == 250 and len(rows["train"]) == 4000 and len(rows["eval"]) == 500
     assert {r["question_id"] for r in rows["eval"]} == seen
     unseen = {r["question_id"] for r in rows["test"]} - seen
-    assert len(unseen) == 50 == meta["n_unseen"]
+    assert len(unseen) == 50
     train = {r["prompt"] for r in rows["train"]}                     # eval and test: new wordings
     assert not train & {r["prompt"] for r in rows["eval"] + rows["test"]}
 
@@ -74,35 +73,10 @@ def test_countries_share_the_questions_and_differ_in_shares(tmp_path, whole):
     assert np.mean([np.abs(np.subtract(mine[q], theirs[q])).sum() / 2 for q in mine]) > 0.2
 
 
-TABLE = [
-    ["Is it so?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.6, 0.3, 0.1], "
-                  "\"Côte d'Ivoire\": [1, 0, 0]})",
-     "['Yes', \"Don't know\", 'No']", "GAS"],
-    ["How bad?", "defaultdict(<class 'list'>, {'Chile (rural)': [0.2, 0.3, 0.5]})",
-     "['A bit', 'Not too much', 'A lot']", "GAS"],
-    ["All zero", "defaultdict(<class 'list'>, {'Chile (rural)': [0.0, 0.0]})",
-     "['Yes', 'No']", "WVS"],
-    ["Unmapped", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})",
-     "['Yes', 'Maybe']", "WVS"],
-    ["", "defaultdict(<class 'list'>, {'Chile (rural)': [0.5, 0.5]})", "['Yes', 'No']", "WVS"],
-    ["Third", "defaultdict(<class 'list'>, {'Chile (rural)': [0.9, 0.1]})", "['Yes', 'No']", "WVS"],
-]
-MAP = {"Yes": 4, "No": 2, "Don't know": 0, "A bit": 2, "Not too much": 2, "A lot": 5}
-
-
-@pytest.fixture
-def table(tmp_path):
-    with open(tmp_path / "t.csv", "w", newline="") as f:
-        csv.writer(f).writerows([["question", "selections", "options", "source"], *TABLE])
-    (tmp_path / "map.json").write_text(json.dumps(MAP))
-    return ["--csv", tmp_path / "t.csv", "--map", tmp_path / "map.json",
-            "--country", "Chile (rural)", "--holdout_questions", 1, "--train", 30]
-
-
 def test_a_survey_table_becomes_rows(table, tmp_path):
     p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", cwd=tmp_path)
     assert "3 questions for Chile (rural)" in p.stderr
-    for reason in ("1 shares that sum to nothing", "1 options not in the map",
+    for reason in ("1 shares that sum to nothing", "1 options without a class",
                    "1 no question text"):
         assert reason in p.stderr
     meta = load_meta(tmp_path / "d")
@@ -119,16 +93,23 @@ def test_a_survey_table_becomes_rows(table, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (["--country", "Chilli"], "no country 'Chilli' in"),
-    (["--writer", "poet"], "--writer 'poet' is unknown; there is: template"),
+    (["--writer", "poet"], "--writer template or llm"),
+    (["--writer", "llm"], "no key for api.openai.com: set OPENAI_API_KEY"),
+    (["--writer", "llm", "--base_url", "localhost"], "is no http(s) address"),
+    (["--max_usd", 1], "--max_usd needs prices"),
     (["--csv", "no.csv"], "No such file or directory: 'no.csv'"),
     (["--holdout_questions", 3], "must leave some of the 3 questions"),
-    (["--train", 1000], "knows 48 paraphrases of a question, not 1004"),
-    (["--train", 0], "--train must be from 1 to 1000"),
+    (["--paraphrases", 1000], "knows 48 paraphrases of a question, not 1000"),
+    (["--paraphrases", 2], "--paraphrases must be from 3 to 100000"),
+    (["--map", ""], "what class has an option? Give --map FILE"),
+    (["--classify", "magic"], "--classify must be rules or llm"),
     (["--noise", "nan"], "--noise must be from 0 to 1"),
     (["--seed", -1], "--seed must be from 0"),
 ])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
         table, tmp_path, change, message, monkeypatch, capsys):
+    for name in ("API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     flags = ["synth.py", "opinions", *table, "--out", tmp_path / "d", *change]
     monkeypatch.setattr(sys, "argv", [str(x) for x in flags])
     with pytest.raises(SystemExit) as e:
@@ -145,12 +126,12 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
     ("", 1, "data row 0: not a Python dict"), ("Yes", 2, "data row 0: not a Python list"),
 ])
 def test_a_broken_cell_of_the_table_is_named(tmp_path, cell, column, message):
-    row = list(TABLE[0])
+    row = list(SURVEY[0])
     row[column] = cell
     with open(tmp_path / "t.csv", "w", newline="") as f:
         csv.writer(f).writerows([["question", "selections", "options", "source"], row])
     with pytest.raises(ValueError, match=message):
-        synth.read_opinions(tmp_path / "t.csv", "Chile (rural)", MAP)
+        synth.read_opinions(tmp_path / "t.csv")
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path):
@@ -164,8 +145,9 @@ def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path):
 @real_data
 def test_the_real_table_gives_the_known_numbers_of_questions():
     belief_map = synth.read_map(SHARED / "option_map.json")
-    found = {c: {q.id for q in synth.read_opinions(SHARED / "goqa/global_opinions.csv", c,
-                                                   belief_map)[0]}
+    table = synth.read_opinions(SHARED / "goqa/global_opinions.csv")
+    assert len({c for *_, shares in table for c in shares}) == 138
+    found = {c: {q.id for q in synth.questions_of(c, table, belief_map)[0]}
              for c in ("United States", "Pakistan", "S. Africa")}
     us = found["United States"]
     assert (len(us), len(us & found["Pakistan"]), len(us & found["S. Africa"])) == (668, 283, 261)

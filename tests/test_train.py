@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli
 
+import evaluate
+import synth
 import train
 from data import encode_rows, run
 from losses import LOSSES
@@ -49,7 +51,7 @@ def sft(world, tmp_path_factory):
 def some_items(lengths=(3, 9, 1, 14, 5, 2, 7, 11)):
     rows = [ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n,
                    "reject_response": "z" * (15 - n)} for n in lengths]
-    return encode_rows(rows, CharTokenizer(), CLASSES, 96)
+    return encode_rows(rows, CharTokenizer(), {"classes": CLASSES}, 96)
 
 
 def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float32"):
@@ -312,3 +314,26 @@ def test_the_readmes_new_loss_trains():
     finally:
         del LOSSES[name]
     assert sums["loss"] == pytest.approx(sums["pref"]) and norm > 0
+
+
+def test_several_groups_in_one_model(tmp_path, call):
+    """Two countries mixed, the group in the prompt; evaluate.py reports each and the worst."""
+    for name, country in (("a", "Avalon"), ("b", "Borduria")):
+        synth.toy(synth.Toy(out=str(tmp_path / name), country=country, paraphrases=3,
+                            holdout_questions=200))
+    form = "<G>{group}<Q>{prompt}<A>"
+    call(train, "--data", "a,b", "--form", form, "--epochs", 1, "--loss", "gdpo", *SMALL,
+         "--eval_every", 1000, "--log_every", 10, cwd=tmp_path)
+    out = tmp_path / "out/a+b-gdpo-seed0"
+    assert json.loads((out / "config.json").read_text())["form"] == form
+    p = call(evaluate, out, "--samples", 0, "--device", "cpu", cwd=tmp_path)
+    for part in ("seen questions: 200", "unseen questions: 800", "group Avalon: 500",
+                 "group Borduria: 500", "worst group, metric by metric"):
+        assert part in p.stdout
+    saved = json.loads((out / "eval.json").read_text())
+    several = [saved[f"group {g}"] for g in ("Avalon", "Borduria")]
+    assert saved["worst group"]["jsd"] == max((g["jsd"] for g in several), key=lambda v: v[0])
+    assert saved["worst group"]["class_mass"] == min((g["class_mass"] for g in several),
+                                                     key=lambda v: v[0])
+    p = call(train, "--data", "a,b", "--loss", "gdpo", "--out", "x", *SMALL, cwd=tmp_path, check=2)
+    assert "is another one: --form" in p.stderr                        # its SFT run had the form

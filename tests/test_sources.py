@@ -1,0 +1,645 @@
+"""python -m pytest tests/test_sources.py: every source of rows; a server plays LLMs and APIs."""
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import SHARED, SURVEY_MAP, completion, real_data
+
+import data
+import synth
+from data import encode_rows, load_dataset, load_rows, prompt_text
+
+SPLITS = ("train", "eval", "test")
+OPTIONS = ["Very good job", "Somewhat bad", "It's \"fine\" [VOL]", "DK/Refused"]
+REPLY = """Here are two styles:
+
+Style 1: Casual and Friendly
+Q: So, tell me: how do you rate it? [be honest]
+A1: [Very good job] Honestly: A great job: 5 of 5!
+A2: [Somewhat bad] Hmm, [sigh] it could be better. Ask A2: never mind.
+A3: [It's "fine" [VOL]] It's "fine", I'd say.
+A4: [DK/Refused] I'd rather not say.
+
+**Style 2: Formal**
+- **Question 2:** "How would you evaluate it?"
+- **B.** [somewhat bad.] Rather poor.
+  It has let us down.
+- **A:** [VERY GOOD JOB]: Excellent.
+- **d)** [DK / Refused] - No comment.
+- **C** : [It’s “fine” [VOL]] Fine.
+"""
+
+
+@pytest.fixture
+def llm(server, monkeypatch, tmp_path):
+    """An LLM that writes as Appendix A asks; .url, .requests, .spoil(reply, prompt) -> reply."""
+    monkeypatch.setattr(data, "PAUSE", 0.01)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    server.spoil = lambda reply, prompt: reply
+
+    def answer(r):
+        prompt = r.body["messages"][0]["content"]
+        if "Choices:" in prompt:
+            n = int(re.search(r"generate (\d+) different", prompt)[1])
+            options = json.loads(re.search(r"Choices: (.*)", prompt)[1])
+            asked = re.search(r"Question: (.*)", prompt)[1]
+            number = len(server.requests)
+            reply = "\n".join(f"Style {i}: Style\nQ: {asked} ({number}.{i})\n" + "".join(
+                f"A{k}: [{o}] In {number}.{i} I say: {o}.\n" for k, o in enumerate(options, 1))
+                for i in range(1, n + 1))
+        else:
+            reply = {"Maybe": "3", "Yes": "4."}.get(re.search("Option: (.*)", prompt)[1], "2")
+        return 200, completion(server.spoil(reply, prompt))
+    server.answer = answer
+    return server
+
+
+def test_a_reply_is_read_however_it_is_laid_out():
+    good, problems = synth.parse_dialogues(REPLY.replace("DK / Refused", "DK/Refused"), OPTIONS)
+    assert problems == []
+    (q1, a1), (q2, a2) = good
+    assert q1 == "So, tell me: how do you rate it? [be honest]"
+    assert q2 == "How would you evaluate it?"
+    assert a1 == ["Honestly: A great job: 5 of 5!",
+                  "Hmm, [sigh] it could be better. Ask A2: never mind.", "It's \"fine\", I'd say.",
+                  "I'd rather not say."]
+    assert a2 == ["Excellent.", "Rather poor. It has let us down.", "Fine.", "No comment."]
+
+
+@pytest.mark.parametrize("change, kept, problem", [
+    (("A2: [Somewhat bad]", "A2: [Somewhat good]"), 1, "an answer to no option"),
+    (("A2: [Somewhat bad] Hmm, [sigh] it", "A2: Hmm, it"), 1, "a style that lacks an answer"),
+    (("A4: [DK/Refused] I'd", "A4: [Somewhat bad] I'd"), 1, "a second answer to one option"),
+    (("A4: [DK/Refused] I'd rather not say.", "A4: [DK/Refused]"), 1,
+     "a style that lacks an answer"),
+    (("Q: So, tell me: how do you rate it? [be honest]", "Q:"), 1, "a style that lacks an answer"),
+    (("Q: So, tell me: how do you rate it? [be honest]\n", ""), 1, "an answer before any question"),
+])
+def test_what_does_not_parse_is_listed_and_its_style_left_out(change, kept, problem):
+    reply = REPLY.replace("DK / Refused", "DK/Refused")
+    good, problems = synth.parse_dialogues(reply.replace(*change), OPTIONS)
+    assert reply.count(change[0]) == 1 and len(good) == kept
+    assert problem in [p["problem"] for p in problems]
+
+
+def test_a_reply_cut_off_loses_its_last_style_and_a_refusal_all():
+    reply = REPLY.replace("DK / Refused", "DK/Refused")
+    good, problems = synth.parse_dialogues(reply, OPTIONS, cut=True)
+    assert len(good) == 1 and problems[0]["problem"] == "a style cut off by the length limit"
+    good, problems = synth.parse_dialogues("I'm sorry, but I can't help with that.", OPTIONS)
+    assert good == [] and problems[0]["problem"] == "a reply without a question line"
+
+
+def opinions(call, llm, tmp_path, *flags, **kwargs):
+    return call(synth, "opinions", *flags, "--base_url", llm.url, "--out", tmp_path / "d",
+                cwd=tmp_path, **kwargs)
+
+
+def test_an_llm_writes_the_dialogues(table, llm, tmp_path, call):
+    flags = (*table, "--writer", "llm", "--noise", 0, "--pairs_per_question", 90)
+    p = opinions(call, llm, tmp_path, *flags)
+    assert "3 questions for Chile (rural)" in p.stderr
+    assert "Chile (rural), please generate 10 different" in llm.requests[0].body["messages"][0][
+        "content"]
+    assert len(llm.requests) == 3 * 4                       # 40 paraphrases, 10 to a request
+    meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+    assert len(rows["train"]) == 2 * (32 + 32 + 10) and meta["belief_to_class"]["A lot"] == "5"
+    for r in sum(rows.values(), []):                        # the answer is the one to its belief
+        assert r["accept_response"].endswith(f": {r['accept_choice']}.")
+        assert r["reject_response"].endswith(f": {r['reject_choice']}.")
+        styles = {re.search(r"\d+\.\d+", t)[0] for t in (r["prompt"], r["accept_response"],
+                                                        r["reject_response"])}
+        assert len(styles) == 1
+    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2]
+    sent = len(llm.requests)
+    (tmp_path / "d").rename(tmp_path / "first")
+    opinions(call, llm, tmp_path, *flags)                   # a second run asks nothing
+    assert len(llm.requests) == sent
+    for s in SPLITS:
+        assert ((tmp_path / f"d/{s}.jsonl").read_bytes()
+                == (tmp_path / f"first/{s}.jsonl").read_bytes())
+
+
+def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path, call):
+    def spoil(reply, prompt):
+        if "How bad" in prompt:
+            return "I'm sorry, I cannot."
+        return reply.replace("A1: [Yes]", "A1: [Yep]", 1)
+    llm.spoil = spoil
+    p = opinions(call, llm, tmp_path, *table, "--writer", "llm", "--holdout_questions", 0)
+    assert "4 x a reply without a question line" in p.stderr
+    assert "8 x an answer to no option" in p.stderr
+    listed = [json.loads(x) for x in (tmp_path / "d/unparsed.jsonl").read_text().splitlines()]
+    assert {"group": "Chile (rural)", "question": "1", "problem": "a reply without a question line",
+            "text": "I'm sorry, I cannot."} in listed
+    assert {r["question_id"] for r in load_rows(tmp_path / "d/train.jsonl", synth.CLASSES)} == {
+        "0", "5"}
+
+
+def test_the_same_wording_twice_is_kept_once(table, llm, tmp_path, call):
+    llm.spoil = lambda reply, prompt: re.sub(r"\((\d+)\.(\d+)\)", r"(\2)", reply)
+    opinions(call, llm, tmp_path, *table, "--writer", "llm", "--noise", 0)
+    prompts = [{r["prompt"] for r in load_rows(tmp_path / f"d/{s}.jsonl", synth.CLASSES)}
+               for s in SPLITS]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 2 * 10 + 2
+
+
+def test_an_option_without_a_class_gets_one(table, llm, tmp_path, call):
+    flags = [*table[:2], *table[4:]]                        # no --map
+    p = opinions(call, llm, tmp_path, *flags, "--classify", "rules")
+    assert "2 questions" in p.stderr and "2 x an option that no rule knows" in p.stderr
+    made = json.loads((tmp_path / "d/belief_map.json").read_text())
+    assert made == {k: v for k, v in SURVEY_MAP.items() if k != "A bit"} and not llm.requests
+    (tmp_path / "map.json").write_text(json.dumps({"No": 1}))
+    (tmp_path / "d").rename(tmp_path / "first")
+    p = opinions(call, llm, tmp_path, *flags, "--map", tmp_path / "map.json", "--classify", "llm")
+    assert "4 questions" in p.stderr
+    made = json.loads((tmp_path / "d/belief_map.json").read_text())
+    assert made == {"No": 1, "Yes": 4, "Maybe": 3, "Don't know": 2, "A bit": 2, "Not too much": 2,
+                    "A lot": 2}
+    assert all(r.body["temperature"] == 0 for r in llm.requests) and len(llm.requests) == 6
+
+
+@pytest.mark.parametrize("text", ["4 or 5", "agree", "", "6", "The class is 4"])
+def test_a_class_is_never_guessed(table, llm, tmp_path, call, text):
+    llm.spoil = lambda reply, prompt: text if "Option: Maybe" in prompt else reply
+    opinions(call, llm, tmp_path, *table, "--classify", "llm", "--holdout_questions", 0)
+    assert "Maybe" not in json.loads((tmp_path / "d/belief_map.json").read_text())
+    assert json.loads((tmp_path / "d/unparsed.jsonl").read_text())["option"] == "Maybe"
+
+
+@real_data
+def test_the_rules_agree_with_the_published_belief_map():
+    published = synth.read_map(SHARED / "option_map.json")
+    made = {t: synth.class_by_rule(t) for t in published}
+    known = {t: k for t, k in made.items() if k is not None}
+    right = sum(published[t] == k for t, k in known.items())
+    assert len(known) >= 295 and right / len(known) >= 0.95         # of 373
+
+
+def test_two_countries_make_one_set_with_the_group_in_the_prompt(tmp_path, call):
+    call(synth, "toy", "--country", "Avalon,Borduria", "--out", tmp_path / "two", "--paraphrases",
+         3, cwd=tmp_path)
+    meta, rows = load_dataset(str(tmp_path / "two"), SPLITS)
+    assert {r["group"] for r in rows["train"]} == {"Avalon", "Borduria"} == set(meta["groups"])
+    row = rows["train"][-1]
+    assert prompt_text(row, meta["form"]) == f"<G>Borduria<Q>{row['prompt']}<A>"
+    tested = {(r["group"], r["question_id"]) for r in rows["test"]} - {
+        (r["group"], r["question_id"]) for r in rows["train"]}
+    for group in meta["groups"]:                            # held out is held out for all
+        assert {(group, q) for _, q in tested} <= tested
+    synth.toy(synth.Toy(out=str(tmp_path / "one"), paraphrases=3))
+    one = load_rows(tmp_path / "one/train.jsonl", synth.CLASSES)
+    both = [{(r["question_id"], *r["probabilities"]) for r in some if r["group"] == "Avalon"}
+            for some in (one, rows["train"])]
+    assert both[0] == both[1]
+
+
+def test_sets_are_mixed_if_they_agree(tmp_path):
+    for name, country in (("a", "Avalon"), ("b", "Borduria")):
+        synth.toy(synth.Toy(out=str(tmp_path / name), country=country, paraphrases=3))
+    names = f"{tmp_path}/a,{tmp_path}/b"
+    meta, rows = load_dataset(names, SPLITS, "<G>{group}<Q>{prompt}<A>")
+    assert len(rows["train"]) == 500 and data.dataset_name(names) == "a+b"
+    assert prompt_text(rows["train"][0], meta["form"]).startswith("<G>Avalon<Q>")
+    other = json.loads((tmp_path / "b/meta.json").read_text())
+    for change, message in (({"classes": ["1", "2", "3", "4", "5"], "off_scale": None,
+                              "belief_to_class": {}, "stances": {}}, "its classes"),
+                            ({"form": "Q: {prompt} A:"}, "its form .* say --form"),
+                            ({"belief_to_class": {"Better": "2"}}, "'Better' has another class")):
+        (tmp_path / "b/meta.json").write_text(json.dumps(other | change))
+        with pytest.raises(ValueError, match=message):
+            load_dataset(names, SPLITS)
+    with pytest.raises(ValueError, match="--form: the prompt's form must be a text that holds"):
+        load_dataset(f"{tmp_path}/a", SPLITS, "<Q>")
+
+
+# ---------------------------------------------------------------------------------------------
+# Reviews
+
+SNAP = """product/productId: P1
+review/userId: A
+review/profileName: a: b
+review/score: {}
+review/text: {}
+
+"""
+TEXTS = ["Good<br /><br />film &amp; fun. It&#39;s a number {} of all that I have seen.",
+         "Bad, bad film, the number {} of the worst: 9 of 10 would leave."]
+
+
+def snap(path, opener=open):
+    with opener(path, "wt") as f:
+        for n in range(40):
+            record = SNAP.format(f"{5 if n % 4 else 2}.0", TEXTS[not n % 4].format(n))
+            f.write(record.replace("P1", f"P{n % 3 > 0:d}"))
+        f.write(SNAP.format("5.0", TEXTS[0].format(1)))                 # an edition: the same again
+        f.write(SNAP.format("3.5", "half a star is none") + "product/productId: P1\n\n")
+        f.write(SNAP.format("4.0", "short") + SNAP.format("1.0", "long " * 600))
+        f.write(SNAP.format("4.0", "a product that has no title").replace("P1", "P9"))
+    (path.parent / "titles.csv").write_text(
+        'P0,"The Ring (2002)"\nP1,The Ring (2002)\nP2,Nowhere\n')
+
+
+META = {"Title": "The Ring", "Year": "2002", "Genre": "Horror, Mystery", "imdbID": "tt0298130",
+        "Director": "Gore Verbinski", "Plot": "A journalist investigates a videotape.",
+        "Response": "True"}
+PROMPT = ("The Ring, 2002, Gore Verbinski (Genre: Horror, Mystery). A journalist investigates a "
+          "videotape.")
+
+
+@pytest.mark.parametrize("name, opener", [("movies.txt", open), ("movies.txt.gz", gzip.open)])
+def test_reviews_become_rows(tmp_path, call, name, opener):
+    snap(tmp_path / name, opener)
+    older = META | {"Year": "1995", "Plot": "Another ring."}
+    (tmp_path / "omdb.jsonl").write_text(json.dumps(older) + "\n" + json.dumps(META) + "\n")
+    p = call(synth, "reviews", "--reviews", name, "--titles", "titles.csv", "--metadata",
+             "omdb.jsonl", "--out", "d", cwd=tmp_path)
+    for reason in ("1 the same text again", "2 records that are no review",
+                   "2 too short or too long", "1 reviews of a product without a title"):
+        assert reason in p.stderr
+    meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+    assert meta["classes"] == ["1", "2", "3", "4", "5"]
+    every = sum(rows.values(), [])
+    assert [len(rows[s]) for s in SPLITS][0] == 32
+    for r in every:
+        assert r["prompt"] == PROMPT and "accept_choice" not in r
+        counts = np.array([1, 10, 0, 1, 30])                # with those of odd length
+        assert r["probabilities"] == pytest.approx(counts / 42, abs=1e-6)
+        assert r["accept_choice_id"] != r["reject_choice_id"]
+        for side in ("accept", "reject"):
+            text = r[f"{side}_response"]
+            assert text.startswith("Good film & fun. It's" if r[f"{side}_choice_id"] == "5"
+                                   else "Bad, bad film")
+    train = {r[f"{s}_response"] for r in rows["train"] for s in ("accept", "reject")}
+    assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
+
+
+def test_the_later_amazon_form_and_the_caps(tmp_path, call):
+    with open(tmp_path / "r.jsonl", "w") as f:
+        for n in range(60):
+            f.write(json.dumps({"asin": f"P{n % 3}", "overall": 5.0 - n // 3 % 5, "reviewText":
+                                f"review {n} " * 5} if n % 2 else
+                               {"parent_asin": f"P{n % 3}", "rating": 5 - n // 3 % 5, "text":
+                                f"review {n} " * 5}) + "\n")
+        f.write('{"broken\n{"asin": "P0", "overall": 5.0}\n[1]\n')
+    (tmp_path / "t.json").write_text(json.dumps({"P0": "Zero", "P1": "One", "P2": "Two"}))
+    p = call(synth, "reviews", "--reviews", "r.jsonl", "--titles", "t.json", "--metadata", "none",
+             "--max_titles", 2, "--max_reviews", 15, "--out", "d", cwd=tmp_path)
+    assert "3 records that are no review" in p.stderr
+    rows = sum(load_dataset(str(tmp_path / "d"), SPLITS)[1].values(), [])
+    assert {r["prompt"] for r in rows} == {"One.", "Two."} or len({r["prompt"] for r in rows}) == 2
+    assert len({r["accept_response"] for r in rows}) <= 30
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Ten times the reviews of the same titles, capped: the same memory."""
+    import tracemalloc
+    peaks = []
+    for size in (2000, 20000):
+        with open(tmp_path / "big.txt", "w") as f:
+            for n in range(size):
+                f.write(SNAP.format(f"{1 + n % 5}.0", f"text {n} " * 20).replace("P1", f"P{n}"))
+        tracemalloc.start()
+        o = synth.Reviews(reviews=str(tmp_path / "big.txt"), max_reviews=10)
+        synth.collect_reviews(o, {f"P{n}": f"T{n % 3}" for n in range(100)},
+                              np.random.default_rng(0))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] + 20000
+
+
+def test_omdb_is_asked_once_and_what_it_lacks_is_counted(tmp_path, call, server, monkeypatch):
+    monkeypatch.setattr(data, "PAUSE", 0.01)
+    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
+    snap(tmp_path / "m.txt")
+    (tmp_path / "titles.csv").write_text("P0,The Ring (2002)\nP1,Unheard Of\n")
+
+    def answer(r):
+        if len(server.requests) == 1:
+            return 503, "busy"
+        if r.query["t"] == "The Ring":
+            return 200, META
+        return 200, {"Response": "False", "Error": "Movie not found!"}
+    server.answer = answer
+    flags = ("reviews", "--reviews", "m.txt", "--titles", "titles.csv", "--omdb", server.url,
+             "--out", "d")
+    p = call(synth, *flags, cwd=tmp_path)
+    assert "1 titles without metadata" in p.stderr
+    assert {"t": "The Ring", "y": "2002", "plot": "short", "apikey": "omdb-secret"} in [
+        r.query for r in server.requests]
+    assert {r["prompt"] for r in load_rows(tmp_path / "d/train.jsonl", synth.STARS)} == {PROMPT}
+    assert "secret" not in (tmp_path / "d.omdb.jsonl").read_text() + p.stderr
+    sent = len(server.requests)
+    (tmp_path / "d").rename(tmp_path / "first")
+    call(synth, *flags, cwd=tmp_path)
+    assert len(server.requests) == sent
+    (tmp_path / "d").rename(tmp_path / "second")
+    (tmp_path / "d.omdb.jsonl").unlink()
+    server.answer = lambda r: (401, {"Response": "False", "Error": "Invalid API key!"})
+    p = call(synth, *flags, cwd=tmp_path, check=2)
+    assert "Invalid API key!" in p.stderr and "secret" not in p.stderr
+    monkeypatch.delenv("OMDB_API_KEY")
+    assert "set OMDB_API_KEY" in call(synth, *flags, cwd=tmp_path, check=2).stderr
+
+
+@real_data
+@pytest.mark.parametrize("name, titles", [
+    ("amazon_movies_sample.txt", ["B0001G6PZC", "B000063W1R", "0790747324", "B002OHDRF2"]),
+    ("amazon_movies_and_tv_5_sample.jsonl", ["0005019281", "0005119367"])])
+def test_the_real_reviews_give_rows(tmp_path, call, name, titles):
+    (tmp_path / "t.csv").write_text("".join(f"{t},Film {t}\n" for t in titles))
+    p = call(synth, "reviews", "--reviews", SHARED / "movies" / name, "--titles", "t.csv",
+             "--metadata", "none", "--out", "d", cwd=tmp_path)
+    assert "records that are no review" not in p.stderr
+    _, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+    assert len(rows["train"]) > 60 and {r["question_id"] for r in rows["train"]} == {
+        f"Film {t}" for t in titles}
+    assert not any("<br" in r["accept_response"] or "&quot;" in r["accept_response"]
+                   for r in rows["train"])
+
+
+@real_data
+def test_the_real_omdb_answers_describe_a_film():
+    o = synth.Reviews(metadata=str(SHARED / "movies/omdb_responses.jsonl"))
+    about = synth.find_metadata(["Iron Man", "iron man (2008)", "Iron Man (1999)", "No Such"], o)
+    assert list(about) == ["Iron Man", "iron man (2008)"]
+    assert synth.describe(about["Iron Man"]).startswith(
+        "Iron Man, 2008, Jon Favreau (Genre: Action, Adventure, Sci-Fi). After being held captive")
+
+
+# ---------------------------------------------------------------------------------------------
+# Mined beliefs
+
+@pytest.fixture
+def judge(server, monkeypatch):
+    """An LLM that mines: two principles, told by a word of the prompt."""
+    monkeypatch.setattr(data, "PAUSE", 0.01)
+
+    def reply(prompt):
+        if "State the one" in prompt:
+            principle = "Do not harm." if "hurt" in prompt else "Be brief."
+            return principle + str(prompt.count("x") % 2)
+        if "Group the numbered" in prompt:
+            numbers = {k: [n for n, s in re.findall(r"^(\d+)\. (.*)$", prompt, re.M) if s[:5] == k]
+                       for k in ("Do no", "Be br")}
+            return (f"1. Do not harm :: {', '.join(numbers['Do no'])}\n"
+                    f"2. Be brief :: {', '.join(numbers['Be br'])}")
+        sides = re.search(r"Answer 1: (.*?)\n\nAnswer 2: (.*?)\n\nDoes", prompt, re.S).groups()
+        return "\n".join(
+            f"{n}: {'agree' if 'good' in a else 'Neutral' if 'so' in a else 'disagree'}"
+            for n, a in enumerate(sides, 1))
+    server.answer = lambda r: (200, completion(server.spoil(reply(
+        r.body["messages"][0]["content"]), r.body["messages"][0]["content"])))
+    server.spoil = lambda reply, prompt: reply
+    return server
+
+
+def hh(path, n=60):
+    with gzip.open(path, "wt") as f:
+        for i in range(n):
+            base = f"\n\nHuman: {'hurt' if i % 2 else 'talk'} {i}?\n\nAssistant: Hm.\n\nHuman: And?"
+            say = ["good", "so so"][::-1 if i % 10 == 0 else 1]
+            f.write(json.dumps({"chosen": f"{base}\n\nAssistant: {say[0]} {i}", "rejected":
+                                f"{base}\n\nAssistant: {say[1] if i % 3 else 'no'} {i}"}) + "\n")
+
+
+def test_beliefs_are_mined_from_pairs_that_had_none(tmp_path, call, judge):
+    hh(tmp_path / "hh.jsonl.gz")
+    flags = ("mine", "--pairs", "hh.jsonl.gz", "--base_url", judge.url, "--out", "d")
+    call(synth, *flags, cwd=tmp_path)
+    meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+    rows = sum(rows.values(), [])
+    assert meta["classes"] == ["1", "2", "3"] and len(rows) == 60
+    for r in rows:
+        i = int(re.search(r"\d+", r["prompt"])[0])
+        assert r["prompt"] == f"{'hurt' if i % 2 else 'talk'} {i}?\n\nAssistant: Hm.\n\nHuman: And?"
+        assert r["accept_choice"] == ("Do not harm" if i % 2 else "Be brief") == r["reject_choice"]
+        assert r["accept_choice_id"] == ("3" if i % 10 else "2")     # whichever stood first
+        reject = "1" if i % 3 == 0 else ("2" if i % 10 else "3")
+        assert r["reject_choice_id"] == reject
+        assert r["probabilities"] == ([0, 0, 1] if i % 2 else [0, 0.2, 0.8])
+    sent = len(judge.requests)
+    assert sent == 60 + 1 + 60
+    (tmp_path / "d").rename(tmp_path / "first")
+    call(synth, *flags, cwd=tmp_path)
+    assert len(judge.requests) == sent
+
+
+def test_statements_are_grouped_in_rounds(judge, tmp_path):
+    client = synth.Client(synth.Chat(base_url=judge.url), tmp_path / "c.jsonl")
+    several = [f"Do not harm {n}" for n in range(9)] + [f"Be brief {n}" for n in range(9)]
+    of, problems = synth.group_statements(client, several, 3, size=6)
+    assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in several}
+    assert problems == [] and len(judge.requests) == 4
+
+
+def test_replies_that_cannot_be_read_are_counted_in_mining(tmp_path, call, judge):
+    hh(tmp_path / "hh.jsonl.gz")
+
+    def spoil(reply, prompt):
+        if "State the one" in prompt and "talk 4?" in prompt:
+            return "I'm sorry.\nI cannot."
+        if "Statement:" in prompt and "talk 8?" in prompt:
+            return "both agree"
+        if "Statement:" in prompt and "talk 14?" in prompt:
+            return "1: agree\n2: agree"
+        return reply
+    judge.spoil = spoil
+    p = call(synth, "mine", "--pairs", "hh.jsonl.gz", "--base_url", judge.url, "--out", "d",
+             cwd=tmp_path)
+    for what in ("a reply that is no statement", "a reply that names no two stances",
+                 "a pair whose sides hold the same stance"):
+        assert f"1 x {what}" in p.stderr
+    assert len(sum(load_dataset(str(tmp_path / "d"), SPLITS)[1].values(), [])) == 57
+
+
+@real_data
+def test_the_real_pairs_are_read():
+    pairs = synth.read_pairs(SHARED / "hh_rlhf/helpful-base_test.jsonl.gz")
+    assert len(pairs) == 2354
+    prompt, chosen, rejected = pairs[0]
+    assert prompt.startswith("Do you know why turkeys") and chosen.startswith("To be honest")
+    assert rejected.startswith("I know that the American Indians")
+    assert not any("\n\nAssistant:" in p[1] and p[1].startswith("\n") for p in pairs)
+
+
+def test_pairs_with_a_prompt_are_read_and_others_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "Hi?", "chosen": "a", "rejected": "b"}\n')
+    assert synth.read_pairs(path) == [("Hi?", "a", "b")]
+    for bad in ('{"chosen": "a"}', '{"chosen": "a", "rejected": "b"}', "[]", "{"):
+        path.write_text('{"prompt": "Hi?", "chosen": "a", "rejected": "b"}\n' + bad + "\n")
+        with pytest.raises(ValueError, match="line 2: no pair"):
+            synth.read_pairs(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# In-context rows
+
+def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, call, world):
+    call(synth, "icf", "--data", world, "--shots", 3, "--out", "d", cwd=tmp_path)
+    meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+    _, plain = load_dataset(str(world), SPLITS)
+    shots = {f"Question: {r['prompt']}, Answer:{r['accept_choice_id']}<{r['accept_choice']}>"
+             f"{r['accept_response']}\n\n": r["question_id"] for r in plain["train"]}
+    for split in SPLITS:
+        for row, old in zip(rows[split], plain[split]):
+            assert {k: v for k, v in row.items() if k != "context"} == old
+            assert row["context"][0].startswith("You are a helpful assistant and can generate")
+            asked = [shots[s] for s in row["context"][1:]]             # training rows, all of them
+            assert len(set(row["context"])) == 4 and row["question_id"] not in asked
+    assert prompt_text(rows["test"][0], meta["form"]) == \
+        f"Question: {rows['test'][0]['prompt']}, Answer:"
+    p = call(synth, "icf", "--data", "d", "--out", "e", cwd=tmp_path, check=2)
+    assert "has the form 'Question: {prompt}, Answer:' already" in p.stderr
+    p = call(synth, "icf", "--data", world, "--shots", 41, "--out", "e", cwd=tmp_path, check=2)
+    assert "has not 41 training rows" in p.stderr
+
+
+def test_shots_are_dropped_until_the_row_fits(tmp_path, call, world, capsys):
+    call(synth, "icf", "--data", world, "--shots", 5, "--out", "d", cwd=tmp_path)
+    meta, rows = load_dataset(str(tmp_path / "d"), ("train",))
+    tok = data.train_bpe([r["prompt"] + r["accept_response"] for r in rows["train"]], 400)
+    whole = encode_rows(rows["train"], tok, meta, 10_000)
+    cut = encode_rows(rows["train"], tok, meta, 200)
+    assert "40 of 40 rows do not fit 200 tokens with all their shots" in capsys.readouterr().err
+    for long, short, row in zip(whole, cut, rows["train"]):
+        assert short.length(data.BRANCHES) <= 200 < long.length(data.BRANCHES)
+        text, (first, *shots) = tok.decode(short.prompt), row["context"]
+        kept = [s for s in shots if s in text]
+        assert text == first + "".join(kept) + prompt_text(row, meta["form"])
+        assert kept == shots[len(shots) - len(kept):]
+        one_more = shots[len(shots) - len(kept) - 1:]
+        text = first + "".join(one_more) + prompt_text(row, meta["form"])
+        assert len(tok.encode(text)) + short.length(data.BRANCHES) - len(short.prompt) > 200
+
+
+# ---------------------------------------------------------------------------------------------
+# Published sets, by the hub's rows API
+
+def published(server, rows, ours=("train", "validation", "test"), long=()):
+    """Plays datasets-server: rows {split: [row]}; `long` cells come cut off in pages above 1."""
+    def answer(r):
+        if r.query.get("dataset") != "Some/set":
+            return 404, {"error": "The dataset does not exist."}
+        if r.path == "/splits":
+            return 200, {"splits": [{"dataset": "Some/set", "config": "default", "split": s}
+                                    for s in ours], "pending": [], "failed": []}
+        several = rows[r.query["split"]]
+        start, length = int(r.query["offset"]), int(r.query["length"])
+        assert r.query["config"] == "default" and length <= 100
+        out = [{"row_idx": start + i, "row": row, "truncated_cells":
+                ["accept_response"] if length > 1 and start + i in long else []}
+               for i, row in enumerate(several[start:start + length])]
+        return 200, {"features": [], "rows": out, "num_rows_total": len(several),
+                     "num_rows_per_page": 100, "partial": False}
+    server.answer = answer
+
+
+def rows_of(n, six=True):
+    row = {"prompt": "<Q>How?<A>", "options": "['Good', 'Bad', \"Don't know\"]",
+           "accept_choice_id": 4, "accept_choice": "Good", "accept_response": "ok",
+           "probabilities": [0.1, 0, 0.3, 0, 0.6, 0],
+           "reject_choice_id": "2", "reject_choice": "Bad", "reject_response": "no", "extra": 1}
+    if not six:
+        row |= {"probabilities": "[0.1, 0.1, 0.2, 0.2, 0.4]", "options": [1, 2, 3, 4, 5],
+                "accept_choice": None, "reject_choice": None, "accept_choice_id": 5.0}
+    return [row | {"accept_response": f"ok {i}"} for i in range(n)]
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "PAUSE", 0.01)
+    monkeypatch.setenv("HF_DATASETS_SERVER", server.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return server
+
+
+def test_a_published_set_is_fetched_once(hub):
+    rows = {"train": rows_of(250), "validation": rows_of(3), "test": rows_of(2)}
+    published(hub, rows, long=[123])
+    meta, rows = load_dataset("Some/set", SPLITS)
+    assert [len(rows[s]) for s in SPLITS] == [250, 3, 2]
+    assert [r["accept_response"] for r in rows["train"]] == [f"ok {i}" for i in range(250)]
+    assert rows["train"][0] == {
+        "prompt": "How?", "options": ["Good", "Bad", "Don't know"], "accept_choice_id": "4",
+        "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Good",
+        "accept_response": "ok 0", "reject_choice_id": "2", "reject_choice": "Bad",
+        "reject_response": "no"}
+    assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
+    assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
+    sent = len(hub.requests)
+    load_dataset("Some/set", SPLITS)
+    assert len(hub.requests) == sent
+
+
+def test_a_published_set_of_reviews_has_five_classes(hub):
+    published(hub, {s: rows_of(5, six=False) for s in SPLITS}, ours=SPLITS)
+    meta, rows = load_dataset("Some/set", SPLITS)
+    assert meta["classes"] == ["1", "2", "3", "4", "5"] and not meta["off_scale"]
+    assert rows["train"][0]["accept_choice_id"] == "5" and "accept_choice" not in rows["train"][0]
+    assert rows["train"][0]["options"] == ["1", "2", "3", "4", "5"]
+
+
+def test_a_broken_off_fetch_goes_on_where_it_was(hub):
+    rows = {s: rows_of(450) for s in SPLITS}
+    published(hub, rows, ours=SPLITS)
+    good = hub.answer
+    hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "300" else good(r)
+    with pytest.raises(ValueError, match="400 .*gone"):
+        load_dataset("Some/set", SPLITS)
+    part = next(data.hub_cache().rglob("train.jsonl.part"))
+    assert len(part.read_text().splitlines()) == 300
+    with open(part, "a") as f:
+        f.write('{"prompt": "half a li')
+    hub.answer, sent = good, len(hub.requests)
+    assert [r["accept_response"] for r in load_dataset("Some/set", SPLITS)[1]["train"]] == [
+        f"ok {i}" for i in range(450)]
+    assert [r.query["offset"] for r in hub.requests[sent:] if r.query.get("split") == "train"] == [
+        "300", "400"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"prompt": None}, "has no column prompt"),
+    ("probabilities", "has no column probabilities; it has accept"),
+    ({"options": "Good|Bad"}, "options is no list"),
+    ({"probabilities": [0.5, 0.5]}, "probabilities of .* entries: 5 .ratings. or 6"),
+])
+def test_a_published_set_of_another_form_stops_with_what_was_found(hub, change, message):
+    rows = {s: rows_of(3) for s in SPLITS}
+    for row in rows["train"]:
+        row.pop(change) if isinstance(change, str) else row.update(change)
+    published(hub, rows, ours=SPLITS)
+    with pytest.raises(ValueError, match=message):
+        load_dataset("Some/set", SPLITS)
+
+
+def test_a_name_that_is_nowhere_is_one_line(hub, call, tmp_path, monkeypatch):
+    import train
+    published(hub, {})
+    p = call(train, "--data", "Other/set", cwd=tmp_path, check=2)
+    assert "no folder Other/set, and the hub has no such dataset" in p.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    p = call(train, "--data", "Other/set", cwd=tmp_path, check=2)
+    assert "HF_HUB_OFFLINE is set" in p.stderr
+
+
+def test_the_survey_table_comes_from_the_hub(table, llm, tmp_path, call, monkeypatch):
+    text = (tmp_path / "t.csv").read_text()
+    monkeypatch.setenv("HF_ENDPOINT", llm.url)
+    paths = []
+
+    def answer(r):
+        paths.append(r.path)
+        return 200, text, ("ETag", '"abc"'), ("X-Repo-Commit", "c0ffee")
+    llm.answer = answer
+    llm_flags = [x for x in table if x not in ("--csv", table[1])]
+    p = opinions(call, llm, tmp_path, *llm_flags)
+    assert "3 questions for Chile" in p.stderr
+    assert set(paths) == {"/datasets/Anthropic/llm_global_opinions/resolve/main/data/"
+                          "global_opinions.csv"}
