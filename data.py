@@ -24,6 +24,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -122,7 +123,8 @@ def load_meta(folder):
 
 
 def check_form(form, where):
-    if not isinstance(form, str) or form.count("{prompt}") != 1:
+    if not isinstance(form, str) or form.count("{prompt}") != 1 or set(
+            re.findall(r"\{(\w+)\}", form)) - {"prompt", "group"}:
         raise ValueError(f"{where}: the prompt's form must be a text that holds {{prompt}} once "
                          f"(and {{group}} perhaps), got {form!r}")
 
@@ -132,27 +134,42 @@ def load_dataset(names, splits, form=""):
     commas between. They must agree on what their rows mean; form: instead of their own.
     ValueError, FileNotFoundError: one line, what to change."""
     folders = [find_dataset(name) for name in names.split(",")]
-    metas = [load_meta(folder) for folder in folders]
-    meta = dict(metas[0])
-    for other, folder in zip(metas[1:], folders[1:]):
-        for key in ("classes", "off_scale") + (() if form else ("form",)):
-            if other.get(key) != meta.get(key):
-                raise ValueError(f"{folder}: its {key} {other.get(key)!r} differ from "
-                                 f"{meta.get(key)!r} of {folders[0]}, so that they cannot be mixed"
-                                 + (": say --form" if key == "form" else ""))
-        for key in ("belief_to_class", "stances"):
-            texts = meta.get(key) or {}
-            odd = [t for t, c in (other.get(key) or {}).items() if str(texts.get(t, c)) != str(c)]
-            if odd:
-                raise ValueError(f"{folder}: {odd[0]!r} has another class there than in "
-                                 f"{folders[0]}: correct one of their {key}")
-            meta[key] = texts | (other.get(key) or {})
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"--data {names} names a dataset twice")
+    meta = load_meta(folders[0])
+    for folder in folders[1:]:
+        meta = mix(meta, load_meta(folder), folder, form)
     if form:
         check_form(form, "--form")
         meta["form"] = form
     rows = {s: [row for folder in folders for row in load_rows(folder / f"{s}.jsonl",
                                                                meta["classes"])] for s in splits}
+    groups = {row.get("group") or "" for several in rows.values() for row in several}
+    if "{group}" in meta["form"] and "" in groups:
+        raise ValueError(f"{names}: the form {meta['form']!r} needs a group in every row, and some "
+                         "have none: add the field, or give another --form")
+    if "{group}" not in meta["form"] and len(groups) > 1:
+        print(f"{names}: {len(groups)} groups whose prompts do not tell them apart; --form "
+              f"\"<G>{{group}}{FORM}\" does", file=sys.stderr)
     return meta, rows
+
+
+def mix(meta, other, folder, form):
+    """The meta of two datasets together; ValueError where they contradict each other."""
+    for key in ("classes", "off_scale") + (() if form else ("form",)):
+        if other.get(key) != meta.get(key):
+            raise ValueError(f"{folder}: its {key} {other.get(key)!r} differ from the others' "
+                             f"{meta.get(key)!r}, so that they cannot be mixed"
+                             + (": say --form" if key == "form" else ""))
+    merged = {}
+    for key in ("belief_to_class", "stances"):
+        texts = meta.get(key) or {}
+        odd = [t for t, c in (other.get(key) or {}).items() if str(texts.get(t, c)) != str(c)]
+        if odd:
+            raise ValueError(f"{folder}: {odd[0]!r} has another class there than in the others: "
+                             f"correct one of their {key}")
+        merged[key] = texts | (other.get(key) or {})
+    return meta | merged
 
 
 def dataset_name(names):
@@ -338,16 +355,18 @@ BRANCHES = {                           # name -> belief and response: 0 accepted
     "chosen": (0, 0),
     "own": (1, 1),                     # rejected response after its own belief (DPO)
     "given": (0, 1),                   # rejected response after the accepted belief (GDPO Eq. 7)
+    "mismatch": (2, 2),                # another row's accepted answer (KTO's z0); see mismatch()
 }
+EVAL_BRANCHES = ("chosen", "own", "given")
 
 
 @dataclasses.dataclass
 class Item:
-    """One row in tokens. beliefs and responses: (accepted, rejected); responses end in EOS."""
+    """One row in tokens."""
     row: int                           # its place in the split, for messages and caches
     prompt: list
-    beliefs: tuple
-    responses: tuple
+    beliefs: tuple                     # (accepted, rejected), and another row's after mismatch()
+    responses: tuple                   # the same; they end in EOS
     has_close: bool                    # False for reviews, whose belief is the class alone
     target: list                       # (K,) shares, as given
     accept: int                        # class index of the accepted belief
@@ -406,14 +425,14 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
             n_options=len(row["options"]), kind=kind_of(target, accept),
             question=str(row.get("question_id") or row["prompt"]),
             group=str(row.get("group") or ""))
-        fewer += item.length(BRANCHES) > max_length and len(shots) > 1
-        while item.length(BRANCHES) > max_length and len(shots) > 1:
-            del shots[1]
+        fewer += item.length(EVAL_BRANCHES) > max_length and len(shots) > 1
+        while item.length(EVAL_BRANCHES) > max_length and len(shots) > 1:
+            shots = [shots[0], *shots[2:]] if len(shots) > 2 else []     # no shot: no instruction
             item.prompt = encode("".join(shots) + prompt)
-        if item.length(BRANCHES) > max_length:
+        if item.length(EVAL_BRANCHES) > max_length:
             if overlong == "error":
                 raise ValueError(
-                    f"{name}, row {n + 1}: {item.length(BRANCHES)} tokens ({len(item.prompt)} of "
+                    f"{name}, row {n + 1}: {item.length(EVAL_BRANCHES)} tokens ({len(item.prompt)} of "
                     f"them the prompt) do not fit the context of {max_length}: raise --max_length "
                     "(up to the model's context), or say --overlong trim or --overlong drop")
             if overlong == "drop" or not trim(item, max_length):
@@ -434,13 +453,35 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
 
 def trim(item, max_length):
     """Cut an Item to max_length in place; False if a branch would keep no response token."""
-    over = item.length(BRANCHES) - max_length
+    over = item.length(EVAL_BRANCHES) - max_length
     keep = max(len(item.prompt) - over, min(len(item.prompt), max_length // 2))
     head, tail = (keep + 1) // 2, keep // 2
     item.prompt = item.prompt[:head] + item.prompt[len(item.prompt) - tail:]
     room = max_length - len(item.prompt) - max(map(len, item.beliefs))
     item.responses = tuple(r[:room] if room > 0 else [] for r in item.responses)
     return room > 0
+
+
+def mismatch(items, max_length, seed):
+    """Give every item the accepted answer of another row whose prompt is different, for the branch
+    "mismatch", in place. Each answer is given once: a shift by the largest group of equal prompts,
+    in an order that keeps groups together. Fixed for a dataset, so that a reference can be kept for
+    these pairs, while batches go on being shuffled. ValueError where no such pairing is."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[tuple(item.prompt)].append(item)
+    shift, rng = max(map(len, groups.values())), np.random.default_rng([seed, 5])
+    if 2 * shift > len(items):
+        raise ValueError(f"{shift} of {len(items)} rows have the same prompt, so that KTO's "
+                         "mismatched pairs cannot be made: give more rows, or another --loss")
+    several = list(groups.values())
+    order = [item for g in rng.permutation(len(several)) for item in several[g]]
+    for k, item in enumerate(order):
+        other = order[(k + shift) % len(order)]
+        room = max_length - len(item.prompt)           # it may be longer than the row's own
+        belief = other.beliefs[0][:room - 1]
+        item.beliefs = (*item.beliefs[:2], belief)
+        item.responses = (*item.responses[:2], other.responses[0][:room - len(belief)])
 
 
 def epoch_batches(lengths, batch_size, seed, epoch, window=16):
@@ -483,7 +524,7 @@ def collate(items, branches, classes):
                                 zip((item.beliefs, item.responses), BRANCHES[branch]))
             sequence, n = item.prompt + belief + response, b * len(branches) + s
             ids[n, :len(sequence)] = sequence
-            close = int(item.has_close)
+            close = int(item.has_close and len(belief) > 1)
             counts[b, s] = len(belief) - close, close, len(response)
             start = len(item.prompt)
             if branch == "given":
@@ -597,35 +638,65 @@ def fetch(repo, name, file, commit):
     return link
 
 
-def request(method, url, headers=None, read=None, tries=None, sleep=time.sleep, **kwargs):
+def request(method, url, headers=None, read=None, tries=None, pause=lambda seconds, problem:
+            time.sleep(seconds), **kwargs):
     """One HTTP answer, of 2xx or 404, or read(it). 429, 5xx, timeouts, cut connections and answers
     that cannot be read are asked again, after Retry-After or a jittered, doubling wait; another
     4xx is an error with the server's words at once, and so is, without tries, a server out of
-    reach. sleep may return True to give up."""
-    for attempt in range(tries or TRIES):
-        wait = PAUSE * 2 ** attempt * random.uniform(0.5, 1.5)
+    reach (with them, soon). pause may return True to give up. No message shows a key."""
+    for attempt in range(1, (tries or TRIES) + 1):
+        wait = min(60, PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
+        final = attempt == (tries or TRIES)
         try:
-            answer = requests.request(method, url, headers=headers, allow_redirects=True,
+            answer = requests.request(method, url, headers=headers,
                                       auth=lambda r: r,  # else ~/.netrc overrides the headers
                                       **{"timeout": (10, TIMEOUT)} | kwargs)
-            if answer.ok or answer.status_code == 404:
+            if answer.status_code < 300 or answer.status_code == 404:
                 return read(answer) if read else answer
-            problem = f"the server answered {answer.status_code} {answer.reason}"
+            words = " ".join(answer.text.split()) if method != "HEAD" else ""
+            problem = f"the server answered {answer.status_code} {answer.reason} {words}".strip()
             if answer.status_code in (401, 403) and method == "HEAD":
                 raise ValueError(f"{url}: {answer.status_code}: no such repository, or it wants an "
                                  "HF_TOKEN")
             if answer.status_code != 429 and answer.status_code < 500:
-                raise ValueError(f"{url}: {problem}: {' '.join(answer.text.split())[:500]}")
-            asked = answer.headers.get("Retry-After", "")
-            wait = float(asked) if asked.replace(".", "", 1).isdigit() else wait
+                raise ValueError(f"{url}: {hide(problem, headers, kwargs)}")
+            wait = retry_after(answer.headers.get("Retry-After")) or wait
         except requests.RequestException as e:
             problem = type(e).__name__
-            if not tries and "Max retries" in str(e):
-                raise ConnectionError(f"{url}: {problem}: give a local folder, or check the network "
-                                      "and HF_ENDPOINT") from None
-        if attempt + 1 < (tries or TRIES) and sleep(min(60, wait)):
+            if isinstance(e, requests.exceptions.InvalidJSONError):
+                problem += f" {e}"
+            elif isinstance(e, ValueError):            # a header or address that cannot be sent
+                raise ValueError(f"{url}: {hide(str(e), headers, kwargs)}") from None
+            if "Max retries" in str(e):
+                problem += ": give a local folder, or check the network and HF_ENDPOINT" if (
+                    not tries) else ": is the address right, and the server up?"
+                final = final or not tries or attempt > 3
+        if final:
+            break
+        if pause(wait, hide(problem, headers, kwargs)):
             raise ConnectionAbortedError(url)
-    raise ConnectionError(f"{url}: {problem}, {attempt + 1} times")
+    raise ConnectionError(f"{url}: {hide(problem, headers, kwargs)}"
+                          + (f", {attempt} times" if attempt > 1 else ""))
+
+
+def retry_after(value):
+    """Seconds that a Retry-After header asks for, a number or a date; 0 where it says neither."""
+    try:
+        seconds = float(value or 0)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError):
+            seconds = 0
+    return max(0, min(600, seconds))
+
+
+def hide(words, headers, kwargs):
+    """Words of at most 500 characters without the keys that were sent."""
+    sent = [(headers or {}).get(k) for k in ("Authorization", "api-key")]
+    for key in filter(None, [*sent, (kwargs.get("params") or {}).get("apikey")]):
+        words = words.replace(key.removeprefix("Bearer "), "***")
+    return words[:500]
 
 
 def download(url, headers, path, size, name):
@@ -696,55 +767,75 @@ PAGE = 100                             # rows of an answer: the most that the hu
 def fetch_rows(name, folder):
     """All rows of a published dataset into folder, by the hub's rows API. meta.json comes last, and
     tells that they are complete."""
-    ours = {"validation": "eval", "valid": "eval", "dev": "eval"}
-    found = {ours.get(s["split"], s["split"]): s for s in ask_hub(name, "splits")["splits"]}
-    if not set(SPLITS) <= set(found):
-        raise ValueError(f"{name} has the splits {sorted(found)}, not {', '.join(SPLITS)}")
-    for split in SPLITS:
-        if not (folder / f"{split}.jsonl").is_file():
-            fetch_split(name, found[split]["config"], found[split]["split"],
-                        folder / f"{split}.jsonl")
+    listed = ask_hub(name, "splits", "splits")["splits"]
+    configs = {s["config"] for s in listed}
+    if len(configs) > 1 and "default" not in configs:
+        raise ValueError(f"{name} has several configurations {sorted(configs)}: fetch the one that "
+                         "is meant into a folder of your own")
+    config = "default" if "default" in configs else configs.pop() if configs else None
+    theirs = {s["split"] for s in listed if s["config"] == config}
+    names = {"train": ["train"], "eval": ["eval", "validation", "valid", "dev"], "test": ["test"]}
+    for ours, known in names.items():
+        split = next((n for n in known if n in theirs), None)
+        if split is None:
+            raise ValueError(f"{name} has the splits {sorted(theirs)}: none is called "
+                             f"{' or '.join(known)}")
+        if not (folder / f"{ours}.jsonl").is_file():
+            fetch_split(name, config, split, folder / f"{ours}.jsonl")
     write(folder / "meta.json", json.dumps(published_meta(name, folder), indent=1) + "\n")
 
 
 def fetch_split(name, config, split, path):
-    """One split, page after page, into PATH.part, from where an earlier try broke off."""
-    part, done = Path(f"{path}.part"), 0
+    """One split, page after page, into PATH.part, from where an earlier try broke off. A row with
+    an empty answer is left out; its line stays empty."""
+    part, done, empty = Path(f"{path}.part"), 0, 0
     if part.is_file():
         lines = part.read_bytes().split(b"\n")[:-1]    # without the half line of a killed fetch
         part.write_bytes(b"".join(line + b"\n" for line in lines))
         done = len(lines)
     with progress(desc=f"fetching {name}, {split}", unit="row", initial=done) as bar, \
-            open(part, "a", encoding="utf-8") as f:
+            open(part, "a", encoding="utf-8", errors="replace") as f:
         while bar.total is None or done < bar.total:
             rows, total = page(name, config, split, done, PAGE)
-            if not rows and done < total:
-                raise ValueError(f"{name}, {split}: the hub ends at row {done} of {total}")
+            if done > total or not rows and done < total:
+                part.unlink()
+                raise ValueError(f"{name}, {split}: {total} rows on the hub, of which {done} came: "
+                                 "it has changed; run the command again")
             for n, row in enumerate(rows, done):
-                row = published_row(row, f"{name}, {split}, row {n}")
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                row = published_row(row, name, f"{name}, {split}, row {n}")
+                f.write((json.dumps(row, ensure_ascii=False) if row else "") + "\n")
+                empty += row is None
             f.flush()
             done, bar.total = done + len(rows), total
             bar.update(len(rows))
+    if empty:
+        print(f"{name}, {split}: {empty} rows with an empty answer are left out", file=sys.stderr)
     part.rename(path)
 
 
 def page(name, config, split, offset, length):
     """(rows from offset on, how many there are in all). Where long cells come cut off, the page is
     asked for again in halves."""
-    answer = ask_hub(name, "rows", config=config, split=split, offset=offset, length=length)
-    cut = [r["truncated_cells"] for r in answer["rows"] if r.get("truncated_cells")]
+    answer = ask_hub(name, "rows", "rows", config=config, split=split, offset=offset, length=length)
+    if answer.get("partial"):
+        raise ValueError(f"{name}: the hub serves only a part of its rows: fetch it in another way")
+    try:
+        rows, total = [r["row"] for r in answer["rows"]], int(answer["num_rows_total"])
+        cut = [r["truncated_cells"] for r in answer["rows"] if r.get("truncated_cells")]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{name}: not a page of rows: {str(answer)[:200]}") from None
     if not cut:
-        return [r["row"] for r in answer["rows"]], answer["num_rows_total"]
+        return rows, total
     if length == 1:
         raise ValueError(f"{name}, {split}, row {offset}: the hub cuts {cut[0]} off: fetch the "
                          "dataset in another way")
     half = length // 2
     return (page(name, config, split, offset, half)[0]
-            + page(name, config, split, offset + half, length - half)[0], answer["num_rows_total"])
+            + page(name, config, split, offset + half, length - half)[0], total)
 
 
-def ask_hub(name, what, **query):
+def ask_hub(name, what, key, **query):
+    """The rows API's answer to one request, a dict whose `key` is a list."""
     server = os.environ.get("HF_DATASETS_SERVER") or "https://datasets-server.huggingface.co"
     token = os.environ.get("HF_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -754,29 +845,42 @@ def ask_hub(name, what, **query):
     if status == 404:
         raise ValueError(f"no folder {name}, and the hub has no such dataset ({answer}): make one "
                          "with synth.py, or correct --data")
+    if not isinstance(answer, dict) or not isinstance(answer.get(key), list):
+        raise ValueError(f"{name}: the hub answered {str(answer)[:200]}")
     return answer
 
 
-def published_row(row, where):
-    """A published row in the columns of DESIGN: numbers may be texts and lists may be literals."""
+GROUPS = {"usa": "United States", "pk": "Pakistan", "sa": "S. Africa"}   # in Binwei01/mmoqa_...
+
+
+def published_row(row, name, where):
+    """A published row in the columns of DESIGN (numbers may be texts, lists may be literals), or
+    None where an answer is empty. Where it has no question_id, rows of the same options and shares
+    are one question; where it has no group, the set's name may tell."""
     lacking = [k for k in FIELDS if row.get(k) is None]
     if lacking:
         raise ValueError(f"{where} has no column {', '.join(lacking)}; it has "
                          f"{', '.join(sorted(row))}")
     out = {k: row[k] for k in (*FIELDS, *TEXTS) if row.get(k) not in (None, "")}
-    for name in ("options", "probabilities"):
-        if isinstance(row[name], str):
-            try:
-                out[name] = ast.literal_eval(row[name])
-            except (ValueError, SyntaxError):
-                raise ValueError(f"{where}: {name} is no list: {row[name]!r:.80}") from None
-    out["options"] = [str(option) for option in out["options"]]
-    for name in ("accept_choice_id", "reject_choice_id", *(k for k in TEXTS if k in out)):
-        value = out.get(name, "")
-        out[name] = str(int(value)) if isinstance(value, float) else str(value)
+    for key in ("options", "probabilities"):
+        try:
+            out[key] = ast.literal_eval(row[key]) if isinstance(row[key], str) else row[key]
+            out[key] = [x if key == "probabilities" else str(x) for x in out[key]]
+        except (ValueError, SyntaxError, TypeError):
+            raise ValueError(f"{where}: {key} is no list: {str(row[key]):.80}") from None
+    for key in set(out) - {"options", "probabilities"}:
+        out[key] = str(out[key])
+        if key.endswith("_choice_id"):                 # 4, "4" and 4.0 are one class
+            out[key] = re.sub(r"\.0+$", "", out[key])
     if out["prompt"].startswith("<Q>") and out["prompt"].endswith("<A>"):
         out["prompt"] = out["prompt"][3:-3]
-    return out
+    question = repr((out["options"], out["probabilities"])).encode()
+    out.setdefault("question_id", hashlib.sha256(question).hexdigest()[:12])
+    told = re.search(r"mmoqa_(usa|pk|sa)(_large)?$", name)
+    if told:
+        out.setdefault("group", GROUPS[told[1]])
+    return out if all((out.get(k) or "").strip() for k in ("accept_response", "reject_response")) \
+        else None
 
 
 def published_meta(name, folder):
@@ -785,7 +889,7 @@ def published_meta(name, folder):
     seen, sizes = defaultdict(Counter), Counter()
     for split in SPLITS:
         with open(folder / f"{split}.jsonl", encoding="utf-8") as f:
-            for row in map(json.loads, f):
+            for row in map(json.loads, filter(str.strip, f)):
                 sizes[len(row["probabilities"])] += 1
                 for side in ("accept", "reject"):
                     if row.get(f"{side}_choice"):

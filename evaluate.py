@@ -19,12 +19,11 @@ import scipy.stats
 import torch
 import torch.distributed as dist
 
-from data import (Parser, SPLITS, Tokenizer, add_flags, check_ranges, class_ids, collate,
+from data import (EVAL_BRANCHES, Parser, SPLITS, Tokenizer, add_flags, check_ranges, class_ids, collate,
                   encode_rows, find_checkpoint, load_dataset, progress, read_json, run, write)
 from losses import ANSWER, RESPONSE, Scores, logratios, margin, score
 from model import fingerprint, load_model
 
-EVAL_BRANCHES = ("chosen", "own", "given")
 VOLATILE = ("out", "resume", "overwrite", "device", "micro_batch", "log_every", "compile",
             "checkpointing", "dry_run")                # flags that leave a run what it is
 KINDS = ("majority", "minority", "other")
@@ -83,7 +82,7 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
         with autocast(device, dtype):
             s = score(model(batch["ids"]), model.head, batch)
         parts.append((index, {f.name: getattr(s, f.name).float().cpu() for f in fields(s)
-                              if f.name != "ref"}))
+                              if getattr(s, f.name) is not None}))
         bar.update(stop - start)
         start = stop
     bar.close()
@@ -133,7 +132,7 @@ def pick_branches(s, branches):
     """The Scores that a loss with these branches sees, out of Scores over EVAL_BRANCHES."""
     at = [EVAL_BRANCHES.index(b) for b in branches]
     return Scores(s.logps[:, at], s.counts[:, at], s.class_logps, s.target, s.n_options,
-                  None if s.ref is None else s.ref[:, at])
+                  None if s.ref is None else s.ref[:, at], s.mismatch)
 
 
 def eval_metrics(s, items, loss, o):
@@ -260,7 +259,8 @@ def sampling_floor(target, n_samples, draws=64):
 class Config:
     split: str = "test"          # which rows: train, eval or test
     checkpoint: str = "best"     # which weights of a run: best or last
-    data: str = ""               # dataset folder; empty: the one the run was trained on
+    data: str = ""               # dataset, or several; empty: the one the run was trained on
+    form: str = ""               # of the prompt; empty: the run's own, or the data's
     samples: int = 8             # answers sampled for each row (the authors' number); 0: none
     max_new_tokens: int = 64     # longest sampled answer
     seed: int = 0                # of the samples
@@ -443,7 +443,7 @@ def main():
     configs = {out: read_run(out, o) for out in dict.fromkeys(x.rstrip("/") or x for x in outs)}
     evaluations, results = {}, {}
     for out in progress(configs, desc="runs", unit="run", disable=len(configs) == 1):
-        data = o.data or configs[out]["data"], configs[out].get("form", "")
+        data = o.data or configs[out]["data"], o.form or configs[out].get("form", "")
         if data not in evaluations:
             evaluations[data] = Evaluation(*data, o.split)
         e = evaluations[data]

@@ -26,6 +26,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -94,16 +95,19 @@ def write_surveys(groups, o, made_by, client=None, problems=(), **files):
                                  "problem": "a question with less than 3 dialogues"})
                 continue
             options |= {t: CLASSES[k] for t, k in zip(q.options, q.classes)}
-            for n in range(o.pairs_per_question or len(several)):
-                i = n % len(several)
-                row = make_row(q, *several[i], several[i - 1][1], group, rng, o.noise)
-                if split := split_of(i, len(several), q.id in unseen):
-                    splits[split].append(row)
+            for split, part in split_up(several, q.id in unseen).items():
+                n = max(1, round(o.pairs_per_question * len(part) / len(several))) \
+                    if o.pairs_per_question else len(part)
+                splits[split] += [make_row(q, *part[i % len(part)], part[i % len(part) - 1][1],
+                                           group, rng, o.noise) for i in range(n)]
     if not splits["train"]:
-        raise ValueError(f"no dialogue could be read: see {problems[0] if problems else o.out}")
+        raise ValueError("no dialogue could be read; the first problem: " + "; ".join(
+            f"{k}: {v}" for k, v in problems[0].items()))
     meta = {"classes": CLASSES, "off_scale": "0", "made_by": made_by, "groups": list(groups),
             "form": FORM if len(groups) == 1 else "<G>{group}" + FORM,
             "belief_to_class": options, "options": dataclasses.asdict(o)}
+    if client:
+        meta["llm"] = client.settings()
     if o.writer == "template":
         meta["stances"] = {phrase: c for c, phrases in STANCES.items() for phrase in phrases}
     save_dataset(Path(o.out), splits, meta, problems, **files)
@@ -118,12 +122,14 @@ def holdout(ids, o):
     return {ids[i] for i in rng.permutation(len(ids))[:o.holdout_questions]}
 
 
-def split_of(i, n, unseen):
-    """The split of the i-th of a question's n dialogues; None for some of a question held out."""
-    tenth = max(1, round(n / 10))
+def split_up(several, unseen):
+    """{split: part} of a question's dialogues (3 or more), 8 : 1 : 1; of a question held out, a few
+    for test alone."""
+    tenth = max(1, round(len(several) / 10))
     if unseen:
-        return "test" if i < 2 * tenth else None
-    return "test" if n - i <= tenth else "eval" if n - i <= 2 * tenth else "train"
+        return {"test": several[:2 * tenth]}
+    return {"train": several[:-2 * tenth], "eval": several[-2 * tenth:-tenth],
+            "test": several[-tenth:]}
 
 
 def check_free(out):
@@ -140,14 +146,15 @@ def save_dataset(out, splits, meta, problems=(), **files):
     folder = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
     try:
         for split, rows in splits.items():
-            with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as f:
+            with open(folder / f"{split}.jsonl", "w", encoding="utf-8", errors="replace") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for name, value in {"meta": meta, **files}.items():
             (folder / f"{name}.json").write_text(
-                json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8", "replace")
         if problems:
             (folder / "unparsed.jsonl").write_text(
-                "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems), "utf-8")
+                "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems), "utf-8",
+                "replace")                             # half of a surrogate pair is no text
         folder.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -193,9 +200,10 @@ def template_writer(questions, group, o, rng, client):
             raise ValueError(f"the template writer knows {len(asks)} paraphrases of a question, "
                              f"not {o.paraphrases}")
         quote = q.topic == "this"                      # a real question: the option's own text too
+        order = np.random.default_rng([o.seed, 3, zlib.crc32(q.id.encode())])  # for every group
         written.append([(" ".join(filter(None, asks[i])),
                          [template_answer(q, k, rng, quote) for k in range(len(q.options))])
-                        for i in rng.permutation(len(asks))[:o.paraphrases]])
+                        for i in order.permutation(len(asks))[:o.paraphrases]])
     return written, []
 
 
@@ -245,10 +253,8 @@ class Client:
         if o.max_usd and not (o.usd_in or o.usd_out):
             raise ValueError("--max_usd needs prices to count by: give --usd_in and --usd_out")
         self.o, self.cache, self.answers = o, Path(o.cache or cache), {}
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        self.lock, self.halt = threading.Lock(), threading.Event()
+        self.lock, self.halt, self.error, self.bar = threading.Lock(), threading.Event(), None, None
         self.tokens, self.dearest, self.sent, self.under_way = [0, 0], 0.0, 0, 0
-        self.error = None                              # what ended the run, before its echoes
         if self.cache.is_file():
             text = self.cache.read_text(encoding="utf-8", errors="replace")
             for line in text.split("\n"):
@@ -261,10 +267,15 @@ class Client:
                 with open(self.cache, "a", encoding="utf-8") as f:
                     f.write("\n")
 
+    def settings(self):
+        names = ("llm", "temperature", "top_p", "frequency_penalty", "max_tokens")
+        return {k: getattr(self.o, k) for k in names} | {
+            "base_url": self.o.base_url.partition("?")[0]}
+
     def keep(self, key, answer, tokens):
-        self.answers[key] = answer
-        self.tokens = [a + b for a, b in zip(self.tokens, tokens)]
         self.dearest = max(self.dearest, self.usd(tokens))
+        self.tokens = [a + b for a, b in zip(self.tokens, tokens)]
+        self.answers[key] = answer
 
     def usd(self, tokens):
         return (tokens[0] * self.o.usd_in + tokens[1] * self.o.usd_out) / 1e6
@@ -286,23 +297,37 @@ class Client:
             seen[text] += 1
         missing = {k: b for k, b in zip(keys, bodies) if k not in self.answers}
         pool = ThreadPoolExecutor(self.o.concurrency)
-        futures = [pool.submit(self.send, k, method, url, b, read, secret)
-                   for k, b in missing.items()]
-        bar = progress(total=len(keys), initial=len(keys) - len(missing), desc=desc, unit="answer")
-        bar.set_postfix_str(self.spent())
+        self.bar = progress(total=len(keys), initial=len(keys) - len(missing), desc=desc,
+                            unit="answer")
+        self.bar.set_postfix_str(self.spent())
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        jobs = [(k, method, url, b, read, secret) for k, b in missing.items()]
         try:
-            for future in as_completed(futures):
+            if self.o.max_usd and not self.dearest and jobs:
+                self.send(*jobs.pop(0))                # the first alone tells what one costs
+            for future in as_completed([pool.submit(self.send, *job) for job in jobs]):
                 future.result()
-                bar.set_postfix_str(self.spent(), refresh=False)
-                bar.update()
         except OSError:
-            raise self.error
+            pass                                       # self.error; others may be its echoes
         finally:
-            self.halt.set()                            # whoever waits to try again gives up
-            pool.shutdown(cancel_futures=True)         # answers under way are waited for, and kept
-            self.halt.clear()
-            bar.close()
+            self.finish(pool)
+        if self.error:
+            raise ConnectionError(f"{self.error}; {len(self.answers)} answers are kept in "
+                                  f"{self.cache}, the same command goes on from there")
         return [self.answers[k] for k in keys]
+
+    def finish(self, pool):
+        """Let whoever waits to try again give up; wait for the answers under way, and keep them."""
+        self.halt.set()
+        self.bar.close()
+        if self.under_way:
+            print(f"waiting for {self.under_way} answers under way (Ctrl-C drops them)",
+                  file=sys.stderr)
+        try:
+            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            os._exit(130)                              # else Python waits for the threads all same
+        self.halt.clear()
 
     def send(self, key, method, url, body, read, secret):
         kind = "json" if method == "POST" else "params"
@@ -312,22 +337,27 @@ class Client:
                 self.sent, self.under_way = self.sent + 1, self.under_way + 1
             try:
                 answer, tokens = request(
-                    method, url, secret.get("headers"), read, self.TRIES, self.halt.wait,
-                    timeout=(10, self.o.timeout), **{kind: body | secret.get(kind, {})})
+                    method, url, secret.get("headers"), read, self.TRIES, self.pause,
+                    timeout=(10, self.o.timeout), allow_redirects=False,
+                    **{kind: body | secret.get(kind, {})})
             finally:
                 self.under_way -= 1
             with self.lock, open(self.cache, "a", encoding="utf-8") as f:
-                self.keep(key, answer, tokens)
                 f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
+                self.keep(key, answer, tokens)
+                self.bar.set_postfix_str(self.spent(), refresh=False)
+                self.bar.update()
+            if self.o.max_usd and not any(tokens):
+                raise ValueError("the server tells no usage, so that --max_usd cannot be kept")
         except (ValueError, OSError) as e:
-            words = str(e)
-            for value in [v for part in secret.values() for v in part.values()]:
-                words = words.replace(value.removeprefix("Bearer "), "***")
-            self.error = self.error or ConnectionError(
-                f"{words}; {len(self.answers)} answers are kept in {self.cache}, the same command "
-                "goes on from there")
+            self.error = self.error or e
             self.halt.set()
-            raise self.error from None
+            raise ConnectionAbortedError from None
+
+    def pause(self, seconds, problem):
+        with self.lock:
+            self.bar.set_postfix_str(f"waiting {seconds:.0f} s: {problem[:60]}")
+        return self.halt.wait(seconds)
 
     def check_limits(self):
         ahead = self.usd(self.tokens) + self.dearest * (self.under_way + 1)
@@ -336,14 +366,15 @@ class Client:
         if self.o.limit and self.sent >= self.o.limit:
             raise ValueError(f"--limit {self.o.limit} requests are sent")
         if self.o.max_usd and ahead > self.o.max_usd:
-            raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()}): raise it")
+            raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()}, and "
+                             f"{self.under_way} answers under way): raise it")
 
 
 def endpoint(o, path):
     """(URL, headers with the key) of an OpenAI-compatible server's path. The key is API_KEY's, or
     OPENAI_API_KEY's; Azure's form of URL (?api-version=) gets its header."""
     base, _, query = o.base_url.partition("?")
-    key = os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
+    key = (os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
     if not key and "api.openai.com" in base:
         raise ValueError("no key for api.openai.com: set OPENAI_API_KEY, or say --base_url")
     if not re.match("https?://", base):
@@ -353,8 +384,10 @@ def endpoint(o, path):
 
 
 def usage_of(answer):
-    usage = answer.get("usage") or {}
-    return [usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0]
+    usage = answer.get("usage")
+    values = [usage.get(f"{k}_tokens") if isinstance(usage, dict) else 0
+              for k in ("prompt", "completion")]
+    return [v if type(v) is int else 0 for v in values]
 
 
 def unreadable(what, answer):
@@ -362,15 +395,20 @@ def unreadable(what, answer):
 
 
 def read_chat(response):
-    """A chat completion -> ((text, why it ended), tokens). An empty text is a refusal."""
+    """A chat completion -> ((text, why it ended), tokens). No text is a refusal: its words."""
     if response.status_code == 404:
         raise ValueError(f"{response.url}: 404: {' '.join(response.text.split())[:500]}")
     answer = response.json()
     try:
         choice = answer["choices"][0]
-        return (choice["message"]["content"] or "", choice.get("finish_reason")), usage_of(answer)
+        text = choice["message"]["content"] or choice["message"].get("refusal") or ""
+        if isinstance(text, list):                     # of parts
+            text = "".join(part.get("text") or "" for part in text)
+        if isinstance(text, str):
+            return (text, choice.get("finish_reason")), usage_of(answer)
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise unreadable("choices[0].message.content", answer) from None
+        pass
+    raise unreadable("choices[0].message.content", answer)
 
 
 def chat(client, prompts, desc, **settings):
@@ -418,7 +456,7 @@ def llm_writer(questions, group, o, rng, client):
                              choices=json.dumps(q.options, ensure_ascii=False)) for q, n in asked]
     dialogues, problems = {q.id: {} for q in questions}, []
     for (q, _), (text, ended) in zip(asked, chat(client, prompts, f"dialogues, {group}")):
-        found, failed = parse_dialogues(text, q.options, cut=ended == "length")
+        found, failed = parse_dialogues(text, q.options, ended)
         for paraphrase, answers in found:              # the same wording twice: one may be in test
             dialogues[q.id].setdefault(paraphrase.casefold(), (paraphrase, answers))
         problems += [{"group": group, "question": q.id, **f} for f in failed]
@@ -431,48 +469,60 @@ def plain(text):
     return " ".join(text.split()).strip(" .'\"").casefold()
 
 
-def parse_dialogues(text, options, cut=False):
-    """An LLM's reply -> ([(paraphrase, [one answer per option]), ...], [problem, ...]). A line that
-    is asked for begins with Q, or with [one of the options] after any label (A1:, B.). A style that
-    lacks an answer is left out. cut: the text ends in the middle, and with it its last style.
-    Nothing is guessed: an answer that names no option is a problem."""
+def unquote(text):
+    """Text without the quotes around the whole of it."""
+    text = text.strip(" *_")
+    inner = text[1:-1]
+    return inner.strip() if text[:1] in ('"', "“") and text[-1:] in ('"', "”") and not (
+        set(inner) & set('"“”')) else text
+
+
+QUESTION = re.compile(r"[\s*_#>•-]*(?:\d+[.)]\s*)?[*_]*(?:Q|q(?=[\d*_]*:)|[Qq]uestion)[ *_]*\d*"
+                      r"[*_]*\s*[:.)](.*)")
+ANSWER = re.compile(r"[\W_]*(?:(?:answer|option|[a-z])[\s*_-]*)?\d*[^\w\[]*\[(.*)", re.I)
+
+
+def parse_dialogues(text, options, ended="stop"):
+    """An LLM's reply -> ([(paraphrase, [one answer per option]), ...], [problem, ...]). A style is a
+    line that begins with Q, then lines of [one of the options] after any label (A1:, 1., - b).
+    Nothing is guessed: a style with any other line, or without an answer, is listed and left out;
+    and so is the last one of a reply that did not end by itself (ended)."""
     names = {plain(option): k for k, option in enumerate(options)}
-    styles, problems, last = [], [], None
+    styles, problems, inside = [], [], False           # styles: [paraphrase, answers, is it good]
+
+    def problem(what, line):
+        problems.append({"problem": what, "text": line})
+        if styles and inside:
+            styles[-1][2] = False
+
     for line in text.splitlines():
-        line = re.sub(r"^[\s*#>•-]+|\*\*|\s+$", "", line)
-        label = re.match(r"(question|answer|[a-z])\s*\d*\s*[:.)]\s*", line, re.I)
-        rest = line[label.end():] if label else line
-        if label and label[1][0] in "qQ":
-            styles.append((rest.strip(" \"“”"), {}))
-            last = None
-        elif rest.startswith("["):
-            ends = [m.start() for m in re.finditer("]", rest) if plain(rest[1:m.start()]) in names]
-            if not ends or not styles:
-                problems.append({"problem": "an answer to no option" if styles else
-                                 "an answer before any question", "text": line})
-                last = None
-                continue
-            last = names[plain(rest[1:ends[-1]])]
-            if last in styles[-1][1]:
-                problems.append({"problem": "a second answer to one option", "text": line})
-                last = None
+        question, answer = QUESTION.match(line), ANSWER.match(line)
+        if question:
+            styles.append([unquote(question[1]), {}, True])
+            inside = True
+        elif not line.strip() or re.match(r"[\W_]*style\b", line, re.I):
+            inside = inside and not styles[-1][1]      # an empty line may follow the question
+        elif answer and not inside:
+            problem("an answer before any question", line)
+        elif answer:
+            rest = answer[1]
+            ends = [m.start() for m in re.finditer("]", rest) if plain(rest[:m.start()]) in names]
+            k = names[plain(rest[:ends[-1]])] if ends else None
+            if k is None or k in styles[-1][1]:
+                problem("a second answer to one option" if ends else "an answer to no option", line)
             else:
-                styles[-1][1][last] = rest[ends[-1] + 1:].strip(" :-–\"“”")
-        elif not line or re.match(r"style\b", line, re.I):
-            last = None
-        elif last is not None:                         # an answer of several lines
-            styles[-1][1][last] += " " + line
-        elif label or styles:
-            problems.append({"problem": "a line that is no answer", "text": line})
+                styles[-1][1][k] = unquote(rest[ends[-1] + 1:].lstrip(" *_:-–"))
+        elif inside:
+            problem("a line that is neither question nor answer", line)
     if not styles:
-        problems.append({"problem": "a reply without a question line", "text": text[:500]})
+        problem("a reply without a question line", text[:500])
     good = []
-    for n, (paraphrase, answers) in enumerate(styles):
-        if cut and n + 1 == len(styles):
-            problems.append({"problem": "a style cut off by the length limit", "text": paraphrase})
+    for n, (paraphrase, answers, clean) in enumerate(styles):
+        if ended not in ("stop", None) and n + 1 == len(styles):
+            problem(f"a style cut off ({ended})", paraphrase)
         elif not paraphrase or not all(answers.get(k) for k in range(len(options))):
-            problems.append({"problem": "a style that lacks an answer", "text": paraphrase})
-        else:
+            problem("a style that lacks an answer", paraphrase)
+        elif clean:
             good.append((paraphrase, [answers[k] for k in range(len(options))]))
     return good, problems
 
@@ -649,22 +699,24 @@ def read_map(path):
 
 
 STRONG = r"(very|completely|strongly|totally|definitely|extremely|absolutely|a lot|much|a great)"
-AGAINST = (r"(not |no\b|dis|un(?!i)|oppose|bad|worse|less|few|harm|hurt|difficult|wrong|negative|"
-           r"decreas|reject|weak|poor|fail|declin)")
+AGAINST = (r"(not |no\b|disa|dissat|dislik|distrust|un(likely|fav|acc|imp|sat|happy|fair|reli|succ|"
+           r"conc|able|will)|oppos|bad|worse|less|few(er)?\b|little\b|small|low\b|lower\b|minor|weak|"
+           r"poor|harm|hurt|difficult|wrong|negative|pessimis|decreas|reject|fail|declin)")
 SCALES = [  # class, the option texts it takes; the first that matches counts
     (0, r"(dk\b|don't know|refused|no answer|no opinion|never heard|haven't heard|unsure|can't |"
         r"missing|other\b|not (asked|applicable|a moral issue)|cannot choose|hard to say|"
         r"none of (these|the above))"),
-    (1, rf"(not .*at all|.*\bat all$|{STRONG} (more )?{AGAINST}|{AGAINST}.* a lot|never|none|"
-        r"(the )?worst|poor$|terrible|nothing|no (confidence|trust|priority)|hardly ever)"),
+    (1, rf"(not .*at all|.*\bat all$|{STRONG} (more )?{AGAINST}|{AGAINST}.* (a lot|strongly|completely)$|never|"
+        r"none|(the )?worst|poor$|terrible|nothing|no (confidence|trust|priority)|hardly ever)"),
     (3, r"(neither|neutral|depends|(stay|remain|keep)?\w*\s?(about )?the same|same$|about (the )?"
         r"right|average$|no (change|difference|effect|impact)|not (much )?(change|difference)|"
         r"undecided|both\b|in between|has not changed|unchanged)"),
+    (4, r"(minor (problem|threat))"),
     (2, rf"((somewhat|mostly|fairly|probably|quite|rather|morally|generally|a little|change for "
-        rf"the) (more )?{AGAINST}|{AGAINST}|rarely|seldom|only |too little|small|below average|"
-        r"pessimistic|(should|will|has|have|could|did|do|does|is|are) not\b)"),
-    (5, rf"({STRONG}|excellent|top priority|always|often|(the )?best$|major|all of|great deal|"
-        r"entirely|fully|most( of them)?$|improve.* a lot)"),
+        rf"the|more|too) (more )?{AGAINST}|{AGAINST}|rarely|seldom|only |below average|"
+        r"(should|will|has|have|could|did|do|does|is|are) not\b)"),
+    (5, rf"({STRONG}|.* (strongly|completely|a lot|very much)$|excellent|top priority|always|often|"
+        r"(the )?best$|major|all of|great deal|entirely|fully|most( of them)?$)"),
     (4, r"((mostly|generally|morally|change for the) |yes|somewhat|fairly|sometimes|agree|approve|"
         r"favou?r|support|good|better|more\b|increas|likely|probably|moderate|some\b|quite|rather|"
         r"important|satisfied|acceptable|justified|should|has\b|have\b|will\b|could\b|a? ?fair|"
@@ -779,98 +831,138 @@ class Reviews:
 
 
 def lines_of(path):
-    """The lines of a text file, plain or .gz, one at a time."""
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8",
-                                                            errors="replace") as f:
-        yield from f
+    """The lines of a text file, plain or .gz, one at a time; one that is not UTF-8 is Latin-1."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            for line in f:
+                try:
+                    yield line.decode().lstrip("\ufeff")
+                except UnicodeDecodeError:
+                    yield line.decode("latin-1")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is damaged ({e}): fetch it again") from None
 
 
 def read_reviews(path, bad):
-    """(product, rating "1".."5", text) of each review, streamed; bad counts what is none."""
-    lines = lines_of(path)
+    """(product ids, user, rating "1".."5", text) of each review, streamed; bad counts what is none.
+    ValueError where the file's form is not known."""
+    lines = filter(str.strip, lines_of(path))
     first = next(lines, "")
+    if not re.match(r"\s*\{|product/|review/", first):
+        raise ValueError(f"{path} begins with {first[:40]!r}: SNAP's text form (product/productId: "
+                         "...) or JSON lines are expected")
     records = map(json_record, joined([first], lines)) if first.lstrip().startswith("{") \
-        else snap_records(joined([first], lines))
+        else snap_records(lines_of(path))
     for r in records:
         try:
             rating = float(r["score"])
-            text = " ".join(html.unescape(re.sub(r"<br\s*/?>", " ", r["text"])).split())
+            text = html.unescape(html.unescape(r["text"]))
+            text = " ".join(re.sub(r"</?[a-zA-Z][^<>]{0,200}>", " ", text).split())
             if not rating.is_integer() or not 1 <= rating <= 5:
                 raise ValueError
-            yield r["product"], str(int(rating)), text
+            yield r["products"], r.get("user"), str(int(rating)), text
         except (KeyError, TypeError, ValueError):
             bad["records that are no review"] += 1
 
 
 def json_record(line):
+    """A review of the sets of 2014, 2018 (asin, overall, reviewText) or 2023 (parent_asin, rating,
+    text) in one form."""
     try:
         r = json.loads(line)
-        return {"product": r.get("asin") or r.get("parent_asin"),
-                "score": r["overall"] if "overall" in r else r.get("rating"),
-                "text": r["reviewText"] if "reviewText" in r else r.get("text")}
+        pick = lambda *names: next((r[n] for n in names if r.get(n) is not None), None)
+        return {"products": [r[n] for n in ("parent_asin", "asin") if r.get(n)],
+                "user": pick("reviewerID", "user_id"), "score": pick("overall", "rating"),
+                "text": pick("reviewText", "text")}
     except (ValueError, AttributeError):
         return {}
 
 
 def snap_records(lines):
-    """SNAP's text form: `product/productId: B00...` and so on, records parted by an empty line."""
-    names = {"product/productId": "product", "review/score": "score", "review/text": "text"}
+    """SNAP's text form: `product/productId: B00...` and so on, records parted by an empty line; a
+    line without a key goes on with the text."""
+    names = {"product/productId": "product", "review/userId": "user", "review/score": "score",
+             "review/text": "text"}
     record = {}
-    for line in lines:
-        key, colon, value = line.partition(": ")
-        if key in names and colon:
-            record[names[key]] = value.strip()
-        elif not line.strip() and record:
-            yield record
+    for line in joined(lines, ["\n"]):
+        key, _, value = line.strip().partition(": ")
+        if re.fullmatch(r"(product|review)/\w+:?", key):
+            record[names.get(key.rstrip(":"))] = value
+        elif line.strip() and "text" in record:
+            record["text"] += " " + line.strip()
+        elif record and not line.strip():
+            yield record | {"products": [record["product"]] if "product" in record else None}
             record = {}
-    if record:
-        yield record
 
 
 def read_titles(path):
     """{product: title}."""
-    if Path(path).suffix == ".json":
-        return {str(k): str(v) for k, v in read_json(path).items()}
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = [row for row in csv.reader(f) if len(row) >= 2]
+    try:
+        if Path(path).suffix == ".json":
+            return {str(k): str(v) for k, v in read_json(path).items() if v}
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(csv.reader(f, strict=True), 1)
+                    if row]
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is no CSV in UTF-8 ({e}): mend it") from None
+    for n, row in rows:
+        if len(row) != 2 or not all(row):
+            raise ValueError(f"{path}, line {n}: {','.join(row)!r} is not product,title (a title "
+                             "with commas stands in quotes)")
     if not rows:
         raise ValueError(f"{path} has no lines of product,title")
-    return {product.strip(): title.strip() for product, title, *_ in rows}
+    return dict(row for _, row in rows)
+
+
+def check_metadata(o):
+    """ValueError where find_metadata will fail, before the reviews are read."""
+    if o.metadata == "omdb" and not os.environ.get("OMDB_API_KEY"):
+        raise ValueError("no key for OMDb: set OMDB_API_KEY (omdbapi.com gives one), or say "
+                         "--metadata FILE or --metadata none")
+    if o.metadata not in ("omdb", "none"):
+        known_films(o.metadata)
+
+
+def known_films(path):
+    """{plain title: {year: OMDb answer}} of a file of OMDb answers, JSON lines or one list."""
+    text = "".join(lines_of(path)).strip()
+    try:
+        records = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+        found = defaultdict(dict)
+        for r in records:
+            if r.get("Title"):
+                found[plain(str(r["Title"]))][str(r.get("Year"))[:4]] = r
+        return found
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{path} is no JSON lines of OMDb answers: {e}") from None
 
 
 def find_metadata(titles, o):
-    """{title: its OMDb answer}; one that OMDb does not know is absent. "The Ring (2002)" asks for
-    that year's."""
+    """{title: its OMDb answer}; one that OMDb does not know is absent, and so is one that several
+    films have in a file. "The Ring (2002)" asks for that year's."""
     if o.metadata == "none":
         return {title: {"Title": title} for title in titles}
     split = {t: re.fullmatch(r"(.*?)(?: \((\d{4})\))?", t).groups() for t in titles}
-    if o.metadata != "omdb":
-        known = defaultdict(dict)
-        for line in lines_of(o.metadata):
-            record = json.loads(line) if line.strip() else {}
-            if record.get("Title"):
-                known[plain(record["Title"])][str(record.get("Year"))[:4]] = record
-        found = {t: known[plain(name)].get(year) if year else
-                 next(iter(known[plain(name)].values()), None) for t, (name, year) in split.items()}
-    else:
-        key = os.environ.get("OMDB_API_KEY")
-        if not key:
-            raise ValueError("no key for OMDb: set OMDB_API_KEY (omdbapi.com gives one), or say "
-                             "--metadata FILE or --metadata none")
+    if o.metadata == "omdb":
         client = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl")
         queries = [{"t": name, "plot": "short"} | ({"y": year} if year else {})
                    for name, year in split.values()]
-        answers = client.ask("GET", o.omdb, queries, read_omdb, "OMDb", params={"apikey": key})
+        answers = client.ask("GET", o.omdb, queries, read_omdb, "OMDb",
+                             params={"apikey": os.environ["OMDB_API_KEY"].strip()})
         found = dict(zip(titles, answers))
+    else:
+        films, found = known_films(o.metadata), {}
+        for t, (name, year) in split.items():
+            several = films[plain(name)]
+            found[t] = several.get(year) if year else [*several.values(), None][len(several) > 1]
     return {t: r for t, r in found.items() if r}
 
 
 def read_omdb(response):
+    """An OMDb answer, or None for a film that it does not find."""
     answer = response.json()
     if not isinstance(answer, dict) or answer.get("Response") not in ("True", "False"):
         raise unreadable("Response", answer)
-    if answer["Response"] == "False" and "not found" not in answer.get("Error", ""):
-        raise ValueError(f"OMDb: {answer.get('Error')}")
     return (answer if answer["Response"] == "True" else None), [0, 0]
 
 
@@ -881,19 +973,32 @@ def describe(r):
     return (head + f" (Genre: {get('Genre')})" * bool(get("Genre")) + ". " + get("Plot")).strip()
 
 
+class Seen:
+    """Which things were met before, in 64 MB however many they are (a Bloom filter): of 10 million
+    about one in 100,000 is taken for a repeat."""
+    def __init__(self):
+        self.bits = bytearray(1 << 26)
+
+    def __call__(self, thing):
+        places = [hash((k, thing)) % (1 << 29) for k in range(5)]
+        old = all(self.bits[p >> 3] & 1 << (p & 7) for p in places)
+        for p in places:
+            self.bits[p >> 3] |= 1 << (p & 7)
+        return old
+
+
 def collect_reviews(o, titles, rng):
     """One pass over the file, in the memory of what is kept: {title: (5,) ratings}, {title:
-    [(rating, text), ...] at most --max_reviews}, {reason: number left out}."""
+    [(rating, text, user), ...] at most --max_reviews}, {reason: number left out}. A user's text
+    counts once for a title, which may be several products."""
     counts, kept = defaultdict(lambda: np.zeros(5)), defaultdict(list)
-    numbers, seen, skipped = Counter(), set(), Counter()
-    for product, rating, text in progress(read_reviews(o.reviews, skipped), desc="reviews",
-                                          unit="review"):
-        title = titles.get(product)
-        mark = hash((title, text))
+    numbers, seen, skipped = Counter(), Seen(), Counter()
+    for products, user, rating, text in progress(read_reviews(o.reviews, skipped), desc="reviews",
+                                                 unit="review"):
+        title = next((titles[p] for p in products if p in titles), None)
         reason = ("reviews of a product without a title" if title is None else
-                  "the same text again" if mark in seen else None)
+                  "the same user's text again" if user and seen((title, user, text)) else None)
         if not reason:
-            seen.add(mark)
             counts[title][int(rating) - 1] += 1
             if not o.min_chars <= len(text) <= o.max_chars:
                 reason = "too short or too long"
@@ -904,8 +1009,21 @@ def collect_reviews(o, titles, rng):
         place = len(kept[title]) if not o.max_reviews or len(kept[title]) < o.max_reviews \
             else rng.integers(numbers[title])
         if place < (o.max_reviews or place + 1):
-            kept[title][place:place + 1] = [(rating, text)]
+            kept[title][place:place + 1] = [(rating, text, user)]
     return counts, kept, skipped
+
+
+def merge_films(counts, kept, about):
+    """{prompt: (ratings, [(rating, text), ...], title)}: titles that turn out to be one film are
+    one, for a prompt has one target, and its reviews stand in one split."""
+    films = {}
+    for title, record in about.items():
+        ratings, texts, _ = films.setdefault(describe(record), (np.zeros(5), {}, title))
+        ratings += counts[title]
+        for n, (rating, text, user) in enumerate(kept[title]):
+            texts[(user or (title, n), text)] = rating, text
+    return {prompt: (ratings, list(texts.values()), title)
+            for prompt, (ratings, texts, title) in films.items()}
 
 
 def reviews(o):
@@ -914,27 +1032,26 @@ def reviews(o):
     for name in ("reviews", "titles"):
         if not getattr(o, name):
             raise ValueError(f"--{name} is needed")
+    check_metadata(o)
     rng = np.random.default_rng([o.seed, 1])
     counts, kept, skipped = collect_reviews(o, read_titles(o.titles), rng)
-    usable = sorted((t for t in kept if len({rating for rating, _ in kept[t]}) > 1),
+    usable = sorted((t for t in kept if len({rating for rating, *_ in kept[t]}) > 1
+                     and len(kept[t]) > 2),
                     key=lambda t: (-counts[t].sum(), t))[:o.max_titles or None]
-    about = find_metadata(usable, o)
-    skipped += {"titles whose reviews all give one rating": len(kept) - len(usable),
-                "titles without metadata": len(usable) - len(about)}
-    usable, splits = [t for t in usable if t in about], {s: [] for s in SPLITS}
-    if usable:
-        unseen = holdout(sorted(usable), o)
-        for title in usable:
-            texts = [kept[title][i] for i in rng.permutation(len(kept[title]))]
-            of_split = defaultdict(list)
-            for i, review in enumerate(texts):
-                of_split[split_of(i, len(texts), title in unseen)].append(review)
-            for split in SPLITS:
-                rows = review_rows(title, of_split[split], of_split["train"], about[title],
-                                   counts[title], rng)
-                skipped[f"{split} reviews without another rating to reject"] += (
-                    len(of_split[split]) - len(rows))
-                splits[split] += rows
+    films = merge_films(counts, kept, find_metadata(usable, o))
+    skipped += {"titles with less than 3 reviews, or of one rating, or beyond --max_titles":
+                len(kept) - len(usable)}
+    skipped += {"titles without metadata, or of another title's film": len(usable) - len(films)}
+    splits = {s: [] for s in SPLITS}
+    unseen = holdout(sorted(films), o) if films else ()
+    for prompt, (ratings, texts, title) in films.items():
+        parts = split_up([texts[i] for i in rng.permutation(len(texts))], prompt in unseen)
+        skipped["reviews of held-out titles beyond a few"] += len(texts) - sum(
+            map(len, parts.values()))
+        for split, part in parts.items():
+            rows = review_rows(prompt, title, ratings, part, parts.get("train", part), rng)
+            skipped[f"{split} reviews without another rating to reject"] += len(part) - len(rows)
+            splits[split] += rows
     print("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n),
           file=sys.stderr)
     for split in SPLITS:
@@ -944,8 +1061,8 @@ def reviews(o):
                                        "form": FORM, "options": dataclasses.asdict(o)})
 
 
-def review_rows(title, texts, trained, about, counts, rng):
-    """Each of a title's reviews [(rating, text), ...] in one split, against one of another rating:
+def review_rows(prompt, title, ratings, texts, trained, rng):
+    """Each of a film's reviews [(rating, text), ...] in one split, against one of another rating:
     of the same split, so that training meets no text of eval and test; else one of training's."""
     rows = []
     for rating, text in texts:
@@ -953,8 +1070,8 @@ def review_rows(title, texts, trained, about, counts, rng):
                   or [r for r in trained if r[0] != rating])
         if others:
             other, said = others[rng.integers(len(others))]
-            rows.append({"prompt": describe(about), "options": STARS,
-                         "probabilities": (counts / counts.sum()).round(6).tolist(),
+            rows.append({"prompt": prompt, "options": STARS,
+                         "probabilities": (ratings / ratings.sum()).round(6).tolist(),
                          "accept_choice_id": rating, "accept_response": text,
                          "reject_choice_id": other, "reject_response": said, "question_id": title})
     return rows
@@ -1009,6 +1126,8 @@ def read_pairs(path):
     words that they share."""
     pairs = []
     for number, line in enumerate(lines_of(path), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
@@ -1040,13 +1159,17 @@ def group_statements(client, statements, most, size=200):
                 name, sign, numbers = line.rpartition("::")
                 for n in map(int, re.findall(r"\d+", numbers) if sign else ()):
                     if 1 <= n <= len(chunk):           # the first group named counts
-                        now.setdefault(chunk[n - 1], re.sub(r"^[\W\d]+", "", name).strip())
+                        now.setdefault(chunk[n - 1], re.sub(r"^[\W\d]+|[*_\s]+$", "", name))
         problems += [{"problem": "a statement in no group", "text": s} for s in alive
                      if not now.get(s)]
         of = {s: now[g] for s, g in of.items() if now.get(g)}
         if len(chunks) == 1 or not of or len(set(of.values())) >= len(alive):
-            return of, problems
+            break
         alive = list(dict.fromkeys(of.values()))
+    sizes = Counter(of[s] for s in statements if s in of).most_common()
+    problems += [{"problem": "a statement beyond --max_statements", "text": g, "pairs": n}
+                 for g, n in sizes[most:]]
+    return {s: g for s, g in of.items() if g in dict(sizes[:most])}, problems
 
 
 def mine(o, chat_flags):
@@ -1057,6 +1180,8 @@ def mine(o, chat_flags):
     rng = np.random.default_rng([o.seed, 1])
     client, pairs, problems = Client(chat_flags, f"{o.out}.answers.jsonl"), read_pairs(o.pairs), []
     good = [i for i in rng.permutation(len(pairs)) if all(pairs[i]) and pairs[i][1] != pairs[i][2]]
+    print(f"{len(pairs)} pairs, of which {len(pairs) - len(good)} are left out (an empty text, or "
+          "both answers the same)", file=sys.stderr)
     pairs = [pairs[i] for i in good[:o.max_pairs or None]]
     swaps = rng.random(len(pairs)) < 0.5               # which answer stands first tells nothing
     shown = [dict(prompt=p, first=r if swap else c, second=c if swap else r)
@@ -1085,8 +1210,8 @@ def mine(o, chat_flags):
 
 def parse_stances(text):
     """The classes of answers 1 and 2 in an LLM's reply, or None."""
-    sides = [re.search(rf"^\W*(?:answer )?{n}\W+(agree|neutral|disagree)\b", text, re.I | re.M)
-             for n in "12"]
+    sides = [re.search(rf"^\W*(?:answer )?{n}\W+(agree|neutral|disagree)s?\W*$", text,
+                       re.I | re.M) for n in "12"]
     return [STANCE_LABELS[side[1].lower()] for side in sides] if all(sides) else None
 
 
@@ -1105,14 +1230,20 @@ def save_mined(o, found, problems):
     for statement, several in large.items():
         accepted = Counter(accept for _, accept, _ in several)
         shares = [round(accepted[c] / len(several), 6) for c in labels]
-        for i, ((prompt, chosen, rejected), accept, reject) in enumerate(several):
-            if split := split_of(i, len(several), statement in unseen):
-                splits[split].append({
-                    "prompt": prompt, "options": [s.capitalize() for s in STANCE_LABELS],
-                    "probabilities": shares, "accept_choice_id": accept,
-                    "accept_choice": statement, "accept_response": chosen,
-                    "reject_choice_id": reject, "reject_choice": statement,
-                    "reject_response": rejected, "question_id": statement})
+        by_prompt = defaultdict(list)                  # a prompt's pairs go to one split
+        for pair, accept, reject in several:
+            by_prompt[pair[0]].append((pair, accept, reject))
+        if len(by_prompt) < 3:
+            problems.append({"problem": "a statement with less than 3 prompts", "text": statement})
+            continue
+        for split, part in split_up(list(by_prompt.values()), statement in unseen).items():
+            splits[split] += [{
+                "prompt": prompt, "options": [s.capitalize() for s in STANCE_LABELS],
+                "probabilities": shares, "accept_choice_id": accept,
+                "accept_choice": statement, "accept_response": chosen,
+                "reject_choice_id": reject, "reject_choice": statement,
+                "reject_response": rejected, "question_id": statement}
+                for pairs in part for (prompt, chosen, rejected), accept, reject in pairs]
     save_dataset(Path(o.out), splits, {
         "classes": labels, "off_scale": None, "made_by": "mine", "form": FORM,
         "stance": {c: s for s, c in STANCE_LABELS.items()}, "options": dataclasses.asdict(o)},
@@ -1124,7 +1255,8 @@ def save_mined(o, found, problems):
 
 @dataclass
 class InContext:
-    data: str = ""               # dataset to put in context
+    data: str = ""               # dataset to put in context, or several, with commas
+    form: str = ""               # of their prompts; empty: their own
     shots: int = 3               # examples before each prompt (paper: 3 for GPT-2, 5 for Pythia)
     out: str = ""                # folder to write
     seed: int = 0                # of the draws
@@ -1138,6 +1270,8 @@ def example(row, form):
     """A training row as a shot: prompt, accepted belief and answer."""
     # differs: the appendix has a space after `Answer:`; the class would be another token with it.
     belief = f"<{row['accept_choice']}>" if row.get("accept_choice") else ""
+    if not belief and row["accept_response"][:1].isdigit():
+        belief = " "                                   # "510 out of 10" would show another class
     text = f"{row['accept_choice_id']}{belief}{row['accept_response']}"
     return prompt_text(row, form) + " ".join(text.split()) + "\n\n"
 
@@ -1146,12 +1280,12 @@ def icf(o):
     """Rows with a few training rows of the same group before each prompt, never the row itself or
     another wording of its question. The shots are a list, so that data.py can drop some to fit."""
     check_free(o.out)
-    meta, rows = load_dataset(o.data, SPLITS)
+    meta, rows = load_dataset(o.data, SPLITS, o.form)
     form = meta["form"].replace(FORM, "Question: {prompt}, Answer:")
     if form == meta["form"]:
         raise ValueError(f"{o.data} has the form {form!r} already: give one of the form {FORM!r}")
     rng, of_group = np.random.default_rng([o.seed, 3]), defaultdict(list)
-    same = lambda row: row.get("question_id") or row["prompt"]
+    same = lambda row: row.get("question_id") or (row["options"], row["probabilities"])
     for row in rows["train"]:
         of_group[row.get("group")].append(row)
     splits = {s: [] for s in SPLITS}
@@ -1191,6 +1325,7 @@ def main():
     flags = vars(parser.parse_args())
     make, config, asks = COMMANDS[flags.pop("command")]
     chat_flags = {f.name: flags.pop(f.name) for f in dataclasses.fields(Chat) if asks}
+    flags["out"] = str(Path(flags["out"])) if flags["out"] else ""
     o = config(**flags)
     check_ranges(o, **{k: v for k, v in RANGES.items() if hasattr(o, k)})
     make(o, *([Chat(**chat_flags)] if asks else []))

@@ -34,18 +34,19 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import synth
-from data import (Parser, Tokenizer, add_flags, check_ranges, class_ids, collate, encode_rows,
+from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, check_ranges, class_ids, collate, encode_rows,
                   dataset_name, epoch_batches, find_checkpoint, find_dataset, load_dataset,
-                  progress, prompt_text, read_json, run, train_bpe, write)
-from evaluate import (EVAL_BRANCHES, VOLATILE, autocast, device_of, eval_metrics, load_torch,
+                  mismatch, progress, prompt_text, read_json, run, train_bpe, write)
+from evaluate import (VOLATILE, autocast, device_of, eval_metrics, load_torch,
                       rank_and_size, score_rows, to_tensors)
-from losses import LOSSES, score
+from losses import LOSSES, PREFS, score
 from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
 
 
 @dataclass
 class Config:
     loss: str = "gdpo"            # which method: see LOSSES in losses.py
+    pref: str = "dpo"             # GDPO's preference term: see PREFS in losses.py
     data: str = "data/toy"        # dataset: folder or hub name; several, with commas, are mixed
     form: str = ""                # of the prompt, "<G>{group}<Q>{prompt}<A>" say; empty: the data's
     model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2), folder, hub name
@@ -61,6 +62,10 @@ class Config:
     optimizer: str = ""           # rmsprop or adamw
     clip: float = 10.0            # largest gradient norm
     beta: float = -1.0            # strength of the reference
+    label_smoothing: float = 0.0  # DPO: how likely a label is the wrong way round
+    gamma: float = 0.5            # SimPO: the margin it asks for
+    lambda_d: float = 1.0         # KTO: weight of desirable answers
+    lambda_u: float = 1.0         # KTO: weight of undesirable answers
     w_kl: float = 1.0             # weight of GDPO's KL term
     w_belief: float = 1.0         # weight of GDPO's belief likelihood
     w_pref: float = 1.0           # weight of GDPO's preference term
@@ -106,15 +111,21 @@ CHOICES = {"schedule": ["constant", "cosine"], "optimizer": ["rmsprop", "adamw"]
 TINY, HUGE = 1e-12, 1 << 40
 RANGES = {"seed": (0, HUGE), "epochs": (TINY, 1e6), "batch_size": (1, HUGE), "lr": (TINY, 1e3),
           "micro_batch": (0, HUGE), "warmup": (0, HUGE), "clip": (TINY, 1e12), "beta": (TINY, 1e6),
-          "w_kl": (0, 1e6), "w_belief": (0, 1e6), "w_pref": (0, 1e6), "eval_every": (1, HUGE),
+          "label_smoothing": (0, 0.5), "gamma": (0, 1e6), "lambda_d": (0, 1e6),
+          "lambda_u": (0, 1e6), "w_kl": (0, 1e6), "w_belief": (0, 1e6), "w_pref": (0, 1e6), "eval_every": (1, HUGE),
           "max_length": (0, 1 << 20), "n_layer": (1, 256), "n_head": (1, 256),
           "n_embd": (1, 1 << 15), "vocab_size": (258, 1 << 18), "log_every": (1, HUGE)}
 
 
 def resolve(o):
     """Fill in what -1, "" and auto stand for; ValueError for a value that cannot be."""
-    if o.loss not in LOSSES:
-        raise ValueError(f"--loss {o.loss!r} is unknown; there is: {', '.join(LOSSES)}")
+    for name, value, known in (("loss", o.loss, LOSSES), ("pref", o.pref, PREFS)):
+        if value not in known:
+            raise ValueError(f"--{name} {value!r} is unknown; there is: {', '.join(known)}")
+    if o.pref != "dpo" and o.loss == "gdpo":
+        o.loss = f"gdpo-{o.pref}"
+    elif o.pref != "dpo" and o.loss != f"gdpo-{o.pref}":
+        raise ValueError(f"--pref {o.pref} is for --loss gdpo, not {o.loss}")
     kind = ("scratch" if o.model == "scratch" else "checkpoint",
             "preference" if LOSSES[o.loss].reference else "sft")
     for name, value in PRESETS[kind].items():
@@ -203,7 +214,9 @@ def prepare_data(o):
     if "data/toy" in o.data.split(","):
         on_first_rank(lambda: Path("data/toy").exists() or synth.toy(synth.Toy(out="data/toy")))
     on_first_rank(lambda: [str(find_dataset(name)) for name in o.data.split(",")])
-    return load_dataset(o.data, splits, o.form)
+    meta, rows = load_dataset(o.data, splits, o.form)
+    o.form = meta["form"]                              # the run's own, whatever becomes of the data
+    return meta, rows
 
 
 def start_model(o, rows, form, device):
@@ -268,6 +281,8 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
     n = o.micro_batch or len(mine) or 1
     micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
     sums, losses = {}, []
+    between = None if not loss.mismatch else mismatched_logratio(
+        raw, [items[i] for i in batch], ref[batch, -1], classes, o.dtype).to(device)
     optimizer.zero_grad(set_to_none=True)
     for k, index in enumerate(micros):
         last = k + 1 == len(micros)
@@ -276,7 +291,8 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
             b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
             with autocast(device, o.dtype):
                 s = score(model(b["ids"]), raw.head, b)
-            s.ref = None if ref is None else ref[rows].to(device)
+            s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
+            s.mismatch = between
             values, parts = loss.objective(s, o)
             # DDP takes the mean over processes, this is to be the mean over rows
             (values[:len(index)].sum() * size / len(batch)).backward()
@@ -295,6 +311,14 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
             "lower --lr; the weights are those before this step")
     optimizer.step()
     return dict(zip(sums, totals)), norm
+
+
+def mismatched_logratio(model, items, ref, classes, dtype):
+    """Mean log-ratio (3,), by piece, of each item's prompt with another row's answer: before it is
+    clamped, KTO's z0 (Eq. 10). Over all items, whatever the ranks and micro-batches; no gradient.
+    ref (B, 3): the same pairs' logps under the reference."""
+    s = score_rows(model, items, ("mismatch",), classes, dtype)
+    return (s.logps[:, 0] - ref).mean(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,9 +462,13 @@ def train(o):
     items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
              for s in rows}
     r = Run(o, model, tokenizer, optimizer_of(o, model))
+    branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
+    if loss.mismatch:
+        for s in items:
+            mismatch(items[s], limit, o.seed)
+            branches[s] += ("mismatch",)
     r.items = hash_of(items)
     on_first_rank(lambda: claim_folder(r, resumed))
-    branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
     ref = reference_logps(r, items, branches, ids, resumed) if loss.reference else {}
     if resumed:
         r.load_state()
@@ -459,7 +487,11 @@ def loop(r, policy, loss, items, ref, classes):
 
     def evaluate():
         s = score_rows(model, items["eval"], EVAL_BRANCHES, classes, o.dtype, "evaluating")
-        s.ref = ref.get("eval")
+        if ref:
+            s.ref = ref["eval"][:, :len(EVAL_BRANCHES)]
+        if loss.mismatch:
+            s.mismatch = mismatched_logratio(model, items["eval"], ref["eval"][:, -1], classes,
+                                             o.dtype)
         r.record(eval_metrics(s, items["eval"], loss, o))
 
     say(f"{o.out}: {o.loss}, {len(items['train'])} rows, {schedule.total} steps of {o.batch_size}, "

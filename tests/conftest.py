@@ -100,7 +100,7 @@ def server():
             data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             try:
                 self.send_response(status)
-                for name, value in [*headers, ("Content-Length", str(len(data)))]:
+                for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)

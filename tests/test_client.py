@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from email.utils import formatdate
 
 import pytest
 from conftest import ROOT, completion
@@ -60,6 +61,10 @@ def test_the_key_is_kept_nowhere(client, server, tmp_path, capsys):
     server.answer = lambda r: (401, {"error": {"message": "wrong key sk-very-secret"}})
     with pytest.raises(OSError, match=r"401 .*wrong key \*\*\*"):
         ask(client(), "b")
+    server.answer = lambda r: (401, "x" * 450 + "sk-very-secret")        # where words are cut
+    with pytest.raises(OSError) as e:
+        ask(client(), "b")
+    assert "sk-" not in str(e.value)
     assert "secret" not in (tmp_path / "c/answers.jsonl").read_text() + "".join(capsys.readouterr())
 
 
@@ -79,8 +84,10 @@ def test_bad_moments_are_waited_out(client, server, bad):
     assert set(times.values()) == {3}
 
 
-def test_retry_after_is_honoured(client, server):
-    server.answer = lambda r: (429, "wait", ("Retry-After", "0.6")) if len(server.requests) == 1 \
+@pytest.mark.parametrize("form", ["number", "date"])
+def test_retry_after_is_honoured(client, server, form):
+    value = "0.6" if form == "number" else formatdate(time.time() + 2, usegmt=True)
+    server.answer = lambda r: (429, "wait", ("Retry-After", value)) if len(server.requests) == 1 \
         else (200, completion("ok"))
     start = time.monotonic()
     assert ask(client(), "a") == ["ok"] and time.monotonic() - start >= 0.6
@@ -118,9 +125,32 @@ def test_another_4xx_stops_at_once_with_the_servers_words(client, server, status
 
 def test_a_server_that_stays_down_ends_the_run_after_a_bounded_number_of_tries(client, server):
     server.answer = lambda r: (500, "down")
-    with pytest.raises(OSError, match="500.*8 times"):
+    with pytest.raises(OSError, match="500.*down, 8 times"):        # with the server's words
         ask(client(), "a")
     assert len(server.requests) == synth.Client.TRIES
+
+
+def test_a_server_out_of_reach_is_said_soon(client):
+    with pytest.raises(OSError, match="is the address right, and the server up.*4 times"):
+        ask(client(base_url="http://127.0.0.1:9"), "a")
+
+
+def test_text_in_parts_and_odd_usage_are_read_and_refusals_kept(client, server):
+    answers = {"parts": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+               "usage": "fine", "refusal": None, "surrogate": "\ud83d!"}
+
+    def answer(r):
+        what = r.body["messages"][0]["content"]
+        reply = completion(answers[what])
+        if what == "usage":
+            reply["usage"] = {"prompt_tokens": "12", "completion_tokens": None}
+        if what == "refusal":
+            reply["choices"][0]["message"]["refusal"] = "I won't."
+            reply["usage"] = ["x"]
+        return 200, reply
+    server.answer = answer
+    assert ask(client(), *answers) == ["ab", "fine", "I won't.", "\ud83d!"]
+    assert ask(client(), *answers)[2] == "I won't." and len(server.requests) == 4
 
 
 def test_no_more_than_concurrency_requests_are_under_way(client, server):
@@ -148,6 +178,17 @@ def test_limit_and_max_usd_stop_before_more_is_spent(client, server):
     assert len(ask(client(max_usd=2.0, **price), *"abcde")) == 5
 
 
+def test_max_usd_holds_whatever_the_concurrency_and_needs_usage(client, server, tmp_path):
+    price = {"usd_in": 1000.0, "usd_out": 10000.0}
+    with pytest.raises(OSError, match="--max_usd 0.5 is reached"):
+        ask(client(max_usd=0.5, **price), *"abcdefghijkl")
+    assert len(server.requests) == 2
+    server.answer = lambda r: (200, completion("x") | {"usage": None})
+    with pytest.raises(OSError, match="tells no usage"):
+        ask(client(max_usd=0.5, cache=str(tmp_path / "other.jsonl"), **price), *"abcdefghijkl")
+    assert len(server.requests) == 3
+
+
 def test_tokens_and_cost_stand_beside_the_bar(client, capsys):
     ask(client(usd_in=0.5, usd_out=1.5), *"abcd")
     err = capsys.readouterr().err
@@ -173,6 +214,13 @@ def test_azure_has_its_own_url_and_header(client, server):
     assert r.path == "/openai/deployments/gpt-4o/chat/completions"
     assert r.query == {"api-version": "2024-05-13"}
     assert r.headers["api-key"] == "sk-very-secret" and not r.headers["Authorization"]
+
+
+def test_a_redirect_gets_no_key(client, server):
+    server.answer = lambda r: (307, "", ("Location", server.url + "/elsewhere"))
+    with pytest.raises(OSError, match="307"):
+        ask(client(base_url=f"{server.url}?api-version=1"), "a")
+    assert [r.path for r in server.requests] == ["/chat/completions"]
 
 
 def test_a_netrc_entry_does_not_replace_the_key(client, server, tmp_path, monkeypatch):

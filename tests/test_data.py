@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, check_row, class_ids, collate,
+from data import (BELIEF, EVAL_BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, check_row, class_ids, collate,
                   encode_rows, epoch_batches, kind_of, load_meta, load_rows, train_bpe)
 from evaluate import to_tensors
 from losses import score
@@ -153,7 +153,7 @@ def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
         assert "no row fits" in str(e) and "1 dropped" in capsys.readouterr().err
         return
     item = items[0]
-    assert item.length(BRANCHES) <= max_length
+    assert item.length(EVAL_BRANCHES) <= max_length
     assert decode(item.prompt).startswith("<Q>") and decode(item.prompt).endswith("<A>")
     assert min(map(len, item.responses)) > 0 and decode(item.beliefs[0]) == "4<Yes>"
     for full, cut in zip(encode(row)[0].responses, item.responses):

@@ -2,6 +2,7 @@
 import gzip
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,16 +20,18 @@ Style 1: Casual and Friendly
 Q: So, tell me: how do you rate it? [be honest]
 A1: [Very good job] Honestly: A great job: 5 of 5!
 A2: [Somewhat bad] Hmm, [sigh] it could be better. Ask A2: never mind.
-A3: [It's "fine" [VOL]] It's "fine", I'd say.
+A3: [It's "fine" [VOL]] It's "fine", I'd say. "Never" is no "word".
 A4: [DK/Refused] I'd rather not say.
 
 **Style 2: Formal**
 - **Question 2:** "How would you evaluate it?"
+
 - **B.** [somewhat bad.] Rather poor.
-  It has let us down.
-- **A:** [VERY GOOD JOB]: Excellent.
-- **d)** [DK / Refused] - No comment.
+- **A:** [VERY GOOD JOB]: "Excellent."
+1. [DK/Refused] - No comment.
 - **C** : [It’s “fine” [VOL]] Fine.
+
+I hope that these small talks help!
 """
 
 
@@ -57,15 +60,37 @@ def llm(server, monkeypatch, tmp_path):
 
 
 def test_a_reply_is_read_however_it_is_laid_out():
-    good, problems = synth.parse_dialogues(REPLY.replace("DK / Refused", "DK/Refused"), OPTIONS)
+    good, problems = synth.parse_dialogues(REPLY, OPTIONS)
     assert problems == []
     (q1, a1), (q2, a2) = good
     assert q1 == "So, tell me: how do you rate it? [be honest]"
     assert q2 == "How would you evaluate it?"
     assert a1 == ["Honestly: A great job: 5 of 5!",
-                  "Hmm, [sigh] it could be better. Ask A2: never mind.", "It's \"fine\", I'd say.",
-                  "I'd rather not say."]
-    assert a2 == ["Excellent.", "Rather poor. It has let us down.", "Fine.", "No comment."]
+                  "Hmm, [sigh] it could be better. Ask A2: never mind.",
+                  "It's \"fine\", I'd say. \"Never\" is no \"word\".", "I'd rather not say."]
+    assert a2 == ["Excellent.", "Rather poor.", "Fine.", "No comment."]
+
+
+@pytest.mark.parametrize("reply", [
+    "Q: a?\n1. [Yes] y\n2. [No] n", "Q1. a?\nA1 - [Yes] y\nA2 - [No] n", "*Q:* a?\n*A1:* [Yes] y\n"
+    "*A2:* [No] n", "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
+    "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
+    "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n"])
+def test_common_layouts_are_read(reply):
+    assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
+
+
+@pytest.mark.parametrize("reply, problem", [
+    ("Q: a?\nA1: [Yes] y\nA2: Not certain.\nA3: [No] n", "a line that is neither"),
+    ("Q: a?\nA1: [Yes] y\nA2: [No] n\nI hope that helps!", "a line that is neither"),
+    ("Q: a?\nA1: [Yes] y\nA2: [No] n\n2. Formal and Polite", "a line that is neither"),
+    ("Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", "a line that is neither"),
+    ("Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
+     "an answer before any question"),
+])
+def test_nothing_is_glued_on_and_nothing_leaks_between_styles(reply, problem):
+    good, problems = synth.parse_dialogues(reply, ["Yes", "No"])
+    assert good == [] and problems[0]["problem"].startswith(problem)
 
 
 @pytest.mark.parametrize("change, kept, problem", [
@@ -78,16 +103,15 @@ def test_a_reply_is_read_however_it_is_laid_out():
     (("Q: So, tell me: how do you rate it? [be honest]\n", ""), 1, "an answer before any question"),
 ])
 def test_what_does_not_parse_is_listed_and_its_style_left_out(change, kept, problem):
-    reply = REPLY.replace("DK / Refused", "DK/Refused")
-    good, problems = synth.parse_dialogues(reply.replace(*change), OPTIONS)
-    assert reply.count(change[0]) == 1 and len(good) == kept
+    good, problems = synth.parse_dialogues(REPLY.replace(*change), OPTIONS)
+    assert REPLY.count(change[0]) == 1 and len(good) == kept
     assert problem in [p["problem"] for p in problems]
 
 
 def test_a_reply_cut_off_loses_its_last_style_and_a_refusal_all():
-    reply = REPLY.replace("DK / Refused", "DK/Refused")
-    good, problems = synth.parse_dialogues(reply, OPTIONS, cut=True)
-    assert len(good) == 1 and problems[0]["problem"] == "a style cut off by the length limit"
+    for ended in ("length", "content_filter"):
+        good, problems = synth.parse_dialogues(REPLY, OPTIONS, ended)
+        assert len(good) == 1 and problems[0]["problem"] == f"a style cut off ({ended})"
     good, problems = synth.parse_dialogues("I'm sorry, but I can't help with that.", OPTIONS)
     assert good == [] and problems[0]["problem"] == "a reply without a question line"
 
@@ -105,7 +129,8 @@ def test_an_llm_writes_the_dialogues(table, llm, tmp_path, call):
         "content"]
     assert len(llm.requests) == 3 * 4                       # 40 paraphrases, 10 to a request
     meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
-    assert len(rows["train"]) == 2 * (32 + 32 + 10) and meta["belief_to_class"]["A lot"] == "5"
+    assert [len(rows[s]) for s in SPLITS] == [2 * 72, 2 * 9, 2 * 9 + 18]
+    assert meta["belief_to_class"]["A lot"] == "5" and meta["llm"]["llm"] == "gpt-3.5-turbo-1106"
     for r in sum(rows.values(), []):                        # the answer is the one to its belief
         assert r["accept_response"].endswith(f": {r['accept_choice']}.")
         assert r["reject_response"].endswith(f": {r['reject_choice']}.")
@@ -174,6 +199,8 @@ def test_a_class_is_never_guessed(table, llm, tmp_path, call, text):
 @real_data
 def test_the_rules_agree_with_the_published_belief_map():
     published = synth.read_map(SHARED / "option_map.json")
+    assert synth.class_by_rule("Very small role") == synth.class_by_rule("Disagree strongly") == 1
+    assert synth.class_by_rule("Agree strongly") == 5 and synth.class_by_rule("Unemployed") is None
     made = {t: synth.class_by_rule(t) for t in published}
     known = {t: k for t, k in made.items() if k is not None}
     right = sum(published[t] == k for t, k in known.items())
@@ -213,8 +240,11 @@ def test_sets_are_mixed_if_they_agree(tmp_path):
         (tmp_path / "b/meta.json").write_text(json.dumps(other | change))
         with pytest.raises(ValueError, match=message):
             load_dataset(names, SPLITS)
-    with pytest.raises(ValueError, match="--form: the prompt's form must be a text that holds"):
-        load_dataset(f"{tmp_path}/a", SPLITS, "<Q>")
+    for form in ("<Q>", "<G>{grp}<Q>{prompt}"):
+        with pytest.raises(ValueError, match="--form: the prompt's form must be a text that holds"):
+            load_dataset(f"{tmp_path}/a", SPLITS, form)
+    with pytest.raises(ValueError, match="names a dataset twice"):
+        load_dataset(f"{tmp_path}/a,{tmp_path}/a", SPLITS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,7 +288,7 @@ def test_reviews_become_rows(tmp_path, call, name, opener):
     (tmp_path / "omdb.jsonl").write_text(json.dumps(older) + "\n" + json.dumps(META) + "\n")
     p = call(synth, "reviews", "--reviews", name, "--titles", "titles.csv", "--metadata",
              "omdb.jsonl", "--out", "d", cwd=tmp_path)
-    for reason in ("1 the same text again", "2 records that are no review",
+    for reason in ("1 the same user's text again", "2 records that are no review",
                    "2 too short or too long", "1 reviews of a product without a title"):
         assert reason in p.stderr
     meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
@@ -295,14 +325,89 @@ def test_the_later_amazon_form_and_the_caps(tmp_path, call):
     assert len({r["accept_response"] for r in rows}) <= 30
 
 
+def some_reviews(path, product, users=60, stars=lambda n: 1 + 4 * (n % 3 > 0)):
+    with open(path, "a") as f:
+        for n in range(users):
+            f.write(json.dumps({"asin": product, "reviewerID": f"U{n}", "overall": stars(n),
+                                "reviewText": f"the words of user {n} on the film"}) + "\n")
+
+
+def run_reviews(call, tmp_path, titles, *flags, **kwargs):
+    (tmp_path / "t.csv").write_text(titles)
+    p = call(synth, "reviews", "--reviews", "r.jsonl", "--titles", "t.csv", "--out", "d", *flags,
+             cwd=tmp_path, **kwargs)
+    return p, load_dataset(str(tmp_path / "d"), SPLITS)[1] if not kwargs else None
+
+
+def test_titles_of_one_film_are_one_and_no_text_is_in_two_splits(tmp_path, call):
+    """Two titles, one OMDb record, the same reviews under both products."""
+    for product in ("P0", "P1"):
+        some_reviews(tmp_path / "r.jsonl", product)
+    (tmp_path / "m.json").write_text(json.dumps([META]))            # a list is read as well
+    _, rows = run_reviews(call, tmp_path, "P0,The Ring (2002)\nP1,The Ring\n", "--metadata", "m.json")
+    assert sum(map(len, rows.values())) == 60
+    train = {r["accept_response"] for r in rows["train"]}
+    assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
+    assert rows["train"][0]["probabilities"] == pytest.approx([1 / 3, 0, 0, 0, 2 / 3], abs=1e-6)
+
+
+def test_equal_words_of_different_users_count_and_a_users_copies_do_not(tmp_path, call):
+    with open(tmp_path / "r.jsonl", "w") as f:
+        for n in range(100):
+            f.write(json.dumps({"asin": f"V{n}", "parent_asin": f"P{n % 2}", "user_id": f"U{n // 2}",
+                                "rating": 5 if n < 80 else 1, "text": "Great movie, loved it!!!"
+                                if n < 80 else f"not my film, says number {n // 2}"}) + "\n")
+    p, rows = run_reviews(call, tmp_path, "P0,Film\nP1,Film\n", "--metadata", "none")
+    assert rows["train"][0]["probabilities"] == [0.2, 0, 0, 0, 0.8]
+    assert "50 the same user's text again" in p.stderr
+
+
+def test_text_is_cleaned_whatever_its_form(tmp_path):
+    path = tmp_path / "r.txt"
+    path.write_bytes("""product/productId: P1\r
+review/score: 5.0\r
+review/text: Am\xe9lie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="x">so</a>\r
+on the next line 3 < 4\r
+\r
+product/productId: P1
+review/score: 1.0
+review/text: bad""".encode("latin-1"))
+    found = list(synth.read_reviews(path, synth.Counter()))
+    assert found == [(["P1"], None, "5", 'Amélie is "good" and so on the next line 3 < 4'),
+                     (["P1"], None, "1", "bad")]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[{}]", "r.jsonl begins with '\\[{}\\]': SNAP"), ("", "begins with ''"), ("a,b\n", "begins with 'a,b")])
+def test_a_file_of_unknown_form_is_refused(tmp_path, text, message):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(synth.read_reviews(tmp_path / "r.jsonl", synth.Counter()))
+
+
+@pytest.mark.parametrize("titles, message", [
+    ("P1,The Good, the Bad\n", "line 1: 'P1,The Good,the Bad' is not product,title"),
+    ("P1,\n", "line 1: 'P1,' is not product,title"), ("", "has no lines"),
+    ('P1,"open\n', "is not product,title|is no CSV")])
+def test_a_broken_table_of_titles_is_refused(tmp_path, titles, message):
+    (tmp_path / "t.csv").write_text(titles)
+    with pytest.raises(ValueError, match=message):
+        synth.read_titles(tmp_path / "t.csv")
+
+
+def test_a_table_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "t.csv").write_bytes("P1,Amélie\n".encode("utf-8-sig"))
+    assert synth.read_titles(tmp_path / "t.csv") == {"P1": "Amélie"}
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Ten times the reviews of the same titles, capped: the same memory."""
-    import tracemalloc
+    """Ten times the reviews of the same titles, all of them titled, capped: the same memory."""
     peaks = []
     for size in (2000, 20000):
         with open(tmp_path / "big.txt", "w") as f:
             for n in range(size):
-                f.write(SNAP.format(f"{1 + n % 5}.0", f"text {n} " * 20).replace("P1", f"P{n}"))
+                record = SNAP.format(f"{1 + n % 5}.0", f"text {n} " * 20)
+                f.write(record.replace("P1", f"P{n % 100}").replace("userId: A", f"userId: {n}"))
         tracemalloc.start()
         o = synth.Reviews(reviews=str(tmp_path / "big.txt"), max_reviews=10)
         synth.collect_reviews(o, {f"P{n}": f"T{n % 3}" for n in range(100)},
@@ -429,6 +534,36 @@ def test_beliefs_are_mined_from_pairs_that_had_none(tmp_path, call, judge):
     assert len(judge.requests) == sent
 
 
+def test_equal_pairs_are_left_out_and_a_prompt_stays_in_one_split(tmp_path, call, judge):
+    with open(tmp_path / "p.jsonl", "w") as f:
+        for i in range(60):
+            f.write(json.dumps({"prompt": f"talk {i % 6}?", "chosen": f"good {i}",
+                                "rejected": f"no {i}" if i < 50 else f"good {i}"}) + "\n\n")
+    p = call(synth, "mine", "--pairs", "p.jsonl", "--base_url", judge.url, "--out", "d/",
+             cwd=tmp_path)
+    assert "60 pairs, of which 10 are left out" in p.stderr
+    assert (tmp_path / "d.answers.jsonl").is_file()         # whatever --out ends in
+    _, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
+    assert [len(p) for p in prompts] == [4, 1, 1] and sum(map(len, rows.values())) == 50
+
+
+def test_no_more_than_max_statements_are_kept(judge, tmp_path):
+    client = synth.Client(synth.Chat(base_url=judge.url), tmp_path / "c.jsonl")
+    several = ["Do not harm 1", "Do not harm 2", "Be brief 1"]
+    of, problems = synth.group_statements(client, several, 1)
+    assert set(of.values()) == {"Do not harm"}
+    assert problems == [{"problem": "a statement beyond --max_statements", "text": "Be brief",
+                         "pairs": 1}]
+
+
+def test_a_damaged_archive_is_one_line(tmp_path):
+    hh(tmp_path / "hh.jsonl.gz")
+    (tmp_path / "cut.gz").write_bytes((tmp_path / "hh.jsonl.gz").read_bytes()[:400])
+    with pytest.raises(ValueError, match="cut.gz is damaged .*fetch it again"):
+        synth.read_pairs(tmp_path / "cut.gz")
+
+
 def test_statements_are_grouped_in_rounds(judge, tmp_path):
     client = synth.Client(synth.Chat(base_url=judge.url), tmp_path / "c.jsonl")
     several = [f"Do not harm {n}" for n in range(9)] + [f"Be brief {n}" for n in range(9)]
@@ -467,6 +602,14 @@ def test_the_real_pairs_are_read():
     assert not any("\n\nAssistant:" in p[1] and p[1].startswith("\n") for p in pairs)
 
 
+@pytest.mark.parametrize("text, classes", [
+    ("1: agree\n2: disagree", ["3", "1"]), ("Answer 1: **Agrees**.\n2. Neutral", ["3", "2"]),
+    ("1: agree or disagree\n2: disagree", None), ("1: disagree/agree\n2: agree", None),
+    ("1: agree, neutral or disagree\n2: agree", None), ("1: agree", None), ("", None)])
+def test_stances_are_never_guessed(text, classes):
+    assert synth.parse_stances(text) == classes
+
+
 def test_pairs_with_a_prompt_are_read_and_others_refused(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "Hi?", "chosen": "a", "rejected": "b"}\n')
@@ -500,6 +643,12 @@ def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, call
     assert "has not 41 training rows" in p.stderr
 
 
+def test_a_review_that_begins_with_a_digit_does_not_hide_its_rating():
+    row = {"prompt": "Film", "accept_choice_id": "5", "accept_response": "10 out of 10"}
+    assert synth.example(row, "Question: {prompt}, Answer:") == \
+        "Question: Film, Answer:5 10 out of 10\n\n"
+
+
 def test_shots_are_dropped_until_the_row_fits(tmp_path, call, world, capsys):
     call(synth, "icf", "--data", world, "--shots", 5, "--out", "d", cwd=tmp_path)
     meta, rows = load_dataset(str(tmp_path / "d"), ("train",))
@@ -508,14 +657,15 @@ def test_shots_are_dropped_until_the_row_fits(tmp_path, call, world, capsys):
     cut = encode_rows(rows["train"], tok, meta, 200)
     assert "40 of 40 rows do not fit 200 tokens with all their shots" in capsys.readouterr().err
     for long, short, row in zip(whole, cut, rows["train"]):
-        assert short.length(data.BRANCHES) <= 200 < long.length(data.BRANCHES)
+        assert short.length(data.EVAL_BRANCHES) <= 200 < long.length(data.EVAL_BRANCHES)
         text, (first, *shots) = tok.decode(short.prompt), row["context"]
         kept = [s for s in shots if s in text]
+        first *= bool(kept)                                 # no shot, no instruction
         assert text == first + "".join(kept) + prompt_text(row, meta["form"])
         assert kept == shots[len(shots) - len(kept):]
         one_more = shots[len(shots) - len(kept) - 1:]
-        text = first + "".join(one_more) + prompt_text(row, meta["form"])
-        assert len(tok.encode(text)) + short.length(data.BRANCHES) - len(short.prompt) > 200
+        text = row["context"][0] + "".join(one_more) + prompt_text(row, meta["form"])
+        assert len(tok.encode(text)) + short.length(data.EVAL_BRANCHES) - len(short.prompt) > 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -570,12 +720,61 @@ def test_a_published_set_is_fetched_once(hub):
         "prompt": "How?", "options": ["Good", "Bad", "Don't know"], "accept_choice_id": "4",
         "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Good",
         "accept_response": "ok 0", "reject_choice_id": "2", "reject_choice": "Bad",
-        "reject_response": "no"}
+        "reject_response": "no", "question_id": rows["train"][9]["question_id"]}
     assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
     sent = len(hub.requests)
     load_dataset("Some/set", SPLITS)
     assert len(hub.requests) == sent
+
+
+def test_published_rows_know_their_question_and_group(hub):
+    """Rows of one question share options and shares; the country is in the set's name."""
+    rows = rows_of(3) + rows_of(3)
+    for row in rows[3:]:
+        row["probabilities"] = [0, 0, 0.5, 0, 0.5, 0]
+    published(hub, {s: rows for s in SPLITS}, ours=SPLITS)
+    assert len({r["question_id"] for r in load_dataset("Some/set", SPLITS)[1]["train"]}) == 2
+    assert data.published_row(rows[0], "Binwei01/mmoqa_pk_large", "x")["group"] == "Pakistan"
+    with pytest.raises(ValueError, match="needs a group in every row"):
+        load_dataset("Some/set", SPLITS, "<G>{group}<Q>{prompt}<A>")
+
+
+def test_a_set_that_changed_or_has_several_configurations_is_not_stitched(hub):
+    rows = {s: rows_of(250) for s in SPLITS}
+    published(hub, rows, ours=SPLITS)
+    good = hub.answer
+    hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "200" else good(r)
+    with pytest.raises(ValueError, match="gone"):
+        load_dataset("Some/set", SPLITS)
+    published(hub, {s: rows_of(150) for s in SPLITS}, ours=SPLITS)
+    with pytest.raises(ValueError, match="150 rows on the hub, of which 200 came: it has changed"):
+        load_dataset("Some/set", SPLITS)
+    assert len(load_dataset("Some/set", SPLITS)[1]["train"]) == 150
+
+
+@pytest.mark.parametrize("path, answer, message", [
+    ("/splits", {"error": "busy"}, "the hub answered"), ("/splits", [], "the hub answered"),
+    ("/rows", {"rows": [1], "num_rows_total": 5}, "not a page of rows"),
+    ("/rows", {"rows": [], "num_rows_total": 5, "partial": True}, "only a part of its rows"),
+    ("/splits", {"splits": [{"config": c, "split": "train"} for c in "ab"]},
+     "several configurations"),
+    ("/splits", {"splits": [{"config": "default", "split": "train"}]}, "none is called eval or"),
+])
+def test_odd_answers_of_the_hub_are_one_line(hub, path, answer, message):
+    published(hub, {s: rows_of(3) for s in SPLITS}, ours=SPLITS)
+    good = hub.answer
+    hub.answer = lambda r: (200, answer) if r.path == path else good(r)
+    with pytest.raises(ValueError, match=message):
+        load_dataset("Some/set", SPLITS)
+
+
+def test_a_published_row_without_an_answer_is_left_out_aloud(hub, capsys):
+    rows = rows_of(120)
+    rows[7]["reject_response"] = " "
+    published(hub, {s: rows for s in SPLITS}, ours=SPLITS)
+    assert len(load_dataset("Some/set", SPLITS)[1]["train"]) == 119
+    assert "1 rows with an empty answer are left out" in capsys.readouterr().err
 
 
 def test_a_published_set_of_reviews_has_five_classes(hub):
@@ -609,6 +808,7 @@ def test_a_broken_off_fetch_goes_on_where_it_was(hub):
     ("probabilities", "has no column probabilities; it has accept"),
     ({"options": "Good|Bad"}, "options is no list"),
     ({"probabilities": [0.5, 0.5]}, "probabilities of .* entries: 5 .ratings. or 6"),
+    ({"options": 5}, "row 0: options is no list: 5"),
 ])
 def test_a_published_set_of_another_form_stops_with_what_was_found(hub, change, message):
     rows = {s: rows_of(3) for s in SPLITS}

@@ -10,12 +10,13 @@ import time
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli
+from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli, golden
+from test_losses import rows_of
 
 import evaluate
 import synth
 import train
-from data import encode_rows, run
+from data import encode_rows, mismatch, run
 from losses import LOSSES
 from model import load_model, read_safetensors
 from train import Config, lr_at, resolve, train_step
@@ -59,7 +60,9 @@ def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float3
     o = resolve(Config(loss=loss, micro_batch=micro_batch, dtype=dtype, device="cpu", clip=1e9))
     ref = None
     if LOSSES[loss].reference:
-        ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, LOSSES[loss].branches,
+        mismatch(items, 96, 0)
+        branches = LOSSES[loss].branches + ("mismatch",) * LOSSES[loss].mismatch
+        ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, branches,
                                range(15, 21)).logps
     sums, norm = train_step(model, model, optimizer(model.parameters(), lr=lr), LOSSES[loss],
                             items, ref, list(range(len(items))), range(15, 21), o)
@@ -75,6 +78,31 @@ def test_one_batch_of_eight_is_eight_of_one(loss):
     assert norm_a == pytest.approx(norm_c, rel=1e-4)
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", golden("09"), ids=lambda c: c["name"])
+def test_a_few_steps_agree_with_golden_09(case):
+    """Appendix G: RMSprop, linear warm-up, clipping, accumulation, on a tiny GPT-2."""
+    loss = LOSSES[{"mpo": "gdpo"}.get(case["loss"], case["loss"])]
+    batch = golden("08_gpt2")["batches"]["gdpo_rows" if case["loss"] == "mpo" else "sft_rows"]
+    items = encode_rows(rows_of(batch["items"][:4], batch["probabilities"][:4]), CharTokenizer(),
+                        {"classes": CLASSES}, 96)
+    model, classes = load_model(GOLDEN / "gpt2_tiny"), range(15, 21)
+    ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, loss.branches,
+                           classes).logps
+    o = resolve(Config(loss="gdpo", lr=1e-3, warmup=3, schedule="constant", optimizer="rmsprop",
+                       beta=0.1, clip=1.0, device="cpu", micro_batch=4 // case["accumulation"]))
+    optimizer = train.optimizer_of(o, model)
+    for step, (want, norm, lr, l2) in enumerate(zip(
+            case["losses"],
+            case["grad_norm_before_clip"], case["lr"], case["parameter_l2_after_step"])):
+        assert lr_at(o, step, 100) == pytest.approx(lr)
+        optimizer.param_groups[0]["lr"] = lr
+        sums, got = train_step(model, model, optimizer, loss, items, ref, [0, 1, 2, 3], classes, o)
+        assert sums["loss"] / 4 == pytest.approx(want, rel=1e-3)
+        assert got == pytest.approx(norm, rel=1e-3)
+        whole = sum(p.detach().double().square().sum() for p in model.parameters()).sqrt()
+        assert whole.item() == pytest.approx(l2, rel=1e-5)
 
 
 def test_a_step_at_5e_7_changes_float32_weights_under_bf16():
@@ -241,7 +269,10 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, dpo, gdpo"),
+    (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, gdpo"),
+    (["--pref", "kpo"], "--pref 'kpo' is unknown; there is: dpo, ipo, kto"),
+    (["--pref", "kto", "--loss", "sft"], "--pref kto is for --loss gdpo, not sft"),
+    (["--label_smoothing", "0.6"], "--label_smoothing must be from 0 to 0.5"),
     (["--los", "gdpo"], "unrecognized arguments: --los gdpo"),
     (["--beta", "big"], "argument --beta: invalid float value: 'big'"),
     (["--beta", "-3"], "--beta must be from"),
@@ -337,3 +368,9 @@ def test_several_groups_in_one_model(tmp_path, call):
                                                      key=lambda v: v[0])
     p = call(train, "--data", "a,b", "--loss", "gdpo", "--out", "x", *SMALL, cwd=tmp_path, check=2)
     assert "is another one: --form" in p.stderr                        # its SFT run had the form
+    assert "2 groups whose prompts do not tell them apart" in p.stderr
+    synth.toy(synth.Toy(out=str(tmp_path / "c"), country="Avalon,Borduria", paraphrases=3))
+    call(train, "--data", "c", "--epochs", 1, "--loss", "sft", *SMALL, "--eval_every", 10000,
+         cwd=tmp_path)
+    config = json.loads((tmp_path / "out/c-sft-seed0/config.json").read_text())
+    assert config["form"] == form                                     # the one in effect
