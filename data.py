@@ -347,6 +347,48 @@ def merge(parts, pair):
     return out
 
 
+class WordPiece:
+    """BERT's uncased tokenizer, for sentence encoders: words and marks apart, lower case without
+    accents; then the longest pieces of the vocabulary, those within a word with ## before them."""
+    def __init__(self, folder, max_length=256):
+        self.ids = read_json(Path(folder) / "tokenizer.json")["model"]["vocab"]
+        self.max_length = max_length
+
+    def encode(self, text):
+        """Text -> ids with [CLS] and [SEP], max_length at most."""
+        ids = [i for word in self.words(text) for i in self.pieces(word)]
+        return [self.ids["[CLS]"], *ids[:self.max_length - 2], self.ids["[SEP]"]]
+
+    @staticmethod
+    def words(text):
+        out = []
+        for c in unicodedata.normalize("NFD", text.lower()):
+            kind, code = unicodedata.category(c), ord(c)
+            if c in "\t\n\r" or kind == "Zs":
+                out.append(" ")
+            elif kind[0] == "C" or kind == "Mn" or code == 0xFFFD:
+                continue                               # control characters and accents
+            elif kind[0] == "P" or c in "$+<=>^`|~" or 0x4E00 <= code <= 0x9FFF \
+                    or 0x3400 <= code <= 0x4DBF or 0xF900 <= code <= 0xFAFF \
+                    or 0x20000 <= code <= 0x2CEAF or 0x2F800 <= code <= 0x2FA1F:
+                out.append(f" {c} ")                   # marks, Chinese characters: by themselves
+            else:
+                out.append(c)
+        return "".join(out).split()
+
+    def pieces(self, word):
+        ids, start = [], 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            end = next((e for e in range(len(word), start, -1)
+                        if prefix + word[start:e] in self.ids), None)
+            if end is None or len(word) > 100:
+                return [self.ids["[UNK]"]]
+            ids.append(self.ids[prefix + word[start:end]])
+            start = end
+        return ids
+
+
 # ---------------------------------------------------------------------------------------------
 # Pieces and batches
 
@@ -432,8 +474,8 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
         if item.length(EVAL_BRANCHES) > max_length:
             if overlong == "error":
                 raise ValueError(
-                    f"{name}, row {n + 1}: {item.length(EVAL_BRANCHES)} tokens ({len(item.prompt)} of "
-                    f"them the prompt) do not fit the context of {max_length}: raise --max_length "
+                    f"{name}, row {n + 1}: {item.length(EVAL_BRANCHES)} tokens "
+                    f"({len(item.prompt)} of them the prompt) do not fit the context of {max_length}: raise --max_length "
                     "(up to the model's context), or say --overlong trim or --overlong drop")
             if overlong == "drop" or not trim(item, max_length):
                 dropped += 1
@@ -910,11 +952,13 @@ def published_meta(name, folder):
 # ---------------------------------------------------------------------------------------------
 # The boundary that all scripts share: flags, files, one-line errors
 
-def add_flags(parser, config):
-    """argparse flags generated from a flat dataclass: one per field, the trailing comment of the
-    field's line is the help text."""
+def add_flags(parser, config, names=None):
+    """argparse flags generated from a flat dataclass: one per field (or per name), the trailing
+    comment of the field's line is the help text."""
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
     for field in dataclasses.fields(config):
+        if names and field.name not in names:
+            continue
         kind = type(field.default)
         action = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(f"--{field.name}", default=field.default, help=help_of[field.name],

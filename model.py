@@ -511,3 +511,72 @@ def save_model(model, folder, eos, dtype=torch.float32):
     shapes = {k: relayout(n, p.to("meta"), cfg, to_hf=True).shape for k, (n, p) in ours.items()}
     write_safetensors(folder / "model.safetensors", shapes, dtype,
                       lambda k: relayout(*ours[k], cfg, to_hf=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# A sentence encoder, for the response similarity of evaluate.py: MiniLM, which is a small BERT
+
+class BertLayer(nn.Module):
+    """Self-attention over the whole sentence and an MLP, each with its LayerNorm behind it."""
+    def __init__(self, c):
+        super().__init__()
+        C, inner, eps = c["hidden_size"], c["intermediate_size"], c["layer_norm_eps"]
+        self.n_head = c["num_attention_heads"]
+        self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
+        self.up, self.down = nn.Linear(C, inner), nn.Linear(inner, C)
+        self.norm1, self.norm2 = nn.LayerNorm(C, eps), nn.LayerNorm(C, eps)
+
+    def forward(self, x, mask):                        # x (B, T, C), mask (B, 1, 1, T)
+        q, k, v = (f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                   for f in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = self.norm1(x + self.out(y))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class SentenceEncoder(nn.Module):
+    """all-MiniLM-L6-v2: token ids (B, T) and how many count (B,) -> unit vectors (B, C), the mean
+    of the last layer over a sentence's tokens."""
+    RENAMES = {"attention.self.": "", "attention.output.dense": "out", "output.dense": "down",
+               "attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2",
+               "intermediate.dense": "up", "encoder.layer.": "layers.",
+               "embeddings.word_embeddings": "words", "embeddings.LayerNorm": "norm",
+               "embeddings.position_embeddings": "positions",
+               "embeddings.token_type_embeddings": "types"}
+
+    def __init__(self, c):
+        super().__init__()
+        C = c["hidden_size"]
+        self.words = nn.Embedding(c["vocab_size"], C)
+        self.positions = nn.Embedding(c["max_position_embeddings"], C)
+        self.types = nn.Embedding(c["type_vocab_size"], C)
+        self.norm = nn.LayerNorm(C, c["layer_norm_eps"])
+        self.layers = nn.ModuleList(BertLayer(c) for _ in range(c["num_hidden_layers"]))
+
+    def forward(self, ids, lengths):
+        at = torch.arange(ids.shape[1], device=ids.device)
+        real = at < lengths[:, None]                   # (B, T)
+        x = self.norm(self.words(ids) + self.positions(at) + self.types.weight[0])
+        for layer in self.layers:
+            x = layer(x, real[:, None, None])
+        mean = (x * real[..., None]).sum(1) / lengths[:, None]
+        return F.normalize(mean, dim=-1)
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """From a folder in Hugging Face's form. ValueError for another kind of model."""
+        c = read_json(Path(folder) / "config.json")
+        if c.get("model_type") != "bert" or c.get("hidden_act") != "gelu":
+            raise ValueError(f"{folder} is no BERT with exact GELUs: all-MiniLM-L6-v2 is one")
+        model, state = cls(c), {}
+        for name, tensor in read_weights(Path(folder)).items():
+            name = name.removeprefix("bert.")
+            if not name.startswith(("pooler.", "embeddings.position_ids")):
+                for theirs, ours in cls.RENAMES.items():
+                    name = name.replace(theirs, ours)
+                state[name] = tensor().float()
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as e:
+            raise ValueError(f"{folder}: {str(e).splitlines()[-1].strip()}") from None
+        return model.to(device).eval()

@@ -483,8 +483,8 @@ ANSWER = re.compile(r"[\W_]*(?:(?:answer|option|[a-z])[\s*_-]*)?\d*[^\w\[]*\[(.*
 
 
 def parse_dialogues(text, options, ended="stop"):
-    """An LLM's reply -> ([(paraphrase, [one answer per option]), ...], [problem, ...]). A style is a
-    line that begins with Q, then lines of [one of the options] after any label (A1:, 1., - b).
+    """An LLM's reply -> ([(paraphrase, [one answer per option]), ...], [problem, ...]). A style is
+    a line that begins with Q, then lines of [one of the options] after any label (A1:, 1., - b).
     Nothing is guessed: a style with any other line, or without an answer, is listed and left out;
     and so is the last one of a reply that did not end by itself (ended)."""
     names = {plain(option): k for k, option in enumerate(options)}
@@ -700,14 +700,15 @@ def read_map(path):
 
 STRONG = r"(very|completely|strongly|totally|definitely|extremely|absolutely|a lot|much|a great)"
 AGAINST = (r"(not |no\b|disa|dissat|dislik|distrust|un(likely|fav|acc|imp|sat|happy|fair|reli|succ|"
-           r"conc|able|will)|oppos|bad|worse|less|few(er)?\b|little\b|small|low\b|lower\b|minor|weak|"
-           r"poor|harm|hurt|difficult|wrong|negative|pessimis|decreas|reject|fail|declin)")
+           r"conc|able|will)|oppos|bad|worse|less|few(er)?\b|little\b|small|low(er)?\b|minor|"
+           r"weak|poor|harm|hurt|difficult|wrong|negative|pessimis|decreas|reject|fail|declin)")
 SCALES = [  # class, the option texts it takes; the first that matches counts
     (0, r"(dk\b|don't know|refused|no answer|no opinion|never heard|haven't heard|unsure|can't |"
         r"missing|other\b|not (asked|applicable|a moral issue)|cannot choose|hard to say|"
         r"none of (these|the above))"),
-    (1, rf"(not .*at all|.*\bat all$|{STRONG} (more )?{AGAINST}|{AGAINST}.* (a lot|strongly|completely)$|never|"
-        r"none|(the )?worst|poor$|terrible|nothing|no (confidence|trust|priority)|hardly ever)"),
+    (1, rf"(not .*at all|.*\bat all$|{STRONG} (more )?{AGAINST}|"
+        rf"{AGAINST}.* (a lot|strongly|completely)$|never|none|"
+        r"(the )?worst|poor$|terrible|nothing|no (confidence|trust|priority)|hardly ever)"),
     (3, r"(neither|neutral|depends|(stay|remain|keep)?\w*\s?(about )?the same|same$|about (the )?"
         r"right|average$|no (change|difference|effect|impact)|not (much )?(change|difference)|"
         r"undecided|both\b|in between|has not changed|unchanged)"),
@@ -901,8 +902,8 @@ def read_titles(path):
         if Path(path).suffix == ".json":
             return {str(k): str(v) for k, v in read_json(path).items() if v}
         with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(csv.reader(f, strict=True), 1)
-                    if row]
+            rows = [(n, [cell.strip() for cell in row])
+                    for n, row in enumerate(csv.reader(f, strict=True), 1) if row]
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is no CSV in UTF-8 ({e}): mend it") from None
     for n, row in rows:

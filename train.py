@@ -25,20 +25,21 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import synth
-from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, check_ranges, class_ids, collate, encode_rows,
-                  dataset_name, epoch_batches, find_checkpoint, find_dataset, load_dataset,
-                  mismatch, progress, prompt_text, read_json, run, train_bpe, write)
-from evaluate import (VOLATILE, autocast, device_of, eval_metrics, load_torch,
-                      rank_and_size, score_rows, to_tensors)
+from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, check_ranges, class_ids, collate,
+                  dataset_name, encode_rows, epoch_batches, find_checkpoint, find_dataset,
+                  load_dataset, mismatch, progress, prompt_text, read_json, run, train_bpe, write)
+from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, load_torch,
+                      on_first_rank, rank_and_size, reference_distributions, score_rows, setup,
+                      to_tensors)
 from losses import LOSSES, PREFS, score
 from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
 
@@ -112,7 +113,8 @@ TINY, HUGE = 1e-12, 1 << 40
 RANGES = {"seed": (0, HUGE), "epochs": (TINY, 1e6), "batch_size": (1, HUGE), "lr": (TINY, 1e3),
           "micro_batch": (0, HUGE), "warmup": (0, HUGE), "clip": (TINY, 1e12), "beta": (TINY, 1e6),
           "label_smoothing": (0, 0.5), "gamma": (0, 1e6), "lambda_d": (0, 1e6),
-          "lambda_u": (0, 1e6), "w_kl": (0, 1e6), "w_belief": (0, 1e6), "w_pref": (0, 1e6), "eval_every": (1, HUGE),
+          "lambda_u": (0, 1e6), "w_kl": (0, 1e6), "w_belief": (0, 1e6), "w_pref": (0, 1e6),
+          "eval_every": (1, HUGE),
           "max_length": (0, 1 << 20), "n_layer": (1, 256), "n_head": (1, 256),
           "n_embd": (1, 1 << 15), "vocab_size": (258, 1 << 18), "log_every": (1, HUGE)}
 
@@ -156,48 +158,12 @@ def run_folder(o, loss):
 # ---------------------------------------------------------------------------------------------
 # Processes
 
-def setup(o):
-    """Join the process group under torchrun; returns this process's device."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if o.device == "cuda" else "gloo",
-                                timeout=timedelta(hours=3))   # others wait while one fetches
-    if o.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return (torch.device("cuda", torch.cuda.current_device()) if o.device == "cuda"
-            else torch.device("cpu"))
-
-
-def on_first_rank(action):
-    """Run `action` on rank 0 while the others wait; all get its result, or raise its error."""
-    outcome = [None, None]
-    if rank_and_size()[0] == 0:
-        try:
-            outcome[0] = action()
-        except (ValueError, OSError) as e:
-            outcome[1] = str(e)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise ValueError(outcome[1])
-    return outcome[0]
-
-
 def sum_over_ranks(values, device):
     """Sum of a list of numbers over the processes."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
-
-
-def gather(values):
-    """The processes' lists as one, on all of them."""
-    everyone = [None] * rank_and_size()[1]
-    if not dist.is_initialized():
-        return values
-    dist.all_gather_object(everyone, values)
-    return sum(everyone, [])
 
 
 def say(*words):
@@ -449,7 +415,7 @@ def reference_logps(r, items, branches, classes, resumed):
 
 def train(o):
     """One run from its first step, or its last saved one, to its end. Returns the Run."""
-    device = setup(o)
+    device = setup(o.device)
     loss = LOSSES[o.loss]
     meta, rows = prepare_data(o)
     if loss.reference and not o.init:
@@ -498,6 +464,9 @@ def loop(r, policy, loss, items, ref, classes):
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {o.device}, {o.dtype}"
         + (f", resumed at step {r.step}" if r.step else ""))
     if r.step == 0:
+        target = np.array([i.target for i in items["eval"]])
+        r.log(reference_jsd={name: float(jsd(q, target).mean())
+                             for name, q in reference_distributions(target).items()})
         evaluate()
     stop = StopFlag()
     bar = progress(total=schedule.total, initial=r.step, desc=o.loss, unit="step",

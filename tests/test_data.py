@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, EVAL_BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, check_row, class_ids, collate,
-                  encode_rows, epoch_batches, kind_of, load_meta, load_rows, train_bpe)
+from data import (BELIEF, CLOSE, EVAL_BRANCHES, RESPONSE, Item, Tokenizer, check_row, class_ids,
+                  collate, encode_rows, epoch_batches, kind_of, load_meta, load_rows, train_bpe)
 from evaluate import to_tensors
 from losses import score
 from model import load_model

@@ -77,7 +77,7 @@ def test_the_opinion_rule_takes_the_first_stance_phrase():
     texts = [("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.",
               "Mostly")]
     answers = [[parse_answer(t, meta) for t in row] for row in texts]
-    assert expressed_opinion(answers, meta).tolist() == [0.25]
+    assert expressed_opinion(answers, meta).tolist() == [[1, 0, 0, 0]]
 
 
 def test_answers_are_cut_where_label_and_belief_end():

@@ -344,7 +344,8 @@ def test_titles_of_one_film_are_one_and_no_text_is_in_two_splits(tmp_path, call)
     for product in ("P0", "P1"):
         some_reviews(tmp_path / "r.jsonl", product)
     (tmp_path / "m.json").write_text(json.dumps([META]))            # a list is read as well
-    _, rows = run_reviews(call, tmp_path, "P0,The Ring (2002)\nP1,The Ring\n", "--metadata", "m.json")
+    titles = "P0,The Ring (2002)\nP1,The Ring\n"
+    _, rows = run_reviews(call, tmp_path, titles, "--metadata", "m.json")
     assert sum(map(len, rows.values())) == 60
     train = {r["accept_response"] for r in rows["train"]}
     assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
@@ -354,8 +355,8 @@ def test_titles_of_one_film_are_one_and_no_text_is_in_two_splits(tmp_path, call)
 def test_equal_words_of_different_users_count_and_a_users_copies_do_not(tmp_path, call):
     with open(tmp_path / "r.jsonl", "w") as f:
         for n in range(100):
-            f.write(json.dumps({"asin": f"V{n}", "parent_asin": f"P{n % 2}", "user_id": f"U{n // 2}",
-                                "rating": 5 if n < 80 else 1, "text": "Great movie, loved it!!!"
+            f.write(json.dumps({"asin": f"V{n}", "parent_asin": f"P{n % 2}",
+                                "user_id": f"U{n // 2}", "rating": 5 if n < 80 else 1, "text": "Great movie, loved it!!!"
                                 if n < 80 else f"not my film, says number {n // 2}"}) + "\n")
     p, rows = run_reviews(call, tmp_path, "P0,Film\nP1,Film\n", "--metadata", "none")
     assert rows["train"][0]["probabilities"] == [0.2, 0, 0, 0, 0.8]
@@ -378,7 +379,8 @@ review/text: bad""".encode("latin-1"))
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[{}]", "r.jsonl begins with '\\[{}\\]': SNAP"), ("", "begins with ''"), ("a,b\n", "begins with 'a,b")])
+    ("[{}]", "r.jsonl begins with '\\[{}\\]': SNAP"), ("", "begins with ''"),
+    ("a,b\n", "begins with 'a,b")])
 def test_a_file_of_unknown_form_is_refused(tmp_path, text, message):
     (tmp_path / "r.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
