@@ -254,7 +254,10 @@ def gdpo(pref):
     def objective(s, o):
         loss, parts = calibration(s, o)
         more, prefs = prefer.objective(s, o)
-        return loss + more, parts | prefs
+        # differs: the paper has no anchor (its weight is 0 unless asked for); it keeps the accepted
+        # response likely, which the preference term may pay for its margin
+        anchor = mean_nll(s.logps[:, 0, [RESPONSE]], s.counts[:, 0, [RESPONSE]])
+        return loss + more + o.w_anchor * anchor, parts | prefs | {"response_nll": anchor}
     return Loss(objective, prefer.branches, reference=True, mismatch=pref.mismatch)
 
 

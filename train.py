@@ -70,6 +70,7 @@ class Config:
     w_kl: float = 1.0             # weight of GDPO's KL term
     w_belief: float = 1.0         # weight of GDPO's belief likelihood
     w_pref: float = 1.0           # weight of GDPO's preference term
+    w_anchor: float = 0.0         # weight of the accepted response's likelihood in GDPO
     eval_every: int = -1          # examples between evaluations
     select: str = "jsd"           # eval metric (lower is better) that picks OUT/best: jsd or loss
     max_length: int = 0           # longest row in tokens; 0: the model's context
@@ -114,6 +115,7 @@ RANGES = {"seed": (0, HUGE), "epochs": (TINY, 1e6), "batch_size": (1, HUGE), "lr
           "micro_batch": (0, HUGE), "warmup": (0, HUGE), "clip": (TINY, 1e12), "beta": (TINY, 1e6),
           "label_smoothing": (0, 0.5), "gamma": (0, 1e6), "lambda_d": (0, 1e6),
           "lambda_u": (0, 1e6), "w_kl": (0, 1e6), "w_belief": (0, 1e6), "w_pref": (0, 1e6),
+          "w_anchor": (0, 1e6),
           "eval_every": (1, HUGE),
           "max_length": (0, 1 << 20), "n_layer": (1, 256), "n_head": (1, 256),
           "n_embd": (1, 1 << 15), "vocab_size": (258, 1 << 18), "log_every": (1, HUGE)}

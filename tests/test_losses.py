@@ -13,7 +13,7 @@ from losses import (ANSWER, BELIEF, LOSSES, PREFS, RESPONSE, Scores, calibration
 from model import hf_name, load_model, relayout
 
 O = SimpleNamespace(beta=0.1, w_kl=1.0, w_belief=1.0, w_pref=1.0, label_smoothing=0.0, gamma=0.5,
-                    lambda_d=1.0, lambda_u=1.0)
+                    lambda_d=1.0, lambda_u=1.0, w_anchor=0.0)
 CLASSES = [str(k) for k in range(6)]
 ROW = {"prompt": "q", "options": ["x", "y"], "probabilities": [0, 0, 0.5, 0, 0.5, 0],
        "accept_choice_id": "4", "accept_choice": "x", "accept_response": "a",
@@ -253,6 +253,14 @@ def test_every_preference_term_raises_chosen_lowers_rejected_and_reads_no_belief
     PREFS[name].term(s, pieces, o).sum().backward()
     assert (s.logps.grad[0, 0, RESPONSE] < 0) and (s.logps.grad[0, 1, RESPONSE] > 0)
     assert s.logps.grad[..., :RESPONSE].abs().sum() == 0
+
+
+def test_the_anchor_is_the_likelihood_of_the_accepted_response():
+    s, _, o = pair(w_anchor=0.0)
+    plain, parts = gdpo(s, o)
+    assert parts["response_nll"].item() == pytest.approx(10 / 5)
+    anchored, _ = gdpo(s, SimpleNamespace(**vars(o) | {"w_anchor": 0.5}))
+    assert (anchored - plain).item() == pytest.approx(0.5 * 10 / 5)
 
 
 def test_dil_stays_finite_far_from_the_reference():
