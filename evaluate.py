@@ -22,9 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import scipy.optimize
 import scipy.special
-import scipy.stats
 import torch
 import torch.distributed as dist
 
@@ -184,10 +182,11 @@ def recalibrated(fit_logq, fit_p, logq, p):
 
     def cost(x):
         return -(fit_p * adjusted(x, fit_logq)).sum(-1).mean()
+    from scipy import optimize                         # here: it would slow every start
     fit_p, K = fit_p / fit_p.sum(-1, keepdims=True), logq.shape[1]
-    one = scipy.optimize.minimize_scalar(lambda t: cost(np.append(t, np.zeros(K))),
+    one = optimize.minimize_scalar(lambda t: cost(np.append(t, np.zeros(K))),
                                          bounds=(-5, 5), method="bounded").x
-    both = scipy.optimize.minimize(cost, np.append(one, np.zeros(K))).x
+    both = optimize.minimize(cost, np.append(one, np.zeros(K))).x
     return {"jsd_t": jsd(np.exp(adjusted(np.append(one, np.zeros(K)), logq)), p),
             "jsd_bias": jsd(np.exp(adjusted(both, logq)), p)}
 
@@ -665,7 +664,8 @@ def interval(values, questions):
     ratio = lambda s, c, axis=-1: s.sum(axis) / c.sum(axis)
     if len(sums) < 2:
         return [float(ratio(sums, counts))] * 3
-    b = scipy.stats.bootstrap((sums, counts), ratio, paired=True, vectorized=True, n_resamples=2000,
+    from scipy import stats                            # here: it would slow every start
+    b = stats.bootstrap((sums, counts), ratio, paired=True, vectorized=True, n_resamples=2000,
                               method="percentile", random_state=0).confidence_interval
     return [float(ratio(sums, counts)), float(b.low), float(b.high)]
 
