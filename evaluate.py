@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from data import (EVAL_BRANCHES, Parser, SPLITS, Tokenizer, WordPiece, add_flags, check_ranges,
-                  class_ids, collate, encode_rows, find_checkpoint, kind_of, load_dataset, progress,
+                  class_ids, collate, cost, encode_rows, find_checkpoint, kind_of, load_dataset, progress,
                   prompt_text, read_json, run, write)
 from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
 from model import SentenceEncoder, fingerprint, load_model
@@ -113,19 +113,19 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
     tokens, dealt out over the ranks and gathered; every row once, however uneven the shares."""
     rank, size = rank_and_size()
     device = model.head.device
-    lengths = [i.length(branches) for i in items]
+    lengths = [cost(i, branches) for i in items]
     mine = sorted(range(len(items)), key=lambda i: (lengths[i], i))[rank::size]
     parts, start = [], 0
     bar = progress(total=len(mine), desc=desc, unit="row", leave=False, disable=rank > 0, delay=1)
     while start < len(mine):
         stop = start + 1
         while (stop < len(mine)
-               and (stop + 1 - start) * len(branches) * lengths[mine[stop]] <= tokens):
+               and (stop + 1 - start) * lengths[mine[stop]] <= tokens):
             stop += 1
         index = mine[start:stop]
         batch = to_tensors(collate([items[i] for i in index], branches, classes), device)
         with autocast(device, dtype):
-            s = score(model(batch["ids"]), model.head, batch)
+            s = score(model(batch["ids"], batch.get("pos"), batch.get("end")), model.head, batch)
         parts.append((index, {f.name: getattr(s, f.name).float().cpu() for f in fields(s)
                               if getattr(s, f.name) is not None}))
         bar.update(stop - start)

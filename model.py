@@ -145,16 +145,21 @@ class GPT(nn.Module):
         angle = pos[:, None, :, None].float() * freq                           # (B, 1, T, n / 2)
         return angle.cos(), angle.sin()
 
-    def forward(self, ids, pos=None, mask=None, cache=None):
+    def forward(self, ids, pos=None, end=None, mask=None, cache=None):
         """ids (B, T) -> hidden states (B, T, C) after the last LayerNorm. Logits apart: they cost
         as much as the layers, so only the positions that a loss reads are multiplied by `head`.
 
         pos   (B, T) positions; default 0..T-1, right for right-padded rows under the causal mask
+        end   (B, T) token j is the past of the tokens i in j <= i < end[j] (data.lay_out); default
+              all that follow it
         mask  boolean, broadcastable to (B, H, T, T_keys), True = may attend; default causal
         cache list of (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)
         """
         B, T = ids.shape
-        if T > self.cfg.n_ctx:
+        if end is not None:
+            i = torch.arange(T, device=ids.device)[:, None]
+            mask = ((i >= i.T) & (i < end[:, None]))[:, None]                  # (B, 1, T, T)
+        elif T > self.cfg.n_ctx:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
         if pos is None:
             pos = torch.arange(T, device=ids.device)[None]                     # (1, T)
@@ -214,7 +219,7 @@ class GPT(nn.Module):
             pos = (n + t).clamp(max=self.cfg.n_ctx - 1)[:, None]               # (B, 1)
             slots = torch.arange(min(T + t + 1, self.cfg.n_ctx), device=device)
             mask = (slots <= pos)[:, None, None]                               # (B, 1, 1, T_keys)
-            hidden = self(token[:, None], pos, mask, cache)[:, 0]
+            hidden = self(token[:, None], pos, mask=mask, cache=cache)[:, 0]
         return [[i for i in row if i >= 0] for row in torch.stack(new, 1).tolist()]
 
     def new_cache(self, B, T):

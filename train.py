@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import synth
 from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, check_ranges, class_ids, collate,
-                  dataset_name, encode_rows, epoch_batches, find_checkpoint, find_dataset,
+                  cost, dataset_name, encode_rows, epoch_batches, find_checkpoint, find_dataset,
                   load_dataset, mismatch, progress, prompt_text, read_json, run, train_bpe, write)
 from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, load_torch,
                       on_first_rank, rank_and_size, reference_distributions, score_rows, setup,
@@ -222,7 +222,7 @@ class Schedule:
     """Which rows a step takes: a pure function of the seed, so that a resumed run goes on in the
     very order, on any number of processes."""
     def __init__(self, o, items, branches):
-        self.o, self.lengths = o, [i.length(branches) for i in items]
+        self.o, self.lengths = o, [cost(i, branches) for i in items]
         self.per_epoch = math.ceil(len(items) / o.batch_size)
         self.total = max(1, round(o.epochs * self.per_epoch))
         self.epoch, self.batches = -1, []
@@ -258,7 +258,7 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
             rows = index or batch[:1]                  # a process without rows still has to join in
             b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
             with autocast(device, o.dtype):
-                s = score(model(b["ids"]), raw.head, b)
+                s = score(model(b["ids"], b.get("pos"), b.get("end")), raw.head, b)
             s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
             s.mismatch = between
             values, parts = loss.objective(s, o)

@@ -7,7 +7,8 @@ import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
 from data import (BELIEF, CLOSE, EVAL_BRANCHES, RESPONSE, Item, Tokenizer, check_row, class_ids,
-                  collate, encode_rows, epoch_batches, kind_of, load_meta, load_rows, train_bpe)
+                  collate, cost, encode_rows, epoch_batches, kind_of, lay_out, load_meta,
+                  load_rows, train_bpe)
 from evaluate import to_tensors
 from losses import score
 from model import load_model
@@ -61,7 +62,7 @@ def test_the_prompt_of_training_is_the_prompt_of_sampling():
 
 
 def test_each_branch_scores_its_pieces():
-    b = collate(encode(ROW), ("chosen", "own", "given"), range(15, 21))
+    b = collate(encode(ROW), ("chosen", "own", "given"), range(15, 21), share=False)
     assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18]]
     flat = b["ids"].reshape(-1)
     assert (flat[b["at"] + 1] == b["tokens"][:, 0]).all()
@@ -119,12 +120,66 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
             case["belief_logp_sum_including_gt"][n], rel=1e-5)
 
 
+def test_what_sequences_have_in_common_stands_once():
+    tokens, depth, end, paths = lay_out([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6, 7]])
+    assert tokens == [1, 2, 3, 4, 6, 7, 5]                  # each branch behind its beginning
+    assert depth == [0, 1, 2, 3, 3, 4, 2] and end == [7, 7, 6, 4, 6, 6, 7]
+    assert paths == [[0, 1, 2, 3], [0, 1, 6], [0, 1, 2, 4, 5]]
+    assert lay_out([[1, 2], [1, 2], [1]])[0] == [1, 2]      # the same, and a beginning alone
+    assert lay_out([[9]]) == ([9], [0], [1], [[0]])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_token_sees_its_own_sequence_and_nothing_else(seed):
+    rng = np.random.default_rng(seed)
+    several = [rng.integers(3, size=rng.integers(1, 9)).tolist() for _ in range(4)]
+    tokens, depth, end, paths = lay_out(several)
+    past = [{j for j in range(i + 1) if i < end[j]} for i in range(len(tokens))]
+    for sequence, path in zip(several, paths):
+        assert [tokens[i] for i in path] == sequence
+        for t, i in enumerate(path):
+            assert depth[i] == t and past[i] == set(path[:t + 1])
+    assert len(tokens) == len({tuple(s[:t + 1]) for s in several for t in range(len(s))})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+@pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own"),
+                                      ("chosen", "own", "given")])
+def test_shared_beginnings_change_no_number(family, branches):
+    """Scores and gradients of rows laid out as trees, branch by branch, and one by one."""
+    long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
+    items, results = encode(ROW, long, ROW), []
+    for share, parts in ((True, [items]), (False, [items]), (True, [[i] for i in items])):
+        model = load_model(GOLDEN / f"{family}_tiny")
+        several = []
+        for part in parts:
+            b = to_tensors(collate(part, branches, range(15, 21), share), "cpu")
+            assert ("end" in b) == share and len(b["ids"]) == len(part) * (
+                1 if share else len(branches))
+            several.append(score(model(b["ids"], b.get("pos"), b.get("end")), model.head, b))
+        logps = torch.cat([s.logps for s in several])
+        classes = torch.cat([s.class_logps for s in several])
+        ((logps / 50).square().sum() + classes.sum()).backward()
+        results.append([logps, classes, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_costs_its_prompt_and_belief_once():
+    [item] = encode(ROW)
+    own = len(item.prompt) + sum(map(len, item.beliefs + item.responses))
+    assert cost(item, ("chosen", "own")) == own
+    assert cost(item, ("chosen", "given")) == own - len(item.beliefs[1])
+    assert cost(item, ("chosen",)) == item.length(("chosen",))
+
+
 def test_scores_do_not_depend_on_the_batch():
     model = load_model(GOLDEN / "gpt2_tiny")
     items = encode(ROW, ROW | {"prompt": "Or a much longer question?", "accept_response": "x"}, ROW)
     def scores(part):
         b = to_tensors(collate(part, ("chosen", "own"), range(15, 21)), "cpu")
-        return score(model(b["ids"]), model.head, b)
+        return score(model(b["ids"], b.get("pos"), b.get("end")), model.head, b)
     together = scores(items)
     for n, item in enumerate(items):
         alone = scores([item])

@@ -13,7 +13,7 @@ from conftest import SMALL, cli, completion
 import evaluate
 import synth
 import train
-from data import WordPiece, load_dataset
+from data import WordPiece
 from evaluate import (belief_preference_consistency, check_judge, coverage, interval, jsd,
                       mean_over_answers, ordinal_metrics, recalibrated, response_similarity,
                       worst)
