@@ -362,7 +362,7 @@ class WordPiece:
     @staticmethod
     def words(text):
         out = []
-        for c in unicodedata.normalize("NFD", text.lower()):
+        for c in unicodedata.normalize("NFD", "".join(c.lower() for c in text)):
             kind, code = unicodedata.category(c), ord(c)
             if c in "\t\n\r" or kind == "Zs":
                 out.append(" ")
@@ -475,8 +475,9 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
             if overlong == "error":
                 raise ValueError(
                     f"{name}, row {n + 1}: {item.length(EVAL_BRANCHES)} tokens "
-                    f"({len(item.prompt)} of them the prompt) do not fit the context of {max_length}: raise --max_length "
-                    "(up to the model's context), or say --overlong trim or --overlong drop")
+                    f"({len(item.prompt)} of them the prompt) do not fit the context of "
+                    f"{max_length}: raise --max_length (up to the model's context), or say "
+                    "--overlong trim or --overlong drop")
             if overlong == "drop" or not trim(item, max_length):
                 dropped += 1
                 continue
@@ -573,8 +574,8 @@ def cost(item, branches):
 
 
 def collate(items, branches, classes, share=True):
-    """Items -> one batch: a right-padded sequence for each row, in which what its S branches have in
-    common (the prompt; in "given" the belief too) stands once. share=False: a sequence for each
+    """Items -> one batch: a right-padded sequence for each row, in which what its S branches have
+    in common (the prompt; in "given" the belief too) stands once. share=False: a sequence for each
     branch. classes: ids of the K class tokens. Returns a dict of arrays:
 
     ids (N, T)     right-padded; no token sees the pads

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 
 from data import (EVAL_BRANCHES, Parser, SPLITS, Tokenizer, WordPiece, add_flags, check_ranges,
-                  class_ids, collate, cost, encode_rows, find_checkpoint, kind_of, load_dataset, progress,
-                  prompt_text, read_json, run, write)
+                  class_ids, collate, cost, dataset_name, encode_rows, find_checkpoint, kind_of,
+                  load_dataset, progress, prompt_text, read_json, run, write)
 from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
 from model import SentenceEncoder, fingerprint, load_model
 from synth import Chat, Client, chat, endpoint, unreadable, usage_of
@@ -160,9 +160,9 @@ def ordinal_metrics(q, p, meta):
     distance of the shares off the scale; minority: the model's share of the smallest class of the
     target, as a ratio to the target's. NaN where there is none."""
     q, p = (np.asarray(x, np.float64) for x in (q, p))
-    q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
     on = np.array([c != meta.get("off_scale") for c in meta["classes"]])
     with np.errstate(invalid="ignore", divide="ignore"):
+        q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
         cdf = [(x[:, on] / x[:, on].sum(-1, keepdims=True)).cumsum(-1) for x in (q, p)]
     out = {"w1": np.abs(cdf[0] - cdf[1]).sum(-1) / (on.sum() - 1)}
     if not on.all():
@@ -258,7 +258,7 @@ def reference_distributions(target):
 # Sampled answers
 
 @torch.no_grad()
-def sample_rows(model, items, tokenizer, o, dtype, path=None, batch=512):
+def sample_rows(model, items, tokenizer, o, dtype, path, batch=512):
     """o.samples answers to every item's prompt, at temperature 1 from all tokens (section 5.1.1): a
     list of lists of texts. Dealt out over the ranks; an answer's randomness depends on the seed,
     its row and its number alone. path: where answers are kept, for a killed evaluation to go on."""
@@ -269,9 +269,10 @@ def sample_rows(model, items, tokenizer, o, dtype, path=None, batch=512):
     jobs = [(i, k) for i in range(len(items)) for k in range(o.samples) if (i, k) not in known]
     jobs.sort(key=lambda job: (len(items[job[0]].prompt), job))
     mine, new = jobs[rank::size], []
+    path.parent.mkdir(parents=True, exist_ok=True)
     bar = progress(total=len(mine), desc="sampling", unit="answer", leave=False, delay=1,
                    disable=rank > 0)
-    with open(f"{path}.{rank}", "a") if path and mine else nullcontext() as f:
+    with open(f"{path}.{rank}", "a") if mine else nullcontext() as f:
         for start in range(0, len(mine), batch):
             part = mine[start:start + batch]
             with autocast(model.head.device, dtype):
@@ -280,13 +281,12 @@ def sample_rows(model, items, tokenizer, o, dtype, path=None, batch=512):
                                      tokenizer.n_tokens)
             several = [(job, tokenizer.decode(x)) for job, x in zip(part, ids)]
             new += several
-            if f:
-                f.writelines(json.dumps([key, *job, text]) + "\n" for job, text in several)
-                f.flush()
+            f.writelines(json.dumps([key, *job, text]) + "\n" for job, text in several)
+            f.flush()
             bar.update(len(part))
     bar.close()
     known |= dict(gather(new))
-    if path and jobs and rank == 0:
+    if jobs and rank == 0:
         write(path, "".join(json.dumps([key, *job, known[job]]) + "\n" for job in sorted(known)))
         for half in path.parent.glob(f"{path.name}.[0-9]*"):
             half.unlink()
@@ -296,7 +296,7 @@ def sample_rows(model, items, tokenizer, o, dtype, path=None, batch=512):
 def kept_answers(path, key):
     """[((item, number), text), ...] that an earlier evaluation with the same key left."""
     found = []
-    for file in [path, *path.parent.glob(f"{path.name}.[0-9]*")] if path else ():
+    for file in (path, *path.parent.glob(f"{path.name}.[0-9]*")):
         for line in file.read_text().split("\n") if file.is_file() else ():
             try:
                 theirs, i, k, text = json.loads(line)
@@ -352,11 +352,10 @@ def expressed_opinion(answers, meta):
                      for several in answers])
 
 
-def coverage(counts, target):
-    """Coverage@k (B,): how many of the classes that the group holds occur among the k answers
-    counted in counts (B, K), as a ratio to what a perfect sampler's k answers would cover."""
+def coverage(counts, target, k):
+    """Coverage@k (B,): how many of the classes that the group holds occur among k answers, counted
+    in counts (B, K), as a ratio to what a perfect sampler's k answers would cover."""
     p = target / target.sum(-1, keepdims=True)
-    k = counts.sum(-1, keepdims=True)
     return ((counts > 0) & (p > 0)).sum(-1) / (1 - (1 - p) ** k).sum(-1)
 
 
@@ -369,11 +368,14 @@ def sampling_floor(target, n_samples, draws=64):
 
 
 def answer_metrics(answers, target, meta):
-    """{name: (B,)} of parsed answers [[(label, belief, response), ...], ...]; target (B, K)."""
-    counts = sampled_counts(answers, meta)
-    k = len(answers[0])
-    out = {"sampled_jsd": jsd(counts + 1e-12, target), "sampling_floor": sampling_floor(target, k),
-           "coverage": coverage(counts, target)}
+    """{name: (B,)} of parsed answers [[(label, belief, response), ...], ...]; target (B, K). An
+    answer without a class, where none is off the scale, is one of a class that nobody holds."""
+    counts, k = sampled_counts(answers, meta), len(answers[0])
+    none = k - counts.sum(-1, keepdims=True)
+    out = {"sampled_jsd": jsd(np.append(counts, none, 1), np.pad(target, ((0, 0), (0, 1)))),
+           "sampling_floor": sampling_floor(target, k), "coverage": coverage(counts, target, k),
+           "no_class": np.array([np.mean([label is None for label, *_ in several])
+                                 for several in answers])}
     if meta.get("belief_to_class"):
         out["cbc"] = class_belief_consistency(answers, meta)
     if meta.get("stances"):
@@ -407,25 +409,29 @@ def three_classes(label):
     return {"1": 1, "2": 1, "3": 2, "4": 3, "5": 3}.get(label)
 
 
+YES_OR_NO = re.compile(r"[\W_]*(yes|no)\b(?![\s,]*(/|or\b|and\b|yes\b|no\b))", re.I)
+
+
 def judge(client, model, asked, desc="judging"):
     """What an LLM says of [(question, belief or None, answer), ...]: 1.0 or 0.0 where the answer
     has a belief to express, the rating 1.0 to 3.0 of a review otherwise; NaN where its reply cannot
-    be read. Appendix H's prompts."""
+    be read or is a refusal. Appendix H's prompts."""
     prompts = [BPC.format(question=q, belief=b, answer=a) if b else RATING.format(answer=a)
                for q, b, a in asked]
     said = []
-    for (_, belief, _), (text, _) in zip(asked, chat(client, prompts, desc, llm=model,
-                                                     temperature=0.0)):
-        yes = re.match(r"\W*(yes|no)\b", text, re.I)
-        rating = re.fullmatch(r"\W*([123])\W*", text)
-        said.append(float(yes[1].lower() == "yes") if belief and yes else
+    for (_, belief, _), (text, ended) in zip(asked, chat(client, prompts, desc, llm=model,
+                                                         temperature=0.0)):
+        yes, rating = YES_OR_NO.match(text), re.fullmatch(r"[^\w-]*([123])\W*", text)
+        said.append(np.nan if ended == "refusal" else
+                    float(yes[1].lower() == "yes") if belief and yes else
                     float(rating[1]) if rating and not belief else np.nan)
     return np.array(said)
 
 
 def belief_preference_consistency(answers, rows, client, model):
-    """BPC (B, k): whether an LLM finds the announced belief in the response. An answer without a
-    belief or a response is inconsistent, unasked; a failed judgement is NaN."""
+    """BPC (B, k): whether an LLM finds the announced belief in the response; and which of them it
+    was asked, (B, k). An answer without a belief or a response is inconsistent, unasked; a failed
+    judgement is NaN."""
     out, asked, where = np.zeros((len(answers), len(answers[0]))), [], []
     for i, (row, several) in enumerate(zip(rows, answers)):
         for k, (label, belief, response) in enumerate(several):
@@ -433,19 +439,29 @@ def belief_preference_consistency(answers, rows, client, model):
             if (belief if has_text else label) and response.strip():
                 asked.append((row["prompt"], belief if has_text else None, response))
                 where.append((i, k, label))
+    was_asked = np.zeros(out.shape, bool)
     for (i, k, label), (_, belief, _), value in zip(where, asked, judge(client, model, asked)):
+        was_asked[i, k] = True
         out[i, k] = value if belief or np.isnan(value) else value == three_classes(label)
-    return out
+    return out, was_asked
+
+
+def too_many(failed):
+    """Whether so many judgements failed, a boolean array, that no mean may be given."""
+    return bool(len(failed)) and failed.mean() > MOST_FAILURES
 
 
 def check_judge(rows, client, model, n):
     """How well the judge tells the ratings of n labelled reviews (Appendix H): a line."""
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:n]]
-    truth = np.array([three_classes(str(r["accept_choice_id"])) for r in rows])
+    truth = np.array([three_classes(str(r["accept_choice_id"])) for r in rows], float)
+    if np.isnan(truth).any() or rows[0].get("accept_choice"):
+        raise ValueError("--judge_check is for reviews, whose classes are the ratings 1 to 5")
     said = judge(client, model, [("", None, r["accept_response"]) for r in rows], "checking judge")
     good = ~np.isnan(said)
-    if not good.any():
-        return f"{model} gave no rating that can be read"
+    if too_many(~good):
+        return (f"{model} on labelled reviews: {(~good).sum()} of {len(rows)} judgements failed, "
+                f"more than {MOST_FAILURES:.0%}: no accuracy is given")
     f1 = 0.0
     for c in (1, 2, 3):                                # weighted by how often a class is true
         hits, true, told = (x[good].sum() for x in ((said == c) & (truth == c), truth == c,
@@ -463,9 +479,11 @@ def embedder(o, client, device):
         def read(response):
             try:
                 answer = response.json()
-                return [d["embedding"] for d in answer["data"]], usage_of(answer)
+                found = {d["index"]: d["embedding"] for d in answer["data"]}
+                n = len(json.loads(response.request.body)["input"])
+                return [found[i] for i in range(n)], usage_of(answer)
             except (KeyError, TypeError, AttributeError):
-                raise unreadable("data[].embedding", response.text) from None
+                raise unreadable("an embedding of each input", response.text) from None
 
         def embed(texts):
             bodies = [{"model": o.embeddings[4:], "input": texts[i:i + 64]}
@@ -556,8 +574,15 @@ class Evaluation:
     def __init__(self, data, form, split):
         self.meta, rows = load_dataset(data, dict.fromkeys(("train", "eval", split)), form)
         self.name, self.rows, self.eval_rows = f"{data}/{split}.jsonl", rows[split], rows["eval"]
-        self.trained = {question_of(r) for r in rows["train"]}
-        self.references = {}
+        self.data, self.references = data, {}
+        self.trained = {data: {question_of(r) for r in rows["train"]}}
+
+    def trained_on(self, data):
+        """The questions of another dataset's training split."""
+        if data not in self.trained:
+            rows = load_dataset(data, ("train",))[1]["train"]
+            self.trained[data] = {question_of(r) for r in rows}
+        return self.trained[data]
 
     def score(self, folder, device, run_config):
         """(model, tokenizer, items, Scores over EVAL_BRANCHES, Scores of the eval split)."""
@@ -589,7 +614,7 @@ class Evaluation:
         answers = None
         if o.samples:
             texts = sample_rows(model, items, tokenizer, o, run_config["dtype"],
-                                Path(out) / "samples.jsonl" if is_run else None)
+                                home(out, run_config, self.data) / "samples.jsonl")
             answers = [[parse_answer(t, self.meta) for t in several] for several in texts]
             metrics |= answer_metrics(answers, s.target.double().numpy(), self.meta)
         return metrics, items, answers
@@ -608,26 +633,32 @@ class Evaluation:
                                      str(r["accept_choice_id"]))))
                  for n, r in enumerate(self.rows)]
         metrics = answer_metrics(answers, target, self.meta)
-        return metrics | ordinal_metrics(sampled_counts(answers, self.meta) + 1e-12, target,
+        return metrics | ordinal_metrics(sampled_counts(answers, self.meta), target,
                                          self.meta), items, answers
 
     def judged(self, metrics, items, answers, o, client, embed):
-        """metrics with BPC and RS, as far as they are asked for, and what is to be said of them."""
-        rows, notes = [self.rows[i.row] for i in items], []
-        if o.judge:
-            bpc = belief_preference_consistency(answers, rows, client, o.judge)
-            failed = np.isnan(bpc).mean()
-            enough = failed <= MOST_FAILURES
-            metrics["bpc"] = mean_over_answers(bpc) if enough else np.full(len(rows), np.nan)
-            notes.append(f"BPC by {o.judge}: {np.isnan(bpc).sum()} of {bpc.size} judgements failed"
-                         + ("" if enough else f", more than {MOST_FAILURES:.0%}: no mean is given"))
-            if self.meta.get("stances"):
-                rule = expressed_opinion(answers, self.meta)
-                agree = (bpc == rule)[~np.isnan(bpc)].mean()
-                notes.append(f"the judge agrees with the templates' rule on {agree:.1%}")
+        """Adds BPC and RS to metrics, as far as they are asked for; returns the numbers of
+        judgements, for eval.json, and what is to be said of them."""
+        rows = [self.rows[i.row] for i in items]
         if embed and all(r.get("accept_choice") for r in rows):
             metrics["rs"] = mean_over_answers(response_similarity(answers, rows, embed))
-        return notes
+        if not o.judge:
+            return {}, []
+        bpc, asked = belief_preference_consistency(answers, rows, client, o.judge)
+        failed = np.isnan(bpc[asked])
+        counts = {"judge": o.judge, "answers": bpc.size, "asked": int(asked.sum()),
+                  "failed": int(failed.sum())}
+        note = f"BPC by {o.judge}: {failed.sum()} of {asked.sum()} judgements failed"
+        if too_many(failed):
+            note += f", more than {MOST_FAILURES:.0%}: no mean is given"
+            bpc[:] = np.nan
+        metrics["bpc"] = mean_over_answers(bpc)
+        read = asked & ~np.isnan(bpc)
+        if self.meta.get("stances") and read.any():
+            counts["agreement"] = float((bpc == expressed_opinion(answers, self.meta))[read].mean())
+            note += (f"; it agrees with the templates' rule on {counts['agreement']:.1%} of "
+                     f"{read.sum()}")
+        return counts, [note]
 
     def reference(self, out, device, run_config):
         """Log-probs under the checkpoint that the run in OUT began with, which must still be it."""
@@ -688,10 +719,11 @@ def summary(metrics, items, trained):
 
 
 def worst(metric, values):
-    """Of [[mean, low, high], ...] the worst: the largest distance, or the smallest of a metric
-    where more is better."""
-    pick = max if metric in LESS_IS_BETTER else min
-    return pick(values, key=lambda v: v[0], default=None)
+    """Of [[mean, low, high], ...] the worst: the largest distance, the ratio farthest from 1, or
+    the smallest of a metric where more is better."""
+    how_bad = {"minority": lambda v: abs(v[0] - 1)}.get(
+        metric, lambda v: v[0] if metric in LESS_IS_BETTER else -v[0])
+    return max(values, key=how_bad, default=None)
 
 
 def difference(metrics, base, questions):
@@ -699,11 +731,12 @@ def difference(metrics, base, questions):
     return {k: interval(metrics[k] - base[k], questions) for k in metrics if k in base}
 
 
-LESS_IS_BETTER = ("jsd", "jsd_t", "jsd_bias", "w1", "off_gap", "sampled_jsd", "sampling_floor")
+LESS_IS_BETTER = ("jsd", "jsd_t", "jsd_bias", "w1", "off_gap", "sampled_jsd", "sampling_floor",
+                  "no_class")
 BELIEFS = {"jsd": "JSD", "jsd_t": "JSD, T fit", "jsd_bias": "JSD, T+b fit", "w1": "W1",
            "off_gap": "off-scale gap", "minority": "minority mass", "class_mass": "mass"}
-ANSWERS = {"sampled_jsd": "sampled JSD", "coverage": "coverage", "cbc": "CBC", "bpc": "BPC",
-           "rs": "RS", "opinion": "opinion"}
+ANSWERS = {"sampled_jsd": "sampled JSD", "sampling_floor": "its floor", "coverage": "coverage",
+           "no_class": "no class", "cbc": "CBC", "bpc": "BPC", "rs": "RS", "opinion": "opinion"}
 MARGINS = {f"{kind}_{k}": f"{kind} {k}" for kind in ("joint", "given") for k in KINDS}
 
 
@@ -732,8 +765,9 @@ def over_seeds(results, configs):
         if len(several) > 1:
             first = next(iter(by_seed.values()))[0]
             merged[f"{re.sub('-?seed[0-9]+$', '', first)} ({len(several)} seeds)"] = {part: {
-                k: spread([r[part][k][0] for r in several if r.get(part, {}).get(k)])
-                for k in several[0][part] if k not in ("rows", "questions")} for part in several[0]}
+                k: spread([r[part][k][0] for r in several]) for k in several[0][part]
+                if k not in ("rows", "questions") and all(r.get(part, {}).get(k) for r in several)}
+                for part in several[0]}
     return merged
 
 
@@ -762,8 +796,15 @@ def read_run(out, o):
     if not o.data:
         raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give the OUT of "
                          "train.py, or, for a checkpoint or chat:MODEL, --data DIR as well")
-    return {"loss": "", "model": out, "init": "", "data": o.data, "max_length": 0,
+    return {"loss": "", "model": out, "init": "", "data": o.data, "form": o.form, "max_length": 0,
             "overlong": "error", "dtype": "bfloat16" if o.device == "cuda" else "float32"}
+
+
+def home(out, config, data):
+    """Where results are kept: the run's folder; of a checkpoint or chat:MODEL one of its own."""
+    if config["loss"]:
+        return Path(out)
+    return Path("out") / f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
 
 
 SERVER = ("base_url", "concurrency", "timeout", "usd_in", "usd_out", "max_usd", "limit", "cache")
@@ -786,6 +827,10 @@ def main():
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}")
     if (o.judge or o.embeddings) and not o.samples:
         raise ValueError("--judge and --embeddings need --samples")
+    if o.judge_check and not o.judge:
+        raise ValueError("--judge_check needs a --judge")
+    if "chat:" in outs:
+        raise ValueError("chat: needs the name of a model, chat:gpt-4o say")
     if o.against and o.against.rstrip("/") not in outs:
         raise ValueError(f"--against {o.against} is none of the runs to measure")
     if o.figures:
@@ -804,26 +849,32 @@ def measure_all(outs, o, client, device):
     embed = embedder(o, client, device) if o.embeddings and first else None
     evaluations, results, rows, notes = {}, {}, {}, []
     for out in progress(outs, desc="runs", unit="run", disable=len(outs) == 1 or not first):
-        data = o.data or configs[out]["data"], o.form or configs[out].get("form", "")
+        config = configs[out]
+        data = o.data or config["data"], o.form or config.get("form", "")
         if data not in evaluations:
             evaluations[data] = e = Evaluation(*data, o.split)
-            if o.judge and o.judge_check and first:
+            if o.judge_check and first:
                 notes.append(check_judge(e.rows, client, o.judge, o.judge_check))
         e = evaluations[data]
-        metrics, items, answers = e.measure_chat(out[5:], client) if out.startswith("chat:") else \
-            e.measure(out, o, configs[out], device)
+        if out.startswith("chat:"):
+            if first:
+                metrics, items, answers = e.measure_chat(out[5:], client)
+        else:
+            metrics, items, answers = e.measure(out, o, config, device)
         if not first:
             continue
-        if answers:
-            notes += [f"{out}: {note}" for note in
-                      e.judged(metrics, items, answers, o, client, embed)]
-        results[out] = summary(metrics, items, e.trained)
-        rows[out] = metrics, [i.question for i in items]
-        if configs[out]["loss"]:
-            write(Path(out) / "eval.json", json.dumps({
-                "split": o.split, "checkpoint": o.checkpoint, "data": data[0],
-                "samples": o.samples, "judge": o.judge, "embeddings": o.embeddings, **results[out],
-                "answers": e.samples(items, answers)}, indent=1) + "\n")
+        counts, more = e.judged(metrics, items, answers, o, client, embed) if answers else ({}, [])
+        notes += [f"{out}: {note}" for note in more]
+        results[out] = summary(metrics, items, e.trained_on(config["data"]))
+        rows[out] = metrics, [i.question for i in items], (data, [i.row for i in items])
+        folder = home(out, config, data[0])
+        if not config["loss"]:
+            write(folder / "config.json", json.dumps(config, indent=1) + "\n")
+        write(folder / "eval.json", json.dumps({
+            "split": o.split, "checkpoint": o.checkpoint, "data": data[0],
+            "samples": len(answers[0]) if answers else 0, "judged": counts,
+            "embeddings": o.embeddings, **results[out],
+            "answers": e.samples(items, answers)}, indent=1) + "\n")
     if first:
         report(results, configs, evaluations, o)
         if o.against:
@@ -831,10 +882,11 @@ def measure_all(outs, o, client, device):
         print("\n".join(notes))
 
 
-LEGEND = """± half of the 95% bootstrap interval over questions. JSD, T fit: of the same model after one
-temperature, or a temperature and biases (T+b), fitted on the eval split. W1: Wasserstein over the
+LEGEND = """± half of the 95% bootstrap interval over questions. JSD, T fit: of the same model after
+one temperature, or a temperature and biases (T+b), fitted on the eval split. W1: Wasserstein over the
 ordered classes, 0 to 1. minority mass: the model's share of the smallest class, as a ratio to the
-group's. coverage: of the group's classes among the samples, as a ratio to a perfect sampler's.
+group's. its floor: the sampled JSD of a perfect model. coverage: of the group's classes among the
+samples, as a ratio to a perfect sampler's. no class: answers that begin with no class.
 joint: belief and answer, each with its own belief; given: the answer after the accepted belief."""
 
 
@@ -844,10 +896,10 @@ def report(results, configs, evaluations, o):
         some = next(r[part] for r in results.values() if part in r)
         counts = (f": {some['rows']} {o.split} rows, {some['questions']} questions"
                   if "rows" in some else ", metric by metric")
-        floor = some.get("sampling_floor")
-        print(f"\n{part}{' questions' * part.endswith('seen')}{counts}; the runs' {o.checkpoint} "
-              "weights" + (f"; {o.samples} samples a row (a perfect model's sampled JSD: "
-                           f"{floor[0]:.3f})" if floor else ""))
+        name = {"seen": "seen questions (other wordings are in the training split)",
+                "unseen": "unseen questions"}.get(part, part)
+        print(f"\n{name}{counts}; the runs' {o.checkpoint} weights"
+              + f"; {o.samples} samples a row" * bool(o.samples))
         for columns in (BELIEFS, ANSWERS, MARGINS):
             columns = {k: v for k, v in columns.items()
                        if any(r.get(part, {}).get(k) for r in results.values())}
@@ -862,10 +914,10 @@ def report(results, configs, evaluations, o):
 
 def print_differences(rows, base):
     """The paired differences of all runs to one, where they have the same rows."""
-    metrics, questions = rows[base]
+    metrics, questions, same = rows[base]
     shown = {k: v for columns in (BELIEFS, ANSWERS) for k, v in columns.items() if k in metrics}
-    found = {out: {"all": difference(m, metrics, questions)} for out, (m, q) in rows.items()
-             if out != base and q == questions}
+    found = {out: {"all": difference(m, metrics, questions)} for out, (m, _, r) in rows.items()
+             if out != base and r == same}
     if found:
         print(f"\ndifference to {base} on the same rows\n" + table(found, "all", shown))
     for out in set(rows) - set(found) - {base}:
@@ -880,33 +932,49 @@ DASHES = ["-", "--", "-.", ":"]
 
 
 def read_history(out):
-    """(config, {examples: eval metrics}, {name: JSD without training}, eval.json or None)."""
-    config = read_json(Path(out) / "config.json")
-    lines = [json.loads(x) for x in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    """(config, {examples: eval metrics}, {name: JSD without training}, eval.json or None) of a run,
+    or of a checkpoint that was evaluated, which has no history."""
+    config, log = read_json(Path(out) / "config.json"), Path(out) / "metrics.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
     evals = {x["step"] * config["batch_size"]: x["eval"] for x in lines if "eval" in x}
-    lines_of = next((x["reference_jsd"] for x in lines if "reference_jsd" in x), {})
+    reference = next((x["reference_jsd"] for x in lines if "reference_jsd" in x), {})
     measured = Path(out) / "eval.json"
-    return config, evals, lines_of, read_json(measured) if measured.is_file() else None
+    return config, evals, reference, read_json(measured) if measured.is_file() else None
 
 
 def methods(outs):
-    """Runs that differ in their seed alone are one method: {label: [history, ...]}."""
+    """Runs that differ in their seed alone are one method: {(data, label): [history, ...]}."""
     groups = {}
     for out in outs:
-        if not (Path(out) / "metrics.jsonl").is_file():
-            raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl)")
+        if not (Path(out) / "config.json").is_file():
+            raise ValueError(f"{out} is not the folder of a run (no config.json)")
         history = read_history(out)
         same = {k: v for k, v in history[0].items() if k not in (*VOLATILE, "seed", "init")}
         groups.setdefault(json.dumps(same, sort_keys=True), (out, []))[1].append(history)
-    several_data = len({h[0][0]["data"] for _, h in groups.values()}) > 1
+    several_models = len({h[0][0]["model"] for _, h in groups.values() if h[0][0]["loss"]}) > 1
     named = {}
     for out, histories in groups.values():
-        config = histories[0][0]
-        label = config["loss"] + f" ({Path(config['data']).name})" * several_data
-        if label in named:                             # the same method with other settings
-            label = Path(re.sub("-?seed[0-9]+$", "", out)).name
-        named[label] = histories
+        config, measured = histories[0][0], histories[0][3]
+        data = dataset_name(measured["data"] if measured else config["data"])
+        label = config["loss"] or Path(config["model"]).name
+        label += f" ({Path(config['model']).name})" * (several_models and bool(config["loss"]))
+        if (data, label) in named:                     # the same method with other settings
+            label = re.sub("-?seed[0-9]+$", "", Path(out).name)
+        if (data, label) in named:
+            label = out
+        named[data, label] = histories
+    how = {tuple(h[3][k] for k in ("split", "checkpoint")) for hs in named.values() for h in hs
+           if h[3]}
+    if len(how) > 1:
+        raise ValueError(f"these runs were evaluated in different ways ({sorted(how)}): evaluate "
+                         "them again in one command")
     return named
+
+
+def by_data(runs):
+    """{data: {label: histories}}."""
+    return {data: {label: h for (d, label), h in runs.items() if d == data}
+            for data in dict.fromkeys(d for d, _ in runs)}
 
 
 def curve(histories, metric):
@@ -934,7 +1002,7 @@ def draw(folder, outs):
         write(folder / "tables.md", text)
         drawn.append("tables.md")
     print("\n".join(f"{folder}/{name}" for name in drawn))
-    missing = [label for label, histories in runs.items() if not all(h[3] for h in histories)]
+    missing = [" ".join(name) for name, h in runs.items() if not all(x[3] for x in h)]
     if missing:
         print(f"not in bars and tables, for they are not evaluated yet: {', '.join(missing)}")
 
@@ -947,8 +1015,9 @@ def save_figure(pyplot, figure, path):
 
 def draw_margins(pyplot, runs, path):
     """Figures 2 and 3: a panel a method, majority against minority."""
-    shown = {label: h for label, h in runs.items() if any("joint_majority" in m
-                                                          for m in h[0][1].values())}
+    titles = {name: name[1] + f" ({name[0]})" * (len(by_data(runs)) > 1) for name in runs}
+    shown = {titles[name]: h for name, h in runs.items()
+             if any("joint_majority" in m for m in h[0][1].values())}
     if not shown:
         return False
     width = min(3, len(shown))
@@ -973,89 +1042,113 @@ def draw_margins(pyplot, runs, path):
 
 
 def draw_jsd(pyplot, runs, path):
-    """Figure 4: JSD over training; dashed: distributions without training."""
-    figure, ax = pyplot.subplots(figsize=(7, 4.5))
-    for n, (label, histories) in enumerate(runs.items()):
-        x, mean, low, high = curve(histories, "jsd")
-        colour = COLOURS[n % len(COLOURS)]
-        ax.plot(x, mean, "-", marker="osD^v<>*"[n % 8], markevery=max(1, len(x) // 6), markersize=4,
-                color=colour, label=label)
-        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    for name, value in next(iter(runs.values()))[0][2].items():
-        ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
-        ax.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), fontsize=8, color="0.3",
-                    xytext=(3, 0), textcoords="offset points", va="center")
-    ax.set_xlabel("training examples")
-    ax.set_ylabel("mean Jensen-Shannon distance (eval split)")
-    ax.set_ylim(0)
-    ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    """Figure 4: JSD over training, a panel a dataset; dashed: distributions without training."""
+    runs = {name: h for name, h in runs.items() if h[0][1]}
+    panels = by_data(runs)
+    if not panels:
+        return False
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
+    for ax, (data, several) in zip(axes.flat, panels.items()):
+        for n, (label, histories) in enumerate(several.items()):
+            x, mean, low, high = curve(histories, "jsd")
+            colour, dash = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
+            ax.plot(x, mean, dash, marker="osD^v<>*"[n % 8], markevery=max(1, len(x) // 6),
+                    markersize=4, color=colour, label=label)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        for name, value in next(iter(several.values()))[0][2].items():
+            ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
+            ax.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), fontsize=8,
+                        color="0.3", xytext=(3, 0), textcoords="offset points", va="center")
+        ax.set_xlabel("training examples")
+        ax.set_ylabel("mean Jensen-Shannon distance (eval split)")
+        ax.set_title(data, fontsize=9)
+        ax.set_ylim(0)
+        ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.tight_layout()
     return save_figure(pyplot, figure, path)
 
 
-def measured(runs, part="seen"):
-    """{label: {metric: (value, error)}} of evaluated methods: of several seeds the mean and the
-    standard deviation, of one the value and half of its interval."""
+def measured(histories):
+    """{metric: (value, error)} of an evaluated method on seen questions, or else unseen ones: of
+    several seeds the mean and the standard deviation, of one the value and half of its interval. A
+    metric that a seed lacks is left out."""
+    parts = [h[3].get("seen") or h[3].get("unseen") for h in histories if h[3]]
     out = {}
-    for label, histories in runs.items():
-        several = [h[3][part] for h in histories if h[3] and part in h[3]]
-        if several:
-            out[label] = {}
-            for k in several[0]:
-                values = [s[k] for s in several if isinstance(s.get(k), list)]
-                if values:
-                    means = [v[0] for v in values]
-                    out[label][k] = (np.mean(means), np.std(means, ddof=1) if len(values) > 1
-                                     else (values[0][2] - values[0][1]) / 2)
+    for k in (parts[0] if len(parts) == len(histories) else ()):
+        values = [part.get(k) for part in parts]
+        if all(isinstance(v, list) for v in values):
+            means = [v[0] for v in values]
+            out[k] = (float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1
+                      else (values[0][2] - values[0][1]) / 2)
     return out
 
 
 def draw_bars(pyplot, runs, path):
     """Figure 5: JSD, and how often the answer expresses its belief (BPC, or the rule's)."""
-    values = measured(runs)
+    values = {name: measured(h) for name, h in runs.items()}
     names = {"jsd": "JSD (lower is better)", "bpc": "BPC (higher is better)",
              "opinion": "opinion expressed (higher is better)", "cbc": "CBC (higher is better)"}
     names = {k: v for k, v in names.items() if any(k in m for m in values.values())}
-    if not values or not names:
+    if not names:
         return False
-    figure, axes = pyplot.subplots(1, len(names), figsize=(1 + 3 * len(names), 3.2), squeeze=False)
-    for ax, (k, title) in zip(axes.flat, names.items()):
-        shown = {label: m[k] for label, m in values.items() if k in m}
-        ax.bar(range(len(shown)), [v for v, _ in shown.values()], color=COLOURS[0], width=0.7,
-               yerr=[e for _, e in shown.values()], capsize=3)
-        ax.set_xticks(range(len(shown)), shown, rotation=45, ha="right", fontsize=8)
-        ax.set_ylim(0)
-        ax.set_title(title, fontsize=9)
+    panels = by_data(runs)
+    figure, axes = pyplot.subplots(len(panels), len(names), squeeze=False,
+                                   figsize=(1 + 3 * len(names), 3.2 * len(panels)))
+    for row, (data, several) in zip(axes, panels.items()):
+        for ax, (k, title) in zip(row, names.items()):
+            shown = {label: values[data, label][k] for label in several if k in values[data, label]}
+            ax.bar(range(len(shown)), [v for v, _ in shown.values()], color=COLOURS[0], width=0.7,
+                   yerr=[e for _, e in shown.values()], capsize=3)
+            ax.set_xticks(range(len(shown)), shown, rotation=45, ha="right", fontsize=8)
+            ax.set_ylim(0, None if k == "jsd" else 1)
+            ax.set_title(title + f", {data}" * (len(panels) > 1), fontsize=9)
     figure.tight_layout()
     return save_figure(pyplot, figure, path)
 
 
 def paper_tables(runs):
-    """Table 2 (metrics by method) and Table 3 (answers to the same questions) as Markdown."""
-    values = measured(runs)
-    if not values:
+    """Table 2 (data and metric by method) and Table 3 (answers to the same questions), Markdown."""
+    values = {name: measured(h) for name, h in runs.items()}
+    labels = list(dict.fromkeys(label for (_, label), m in values.items() if m))
+    if not labels:
         return ""
-    names = {k: v for columns in (BELIEFS, ANSWERS) for k, v in columns.items()
-             if any(k in m for m in values.values())}
-    lines = ["Table 2. Seen questions; ± standard deviation over seeds, or half of the 95% "
-             "interval.", "", "| | " + " | ".join(values) + " |", "|---|" + "---|" * len(values)]
-    for k, name in names.items():
-        cells = [f"{m[k][0]:.3f} ± {m[k][1]:.3f}" if k in m else "" for m in values.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = ["Table 2. Seen questions (unseen ones where there are no others); ± standard "
+             "deviation over seeds, or half of the 95% interval.", "",
+             "| | | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]
+    for data, several in by_data(runs).items():
+        for k, name in (BELIEFS | ANSWERS).items():
+            cells = [values.get((data, label), {}).get(k) for label in labels]
+            if any(cells):
+                lines.append(f"| {data} | {name} | " + " | ".join(
+                    f"{c[0]:.3f} ± {c[1]:.3f}" if c else "" for c in cells) + " |")
+        judged = [next((h[3]["judged"] for h in several.get(label, ()) if h[3]
+                        and h[3].get("judged")), None) for label in labels]
+        if any(judged):
+            lines.append(f"| {data} | BPC: failed of asked | " + " | ".join(
+                f"{j['failed']} of {j['asked']}" if j else "" for j in judged) + " |")
     lines += ["", "Table 3. The first sampled answer to the same questions."]
-    clean = lambda text: " ".join(str(text).split()).replace("|", "\\|")
-    answers = {label: h[0][3].get("answers", []) for label, h in runs.items() if h[0][3]}
-    for n, question in enumerate(next(iter(answers.values()))):
-        shares = ", ".join(f"{p:g}" for p in question["probabilities"])
+    for several in by_data(runs).values():
+        lines += answers_table({label: h[0][3]["answers"] for label, h in several.items()
+                                if h[0][3] and h[0][3].get("answers")})
+    return "\n".join(lines) + "\n"
+
+
+def answers_table(answers):
+    """Lines of Table 3: {label: the answers of eval.json}, of methods on one dataset."""
+    lines, clean = [], lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    for question in {a["prompt"]: a for several in answers.values() for a in several}.values():
         lines += ["", "| method | answer |", "|---|---|"]
         for label, several in answers.items():
-            if n < len(several) and several[n]["prompt"] == question["prompt"]:
-                a = several[n]
-                belief = f"<{a['belief']}>" if a["belief"] else ""
-                lines.append(f"| {label} | {a['class']}{clean(belief)} {clean(a['response'])} |")
+            for a in several:
+                if a["prompt"] == question["prompt"]:
+                    belief = f"<{a['belief']}>" if a["belief"] else ""
+                    lines.append(f"| {label} | {a['class'] or '(no class)'}{clean(belief)} "
+                                 f"{clean(a['response'])} |")
+        shares = ", ".join(f"{p:g}" for p in question["probabilities"])
         lines += [f"| *question* | {clean(question['prompt'])} |",
                   f"| *beliefs* | {clean(', '.join(question['options']))} |",
                   f"| *shares of the classes* | {shares} |"]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":

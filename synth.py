@@ -395,17 +395,19 @@ def unreadable(what, answer):
 
 
 def read_chat(response):
-    """A chat completion -> ((text, why it ended), tokens). No text is a refusal: its words."""
+    """A chat completion -> ((text, why it ended), tokens). Without a text its refusal is taken, and
+    the end is "refusal"."""
     if response.status_code == 404:
         raise ValueError(f"{response.url}: 404: {' '.join(response.text.split())[:500]}")
     answer = response.json()
     try:
         choice = answer["choices"][0]
-        text = choice["message"]["content"] or choice["message"].get("refusal") or ""
+        text, refusal = choice["message"]["content"], choice["message"].get("refusal")
         if isinstance(text, list):                     # of parts
             text = "".join(part.get("text") or "" for part in text)
-        if isinstance(text, str):
-            return (text, choice.get("finish_reason")), usage_of(answer)
+        if isinstance(text, str | None):
+            return ((text, choice.get("finish_reason")) if text else
+                    (str(refusal or ""), "refusal")), usage_of(answer)
     except (KeyError, IndexError, TypeError, AttributeError):
         pass
     raise unreadable("choices[0].message.content", answer)

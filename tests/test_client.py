@@ -150,6 +150,8 @@ def test_text_in_parts_and_odd_usage_are_read_and_refusals_kept(client, server):
         return 200, reply
     server.answer = answer
     assert ask(client(), *answers) == ["ab", "fine", "I won't.", "\ud83d!"]
+    ended = [e for _, e in synth.chat(client(), list(answers), "asking")]
+    assert ended == ["stop", "stop", "refusal", "stop"]
     assert ask(client(), *answers)[2] == "I won't." and len(server.requests) == 4
 
 

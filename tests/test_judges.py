@@ -60,14 +60,26 @@ def test_recalibration_finds_the_temperature_and_the_biases_that_were_put_in():
 def test_coverage_of_a_perfect_sampler_is_one_on_average():
     rng, p = np.random.default_rng(0), np.array([[0.5, 0.3, 0.15, 0.05, 0, 0]])
     counts = rng.multinomial(8, p[0], size=4000)
-    assert coverage(counts, p).mean() == pytest.approx(1, abs=0.01)
+    assert coverage(counts, p, 8).mean() == pytest.approx(1, abs=0.01)
     collapsed = np.array([[8, 0, 0, 0, 0, 0]])
-    assert coverage(collapsed, p)[0] == pytest.approx(1 / (1 - (1 - p) ** 8).sum())
+    assert coverage(collapsed, p, 8)[0] == pytest.approx(1 / (1 - (1 - p) ** 8).sum())
+
+
+def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale():
+    """Junk on ratings: the distance is the largest there is, and the coverage that of nothing."""
+    meta = {"classes": list("12345"), "off_scale": None}
+    m = evaluate.answer_metrics([[(None, None, "junk")] * 8, [("1", None, "x")] + [(None,) * 3] * 7],
+                                np.full((2, 5), 0.2), meta)
+    assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["no_class"][0] == 1
+    assert m["coverage"].tolist() == pytest.approx([0, 1 / (5 * (1 - 0.8 ** 8))])
+    assert m["sampled_jsd"][1] > 0.7 and m["no_class"][1] == 7 / 8
+    assert np.isnan(ordinal_metrics([[0.0] * 5], [[0.2] * 5], meta)["w1"])
 
 
 def test_the_worst_group_is_the_farthest_or_the_least():
     assert worst("jsd", [[1, 0, 2], [3, 2, 4]])[0] == 3
     assert worst("cbc", [[1, 0, 2], [3, 2, 4]])[0] == 1 and worst("cbc", []) is None
+    assert worst("minority", [[1.0, 1, 1], [9.0, 9, 9], [0.5, 0, 1]])[0] == 9
 
 
 def test_paired_differences_are_narrower_than_two_intervals():
@@ -99,7 +111,8 @@ def test_bpc_asks_appendix_h_and_counts_failures_as_null(server, client):
     server.answer = lambda r: (200, completion(replies[re.search(
         r"Answer: (.*)", r.body["messages"][0]["content"])[1]]))
     answers = [[("4", "Good", x) for x in "ABCD"] + [("4", None, "A"), ("4", "Good", " ")]]
-    bpc = belief_preference_consistency(answers, ROWS, client, "gpt-4o")
+    bpc, asked = belief_preference_consistency(answers, ROWS, client, "gpt-4o")
+    assert asked.tolist() == [[True] * 4 + [False] * 2]
     np.testing.assert_array_equal(bpc, [[1, 0, np.nan, 1, 0, 0]])
     assert mean_over_answers(bpc)[0] == pytest.approx(2 / 5)
     body = server.requests[0].body
@@ -116,8 +129,28 @@ def test_reviews_are_judged_in_three_classes(server, client):
     row = {"prompt": "Film", "options": list("12345")}
     answers = [[("1", None, "a"), ("2", None, "a"), ("3", None, "b"), ("5", None, "c"),
                 ("4", None, "a"), ("4", None, "d"), (None, None, "a")]]
-    bpc = belief_preference_consistency(answers, [row], client, "j")
+    bpc, _ = belief_preference_consistency(answers, [row], client, "j")
     np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, np.nan, 0]])
+
+
+@pytest.mark.parametrize("reply, value", [
+    ("Yes", 1), ("**Yes**\nIt does.", 1), ("no. It does not", 0), ("No, never", 0),
+    ("Yes or No\nNo", None), ("Yes/No", None), ("Yes and no.", None), ("Maybe yes", None),
+    (None, None), ("", None), ("Yesterday", None)])
+def test_a_verdict_is_never_guessed(server, client, reply, value):
+    answer = completion(reply)
+    answer["choices"][0]["message"]["refusal"] = None if reply else "No, I can't."
+    server.answer = lambda r: (200, answer)
+    said = evaluate.judge(client, "j", [("q", "Good", "a")])
+    assert said[0] == value or value is None and np.isnan(said[0])
+
+
+@pytest.mark.parametrize("reply, value", [("3", 3), (" 2. ", 2), ("-1", None), ("4", None),
+                                          ("1 or 2", None), ("3 stars", None)])
+def test_a_rating_is_never_guessed(server, client, reply, value):
+    server.answer = lambda r: (200, completion(reply))
+    said = evaluate.judge(client, "j", [("q", None, "a")])
+    assert said[0] == value or value is None and np.isnan(said[0])
 
 
 def test_the_judge_is_checked_on_labelled_reviews(server, client):
@@ -130,6 +163,11 @@ def test_the_judge_is_checked_on_labelled_reviews(server, client):
     # class 1: 2 hits of 2 true, 3 told: 0.8; class 2: 1; class 3: 1 hit of 2 true, 1 told: 2/3
     f1 = 0.4 * 0.8 + 0.2 * 1 + 0.4 * 2 / 3
     assert f"accuracy 0.800, weighted F1 {f1:.3f}; 0 failed" in line
+    server.answer = lambda r: (200, completion("no idea" if r.body["messages"][0]["content"][-1]
+                                               == "0" else "1"))
+    assert "1 of 5 judgements failed, more than 5%: no acc" in check_judge(rows, client, "k", 5)
+    with pytest.raises(ValueError, match="--judge_check is for reviews"):
+        check_judge([r | {"accept_choice_id": "0"} for r in rows], client, "k", 5)
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +204,13 @@ def test_the_judge_agrees_with_the_templates_rule_and_gives_no_mean_above_5_perc
     for spoiled, failed in (((), 0), (("0",), 20)):
         metrics, judge = {}, f"judge {failed}"
         o = evaluate.Config(judge=judge)
-        notes = e.judged(metrics, items, answers, o, client, None)
-        assert f"BPC by {judge}: {failed} of 100 judgements failed" in notes[0]
-        assert notes[1].endswith("rule on 100.0%")
+        counts, [note] = e.judged(metrics, items, answers, o, client, None)
+        assert f"BPC by {judge}: {failed} of 100 judgements failed" in note
+        assert counts["asked"] == 100 and counts["failed"] == failed
         if failed:
-            assert "more than 5%: no mean is given" in notes[0] and np.isnan(metrics["bpc"]).all()
+            assert "more than 5%: no mean is given" in note and np.isnan(metrics["bpc"]).all()
         else:
+            assert note.endswith("rule on 100.0% of 100") and counts["agreement"] == 1
             rule = evaluate.expressed_opinion(answers, e.meta).mean(-1)
             np.testing.assert_allclose(metrics["bpc"], rule)
 
@@ -181,7 +220,7 @@ def test_the_judges_number_stands_in_the_table_and_in_the_file(runs, call, serve
     server.answer = lambda r: (200, completion("Yes\nIt does"))
     p = call(evaluate, out, *FAST, "--judge", "gpt-4o-mini", "--base_url", server.url, cwd=cwd)
     saved = json.loads((cwd / out / "eval.json").read_text())
-    assert saved["judge"] == "gpt-4o-mini" and 0 <= saved["seen"]["bpc"][0] <= 1
+    assert saved["judged"]["judge"] == "gpt-4o-mini" and saved["judged"]["failed"] == 0 and 0 <= saved["seen"]["bpc"][0] <= 1
     assert " BPC" in p.stdout and "judgements failed" in p.stdout
     assert (cwd / "out/answers.jsonl").is_file() or not server.requests
 
@@ -214,7 +253,8 @@ def bert(tmp_path_factory):
 
 def texts_of(n, seed=0):
     rng = random.Random(seed)
-    alphabet = "abz the films ungood 09 ,.!?'\"-_()#@$+<=>^`|~\t\nÉéßİ中国カ한ﬁ½–…“”€\u200b\u00ad\x00\ufffd🙂"
+    alphabet = ("abz the films ungood 09 ,.!?'\"-_()#@$+<=>^`|~\t\n"
+                "ÉéßİΣ中国カ한ﬁ½–…“”€\u200b\u00ad\x00\ufffd🙂")
     return ["".join(rng.choice(alphabet) for _ in range(rng.randrange(40))) for _ in range(n)]
 
 
@@ -286,14 +326,17 @@ def test_embeddings_come_from_an_endpoint_too(client, server):
     def answer(r):
         assert r.path == "/embeddings" and r.body["model"] == "text-embedding-3-small"
         several = [[len(t), 4.0, 0] for t in r.body["input"]]
-        return 200, {"object": "list", "data": [{"object": "embedding", "index": i, "embedding": v}
-                                                for i, v in enumerate(several)],
+        data = [{"object": "embedding", "index": i, "embedding": v}
+                for i, v in enumerate(several)][::-1]       # in whatever order
+        if len(server.requests) == 1:
+            data.pop()                                      # one too few: asked again
+        return 200, {"object": "list", "data": data,
                      "usage": {"prompt_tokens": 9, "total_tokens": 9}}
     server.answer = answer
     embed = evaluate.embedder(evaluate.Config(embeddings="api:text-embedding-3-small"), client,
                               "cpu")
     vectors = embed(["xxx"] + [f"{n:04d}" for n in range(99)])
-    assert vectors.shape == (100, 3) and len(server.requests) == 2      # 64 to a request
+    assert vectors.shape == (100, 3) and len(server.requests) == 3      # 64 to a request
     np.testing.assert_allclose(vectors[0], [0.6, 0.8, 0])
     assert client.tokens == [18, 0]
 
@@ -361,6 +404,10 @@ def test_a_chat_model_is_prompted_with_shots_and_measured(runs, call, server, wo
              cwd=tmp_path)
     line = next(x for x in p.stdout.splitlines() if x.startswith("chat:gpt-4o"))
     assert len(server.requests) == 20 and "±" in line and "sampled JSD" in p.stdout
+    saved = json.loads((tmp_path / "out/icf-chat-gpt-4o/eval.json").read_text())
+    assert saved["samples"] == 1 and saved["answers"][0]["response"] == "Mostly. Such is life."
+    call(evaluate, "--figures", "f", "out/icf-chat-gpt-4o", cwd=tmp_path)
+    assert "| | | gpt-4o |" in (tmp_path / "f/tables.md").read_text().replace("chat:", "")
     sft = runs[0] / runs[1][0] / "best"
     p = call(evaluate, sft, "--data", tmp_path / "icf", *FAST, cwd=tmp_path)
     assert "coverage" in p.stdout
@@ -382,10 +429,10 @@ def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, world):
     assert all((cwd / f"figures/{n}.png").stat().st_size > 10_000 for n in ("bars", "jsd"))
     text = (cwd / "figures/tables.md").read_text()
     saved = [json.loads((cwd / o / "eval.json").read_text())["seen"]["jsd"][0] for o in outs]
-    cells = re.search(r"\| JSD \|(.*)\|", text)[1].split("|")
+    cells = re.search(r"\| tiny \| JSD \|(.*)\|", text)[1].split("|")
     assert [float(c.split("±")[0]) for c in cells] == pytest.approx(
         [np.mean(saved[0::2]), np.mean(saved[1::2])], abs=5e-4)
-    assert "| | sft | gdpo |" in text and text.count("*question*") == 3
+    assert "| | | sft | gdpo |" in text and text.count("*question*") == 3
 
 
 def test_a_missing_matplotlib_is_one_line(runs, call, monkeypatch):
@@ -404,6 +451,8 @@ def test_a_missing_matplotlib_is_one_line(runs, call, monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     (["--judge", "j", "--samples", "0"], "--judge and --embeddings need --samples"),
     (["--against", "x"], "--against x is none of the runs"),
+    (["--judge_check", "5"], "--judge_check needs a --judge"),
+    (["chat:"], "chat: needs the name of a model"),
     (["--figures", "f"], "nowhere is not the folder of a run"),
 ])
 def test_bad_input_is_one_line(call, tmp_path, flags, message):
