@@ -449,7 +449,8 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
     is dropped, or is trimmed: the prompt's middle goes first (down to half of max_length; <Q> and
     <A> stay), then the response's end, and with it EOS. All is counted aloud. name: for
     messages."""
-    encode = lru_cache(100_000)(tokenizer.encode)      # prompts and beliefs repeat
+    encode = lru_cache(200_000)(tokenizer.encode)      # texts repeat
+    answer = lru_cache(200_000)(lambda text: tokenizer.encode(text) + [tokenizer.eos])
     classes, form = meta["classes"], meta.get("form", FORM)
     class_ids(tokenizer, classes)
     items, dropped, trimmed, fewer = [], 0, 0, 0
@@ -461,8 +462,7 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
         item = Item(
             row=n, prompt=encode("".join(shots) + prompt),
             beliefs=tuple(encode(f"{c}<{text}>" if text else c) for c, text in sides),
-            responses=tuple(tokenizer.encode(row[f"{s}_response"]) + [tokenizer.eos]
-                            for s in ("accept", "reject")),
+            responses=tuple(answer(row[f"{s}_response"]) for s in ("accept", "reject")),
             has_close=bool(sides[0][1]), target=target, accept=accept,
             n_options=len(row["options"]), kind=kind_of(target, accept),
             question=str(row.get("question_id") or row["prompt"]),
@@ -1001,6 +1001,13 @@ def add_flags(parser, config, names=None):
         action = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(f"--{field.name}", default=field.default, help=help_of[field.name],
                             **action)
+
+
+def help_first(name, flags):
+    """Answer --help of the script that is run (name: its __name__) at once; flags makes its parser.
+    A script calls this above its slow imports."""
+    if name == "__main__" and {"-h", "--help"} & set(sys.argv):
+        flags().parse_args()
 
 
 class Parser(argparse.ArgumentParser):

@@ -21,17 +21,50 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+from data import (EVAL_BRANCHES, Parser, SPLITS, Tokenizer, WordPiece, add_flags, check_ranges,
+                  class_ids, collate, cost, dataset_name, encode_rows, find_checkpoint, help_first,
+                  kind_of, load_dataset, progress, prompt_text, read_json, run, write)
+from synth import Chat, Client, chat, endpoint, unreadable, usage_of
+
+
+@dataclass
+class Config:
+    split: str = "test"          # which rows: train, eval or test
+    checkpoint: str = "best"     # which weights of a run: best or last
+    data: str = ""               # dataset, or several; empty: the one the run was trained on
+    form: str = ""               # of the prompt; empty: the run's own, or the data's
+    samples: int = 8             # answers sampled for each row (the authors' number); 0: none
+    max_new_tokens: int = 64     # longest sampled answer
+    seed: int = 0                # of the samples
+    device: str = "auto"         # auto, cpu or cuda
+    judge: str = ""              # LLM that judges the answers (BPC), gpt-4o-mini say; its server:
+    judge_check: int = 0         # first ask it for the ratings of so many labelled reviews
+    embeddings: str = ""         # RS by all-MiniLM-L6-v2 (folder or hub name), or by api:MODEL
+    against: str = ""            # a run: also print the paired differences of the others to it
+    figures: str = ""            # folder: draw the figures of runs already evaluated, and stop
+
+
+SERVER = ("base_url", "concurrency", "timeout", "usd_in", "usd_out", "max_usd", "limit", "cache")
+
+
+def flags():
+    parser = Parser(description="Measure runs: tables over all of them.")
+    parser.add_argument("OUT", nargs="+", help="run folders of train.py, or, with --data, "
+                                               "checkpoints and chat:MODEL")
+    add_flags(parser, Config)
+    add_flags(parser, Chat, SERVER)
+    return parser
+
+
+help_first(__name__, flags)                            # before torch, which takes a second
+
 import numpy as np
 import scipy.special
 import torch
 import torch.distributed as dist
 
-from data import (EVAL_BRANCHES, Parser, SPLITS, Tokenizer, WordPiece, add_flags, check_ranges,
-                  class_ids, collate, cost, dataset_name, encode_rows, find_checkpoint, kind_of,
-                  load_dataset, progress, prompt_text, read_json, run, write)
 from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
 from model import SentenceEncoder, fingerprint, load_model
-from synth import Chat, Client, chat, endpoint, unreadable, usage_of
 
 VOLATILE = ("out", "resume", "overwrite", "device", "micro_batch", "log_every", "compile",
             "checkpointing", "dry_run")                # flags that leave a run what it is
@@ -548,23 +581,6 @@ def mean_over_answers(values):
 # ---------------------------------------------------------------------------------------------
 # One run on one dataset
 
-@dataclass
-class Config:
-    split: str = "test"          # which rows: train, eval or test
-    checkpoint: str = "best"     # which weights of a run: best or last
-    data: str = ""               # dataset, or several; empty: the one the run was trained on
-    form: str = ""               # of the prompt; empty: the run's own, or the data's
-    samples: int = 8             # answers sampled for each row (the authors' number); 0: none
-    max_new_tokens: int = 64     # longest sampled answer
-    seed: int = 0                # of the samples
-    device: str = "auto"         # auto, cpu or cuda
-    judge: str = ""              # LLM that judges the answers (BPC), gpt-4o-mini say; its server:
-    judge_check: int = 0         # first ask it for the ratings of so many labelled reviews
-    embeddings: str = ""         # RS by all-MiniLM-L6-v2 (folder or hub name), or by api:MODEL
-    against: str = ""            # a run: also print the paired differences of the others to it
-    figures: str = ""            # folder: draw the figures of runs already evaluated, and stop
-
-
 def question_of(row):
     return str(row.get("question_id") or row["prompt"])
 
@@ -807,19 +823,11 @@ def home(out, config, data):
     return Path("out") / f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
 
 
-SERVER = ("base_url", "concurrency", "timeout", "usd_in", "usd_out", "max_usd", "limit", "cache")
-
-
 def main():
-    parser = Parser(description="Measure runs: tables over all of them.")
-    parser.add_argument("OUT", nargs="+", help="run folders of train.py, or, with --data, "
-                                               "checkpoints and chat:MODEL")
-    add_flags(parser, Config)
-    add_flags(parser, Chat, SERVER)
-    flags = vars(parser.parse_args())
-    outs = [x.rstrip("/") or x for x in flags.pop("OUT")]
-    server = Chat(**{k: flags.pop(k) for k in SERVER})
-    o = Config(**flags)
+    given = vars(flags().parse_args())
+    outs = [x.rstrip("/") or x for x in given.pop("OUT")]
+    server = Chat(**{k: given.pop(k) for k in SERVER})
+    o = Config(**given)
     check_ranges(o, samples=(0, 10000), max_new_tokens=(1, 100000), seed=(0, 2 ** 63),
                  judge_check=(0, 1 << 40))
     for name, allowed in (("split", SPLITS), ("checkpoint", ("best", "last"))):

@@ -199,28 +199,45 @@ class GPT(nn.Module):
         device, n = self.wte.weight.device, torch.tensor(lengths)
         draws, n = torch.from_numpy(draws).to(device), n.to(device)
 
-        B, T = len(prompts), max(lengths)
-        ids = torch.zeros(B, T, dtype=torch.long)
-        for i, p in enumerate(prompts):
-            ids[i, :len(p)] = torch.tensor(p)
-        # Right-padded: a pad's keys lie at positions the row has not reached, so the mask
-        # `slot <= position` hides them until the row's own tokens overwrite them.
-        cache = self.new_cache(B, min(T + steps, self.cfg.n_ctx))
-        hidden = self(ids.to(device), cache=cache)[torch.arange(B, device=device), n - 1]   # (B, C)
-        new, alive = [], torch.ones(B, dtype=torch.bool, device=device)
+        hidden, cache = self.prefill(prompts, steps)
+        rows, alive = torch.arange(len(prompts), device=device), torch.ones_like(n, dtype=torch.bool)
+        new = torch.full((len(prompts), steps), -1, device=device)
         for t in range(steps):
             token = pick(F.linear(hidden, self.head[:n_tokens]).float(), temperature, draws[:, t])
-            new.append(torch.where(alive, token, -1))
+            new[rows, t] = torch.where(alive, token, -1)
             alive = alive & (n + t + 1 < self.cfg.n_ctx)
             if stop_id is not None:
                 alive = alive & (token != stop_id)
-            if t + 1 == steps or not alive.any():
+            left = int(alive.sum())
+            if t + 1 == steps or left == 0:
                 break
+            if left <= len(rows) // 2:                 # finished rows leave the batch
+                rows, n, token, draws = (x[alive] for x in (rows, n, token, draws))
+                cache, alive = [c[:, alive] for c in cache], alive[alive]
             pos = (n + t).clamp(max=self.cfg.n_ctx - 1)[:, None]               # (B, 1)
-            slots = torch.arange(min(T + t + 1, self.cfg.n_ctx), device=device)
+            slots = torch.arange(min(max(lengths) + t + 1, self.cfg.n_ctx), device=device)
             mask = (slots <= pos)[:, None, None]                               # (B, 1, 1, T_keys)
             hidden = self(token[:, None], pos, mask=mask, cache=cache)[:, 0]
-        return [[i for i in row if i >= 0] for row in torch.stack(new, 1).tolist()]
+        return [[i for i in row if i >= 0] for row in new.tolist()]
+
+    def prefill(self, prompts, steps):
+        """(hidden state (B, C) at each prompt's end, cache with room for `steps` more tokens). Equal
+        prompts, several samples of a row say, are computed once. Right-padded: a pad's keys lie at
+        positions the row has not reached, so that the mask `slot <= position` hides them until the
+        row's own tokens overwrite them."""
+        device, T = self.wte.weight.device, max(map(len, prompts))
+        unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        which = torch.tensor([unique[tuple(p)] for p in prompts], device=device)
+        ids = torch.zeros(len(unique), T, dtype=torch.long)
+        for p, i in unique.items():
+            ids[i, :len(p)] = torch.tensor(p)
+        first = self.new_cache(len(unique), T)
+        ends = torch.tensor([len(p) - 1 for p in unique], device=device)
+        hidden = self(ids.to(device), cache=first)[torch.arange(len(unique), device=device), ends]
+        cache = self.new_cache(len(prompts), min(T + steps, self.cfg.n_ctx))
+        for layer, keys_and_values in zip(cache, first):
+            layer[:, :, :T] = keys_and_values[:, which]
+        return hidden[which], cache
 
     def new_cache(self, B, T):
         """Room for the keys and values of B rows of T tokens, in the dtype of the computation."""

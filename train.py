@@ -27,21 +27,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
-
-import synth
 from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, check_ranges, class_ids, collate,
                   cost, dataset_name, encode_rows, epoch_batches, find_checkpoint, find_dataset,
-                  load_dataset, mismatch, progress, prompt_text, read_json, run, train_bpe, write)
-from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, load_torch,
-                      on_first_rank, rank_and_size, reference_distributions, score_rows, setup,
-                      to_tensors)
-from losses import LOSSES, PREFS, score
-from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
+                  help_first, load_dataset, mismatch, progress, prompt_text, read_json, run,
+                  train_bpe, write)
 
 
 @dataclass
@@ -89,6 +78,27 @@ class Config:
     resume: bool = False          # go on with the run in OUT
     overwrite: bool = False       # throw away the run in OUT
 
+
+def flags():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add_flags(parser, Config)
+    return parser
+
+
+help_first(__name__, flags)                            # before torch, which takes a second
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import synth
+from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, load_torch,
+                      on_first_rank, rank_and_size, reference_distributions, score_rows, setup,
+                      to_tensors)
+from losses import LOSSES, PREFS, score
+from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
 
 # What -1 and "" stand for. The checkpoints' rows are the paper's Appendix G (eval and clip from the
 # authors' code); the shipped world's were found by trying (README).
@@ -598,9 +608,7 @@ def table(r):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    add_flags(parser, Config)
-    o = resolve(Config(**vars(parser.parse_args())))
+    o = resolve(Config(**vars(flags().parse_args())))
     if o.dry_run:
         return dry_run(o)
     r = train(o)

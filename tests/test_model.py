@@ -102,6 +102,22 @@ def test_sampling_under_the_cache_is_sampling_without_it(name):
         assert out == ids[len(prompt):]
 
 
+def test_equal_prompts_are_computed_once_and_finished_rows_leave_the_batch(monkeypatch):
+    model, sizes, forward = random_model(SHAPES["gpt2"]), [], GPT.forward
+
+    def count(self, ids, *args, **kwargs):
+        sizes.append(len(ids))
+        return forward(self, ids, *args, **kwargs)
+    monkeypatch.setattr(GPT, "forward", count)
+    prompts = [[1, 2, 3]] * 6 + [[4, 5]] * 2
+    alone = [model.generate([p], 44, 3.0, 12, [(0, n)])[0] for n, p in enumerate(prompts)]
+    sizes.clear()
+    together = model.generate(prompts, 44, 3.0, 12, [(0, n) for n in range(8)])
+    assert together == alone and sizes[0] == 2 and sizes[1] == 8 and sizes[-1] <= 4
+    alive = [sum(len(row) > t for row in together) for t in range(1, len(sizes))]
+    assert all(a <= size <= max(2 * a, 1) for a, size in zip(alive, sizes[1:]))
+
+
 def test_a_row_samples_the_same_alone_and_in_any_batch():
     model = random_model(SHAPES["gpt2"])
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
