@@ -451,22 +451,13 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
     messages."""
     encode = lru_cache(200_000)(tokenizer.encode)      # texts repeat
     answer = lru_cache(200_000)(lambda text: tokenizer.encode(text) + [tokenizer.eos])
-    classes, form = meta["classes"], meta.get("form", FORM)
-    class_ids(tokenizer, classes)
+    form = meta.get("form", FORM)
+    class_ids(tokenizer, meta["classes"])
     items, dropped, trimmed, fewer = [], 0, 0, 0
     for n, row in enumerate(rows):
         shots, prompt = row.get("context") or "", prompt_text(row, form)
         shots = [shots] if isinstance(shots, str) else list(shots)
-        sides = [(str(row[f"{s}_choice_id"]), row.get(f"{s}_choice")) for s in ("accept", "reject")]
-        target, accept = row["probabilities"], classes.index(sides[0][0])
-        item = Item(
-            row=n, prompt=encode("".join(shots) + prompt),
-            beliefs=tuple(encode(f"{c}<{text}>" if text else c) for c, text in sides),
-            responses=tuple(answer(row[f"{s}_response"]) for s in ("accept", "reject")),
-            has_close=bool(sides[0][1]), target=target, accept=accept,
-            n_options=len(row["options"]), kind=kind_of(target, accept),
-            question=str(row.get("question_id") or row["prompt"]),
-            group=str(row.get("group") or ""))
+        item = make_item(n, row, meta["classes"], encode("".join(shots) + prompt), encode, answer)
         fewer += item.length(EVAL_BRANCHES) > max_length and len(shots) > 1
         while item.length(EVAL_BRANCHES) > max_length and len(shots) > 1:
             shots = [shots[0], *shots[2:]] if len(shots) > 2 else []     # no shot: no instruction
@@ -492,6 +483,24 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
     if not items:
         raise ValueError(f"{name}: no row fits {max_length} tokens: raise --max_length")
     return items
+
+
+def make_item(n, row, classes, prompt, encode, answer):
+    """Row n as an Item; encode and answer (with EOS) turn texts into ids."""
+    sides = [(str(row[f"{s}_choice_id"]), row.get(f"{s}_choice")) for s in ("accept", "reject")]
+    target, accept = row["probabilities"], classes.index(sides[0][0])
+    return Item(
+        row=n, prompt=prompt,
+        beliefs=tuple(encode(f"{c}<{text}>" if text else c) for c, text in sides),
+        responses=tuple(answer(row[f"{s}_response"]) for s in ("accept", "reject")),
+        has_close=bool(sides[0][1]), target=target, accept=accept,
+        n_options=len(row["options"]), kind=kind_of(target, accept), question=question_of(row),
+        group=str(row.get("group") or ""))
+
+
+def question_of(row):
+    """What tells whether two rows are wordings of one question."""
+    return str(row.get("question_id") or row["prompt"])
 
 
 def trim(item, max_length):

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 from data import (EVAL_BRANCHES, Parser, SPLITS, Tokenizer, WordPiece, add_flags, check_ranges,
                   class_ids, collate, cost, dataset_name, encode_rows, find_checkpoint, help_first,
-                  kind_of, load_dataset, progress, prompt_text, read_json, run, write)
+                  kind_of, load_dataset, progress, prompt_text, question_of, read_json, run, write)
 from synth import Chat, Client, chat, endpoint, unreadable, usage_of
 
 
@@ -581,10 +581,6 @@ def mean_over_answers(values):
 # ---------------------------------------------------------------------------------------------
 # One run on one dataset
 
-def question_of(row):
-    return str(row.get("question_id") or row["prompt"])
-
-
 class Evaluation:
     """What runs on one dataset share: its rows, and the reference's log-probs by checkpoint."""
     def __init__(self, data, form, split):
@@ -891,8 +887,8 @@ def measure_all(outs, o, client, device):
 
 
 LEGEND = """± half of the 95% bootstrap interval over questions. JSD, T fit: of the same model after
-one temperature, or a temperature and biases (T+b), fitted on the eval split. W1: Wasserstein over the
-ordered classes, 0 to 1. minority mass: the model's share of the smallest class, as a ratio to the
+one temperature, or a temperature and biases (T+b), fitted on the eval split. W1: Wasserstein over
+the ordered classes, 0 to 1. minority mass: the model's share of the smallest class, as a ratio to the
 group's. its floor: the sampled JSD of a perfect model. coverage: of the group's classes among the
 samples, as a ratio to a perfect sampler's. no class: answers that begin with no class.
 joint: belief and answer, each with its own belief; given: the answer after the accepted belief."""

@@ -200,7 +200,7 @@ class GPT(nn.Module):
         draws, n = torch.from_numpy(draws).to(device), n.to(device)
 
         hidden, cache = self.prefill(prompts, steps)
-        rows, alive = torch.arange(len(prompts), device=device), torch.ones_like(n, dtype=torch.bool)
+        rows, alive = torch.arange(len(prompts), device=device), n > 0
         new = torch.full((len(prompts), steps), -1, device=device)
         for t in range(steps):
             token = pick(F.linear(hidden, self.head[:n_tokens]).float(), temperature, draws[:, t])
@@ -221,10 +221,10 @@ class GPT(nn.Module):
         return [[i for i in row if i >= 0] for row in new.tolist()]
 
     def prefill(self, prompts, steps):
-        """(hidden state (B, C) at each prompt's end, cache with room for `steps` more tokens). Equal
-        prompts, several samples of a row say, are computed once. Right-padded: a pad's keys lie at
-        positions the row has not reached, so that the mask `slot <= position` hides them until the
-        row's own tokens overwrite them."""
+        """(hidden state (B, C) at each prompt's end, cache with room for `steps` more tokens).
+        Equal prompts, several samples of a row say, are computed once. Right-padded: a pad's keys
+        lie at positions the row has not reached, so that the mask `slot <= position` hides them
+        until the row's own tokens overwrite them."""
         device, T = self.wte.weight.device, max(map(len, prompts))
         unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         which = torch.tensor([unique[tuple(p)] for p in prompts], device=device)

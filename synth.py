@@ -106,7 +106,7 @@ def write_surveys(groups, o, made_by, client=None, problems=(), **files):
     meta = {"classes": CLASSES, "off_scale": "0", "made_by": made_by, "groups": list(groups),
             "form": FORM if len(groups) == 1 else "<G>{group}" + FORM,
             "belief_to_class": options, "options": dataclasses.asdict(o)}
-    if client:
+    if client and client.answers:
         meta["llm"] = client.settings()
     if o.writer == "template":
         meta["stances"] = {phrase: c for c, phrases in STANCES.items() for phrase in phrases}

@@ -68,8 +68,8 @@ def test_coverage_of_a_perfect_sampler_is_one_on_average():
 def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale():
     """Junk on ratings: the distance is the largest there is, and the coverage that of nothing."""
     meta = {"classes": list("12345"), "off_scale": None}
-    m = evaluate.answer_metrics([[(None, None, "junk")] * 8, [("1", None, "x")] + [(None,) * 3] * 7],
-                                np.full((2, 5), 0.2), meta)
+    answers = [[(None, None, "junk")] * 8, [("1", None, "x")] + [(None, None, "junk")] * 7]
+    m = evaluate.answer_metrics(answers, np.full((2, 5), 0.2), meta)
     assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["no_class"][0] == 1
     assert m["coverage"].tolist() == pytest.approx([0, 1 / (5 * (1 - 0.8 ** 8))])
     assert m["sampled_jsd"][1] > 0.7 and m["no_class"][1] == 7 / 8
@@ -220,7 +220,8 @@ def test_the_judges_number_stands_in_the_table_and_in_the_file(runs, call, serve
     server.answer = lambda r: (200, completion("Yes\nIt does"))
     p = call(evaluate, out, *FAST, "--judge", "gpt-4o-mini", "--base_url", server.url, cwd=cwd)
     saved = json.loads((cwd / out / "eval.json").read_text())
-    assert saved["judged"]["judge"] == "gpt-4o-mini" and saved["judged"]["failed"] == 0 and 0 <= saved["seen"]["bpc"][0] <= 1
+    assert saved["judged"]["judge"] == "gpt-4o-mini" and saved["judged"]["failed"] == 0
+    assert 0 <= saved["seen"]["bpc"][0] <= 1
     assert " BPC" in p.stdout and "judgements failed" in p.stdout
     assert (cwd / "out/answers.jsonl").is_file() or not server.requests
 

@@ -357,7 +357,8 @@ def test_equal_words_of_different_users_count_and_a_users_copies_do_not(tmp_path
         for n in range(100):
             f.write(json.dumps({"asin": f"V{n}", "parent_asin": f"P{n % 2}",
                                 "user_id": f"U{n // 2}", "rating": 5 if n < 80 else 1,
-                                "text": "Great movie, loved it!!!" if n < 80 else f"not my film, says number {n // 2}"}) + "\n")
+                                "text": "Great movie, loved it!!!" if n < 80 else
+                                f"not my film, says number {n // 2}"}) + "\n")
     p, rows = run_reviews(call, tmp_path, "P0,Film\nP1,Film\n", "--metadata", "none")
     assert rows["train"][0]["probabilities"] == [0.2, 0, 0, 0, 0.8]
     assert "50 the same user's text again" in p.stderr
