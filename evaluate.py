@@ -67,7 +67,7 @@ from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
 from model import SentenceEncoder, fingerprint, load_model
 
 VOLATILE = ("out", "resume", "overwrite", "device", "micro_batch", "log_every", "compile",
-            "checkpointing", "dry_run")                # flags that leave a run what it is
+            "checkpointing", "dry_run", "shard_optimizer")     # flags that leave a run what it is
 KINDS = ("majority", "minority", "other")
 
 

@@ -72,6 +72,7 @@ class Config:
     dtype: str = "auto"           # autocast: float32 or bfloat16; auto: bfloat16 on GPUs
     compile: bool = False         # torch.compile the model
     checkpointing: bool = False   # keep one activation a layer, run the layers again in backward
+    shard_optimizer: bool = False  # each process keeps its share of the optimizer's state alone
     save_dtype: str = "float32"   # of the weights in OUT/best and OUT/last: float32 or bfloat16
     dry_run: bool = False         # print the memory that the run would take, and stop
     log_every: int = 10           # steps between lines of metrics.jsonl
@@ -214,9 +215,15 @@ def scratch_config(o, vocab_size):
 
 
 def optimizer_of(o, model):
-    if o.optimizer == "rmsprop":
-        return torch.optim.RMSprop(model.parameters(), lr=o.lr)
-    return torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    kind, options = torch.optim.RMSprop, {"lr": o.lr}
+    if o.optimizer == "adamw":
+        kind, options = torch.optim.AdamW, options | {"betas": (0.9, 0.99), "weight_decay": 0.01}
+    if not o.shard_optimizer or not dist.is_initialized():
+        return kind(model.parameters(), **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer   # here: slow to import
+    for p in model.parameters():                       # it sends them: no transposed views
+        p.data = p.data.contiguous()
+    return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
 
 
 def lr_at(o, step, total):
@@ -316,6 +323,8 @@ class Run:
     STATE = ("step", "best", "before", "after", "sums", "rows", "items")
 
     def save_state(self):
+        if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
+            self.optimizer.consolidate_state_dict()
         if self.writes:
             save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
                  | {k: getattr(self, k) for k in self.STATE}, self.out / "state.pt")
@@ -549,8 +558,9 @@ def train_sft_first(o):
     return f"{folder}/best"
 
 
-def memory(cfg, o, tokens):
+def memory(cfg, o, tokens, processes=1):
     """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens."""
+    share = processes if o.shard_optimizer else 1
     with torch.device("meta"):
         n = sum(p.numel() for p in GPT(cfg).parameters())
     half = 2 if o.dtype == "bfloat16" else 4           # bytes of what autocast computes in
@@ -564,9 +574,9 @@ def memory(cfg, o, tokens):
     kept = last + (layer + (cfg.n_layer - 1) * last if o.checkpointing else layer * cfg.n_layer)
     chunk = min(tokens, 1024) * cfg.vocab_size * (half + 3 * 4)
     return {"weights": 4 * n, "gradients": 4 * n,
-            o.optimizer: 4 * n * (1 + (o.optimizer == "adamw")),
+            o.optimizer: 4 * n * (1 + (o.optimizer == "adamw")) / share,
             "bf16 copies": 2 * n * (half == 2), "activations": tokens * kept, "logits": chunk,
-            "or update": 4 * n}                        # the optimizer's temporaries, after backward
+            "or update": 4 * n / share}                # the optimizer's temporaries, after backward
 
 
 def dry_run(o):
@@ -574,12 +584,15 @@ def dry_run(o):
     cfg = scratch_config(o, o.vocab_size) if o.model == "scratch" else \
         read_config(find_checkpoint(o.model, weights=False))
     T = min(o.max_length or 512, cfg.n_ctx)
-    branches = len(LOSSES[o.loss].branches)
+    branches, processes = len(LOSSES[o.loss].branches), int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(f"{o.model}, {o.loss}: GB per process at its peak, "
           f"rows of {branches} x {T} tokens (--max_length), "
-          f"{o.dtype}, {'with' if o.checkpointing else 'without'} --checkpointing\n")
+          f"{o.dtype}, {'with' if o.checkpointing else 'without'} --checkpointing"
+          + f", the optimizer shared by {processes} processes" * o.shard_optimizer + "\n")
     for n in (1, 2, 4, 8, 16, 32):
-        need = memory(cfg, o, n * branches * T)
+        need = memory(cfg, o, n * branches * T, processes)
         *held, copies, activations, logits, update = need.values()
         peak = sum(held) + max(copies + activations + logits, update)
         if n == 1:

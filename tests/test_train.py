@@ -164,13 +164,13 @@ def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
         assert text in p.stdout
 
 
-@pytest.mark.parametrize("pref", ["dpo", "kto"])
-def test_two_processes_give_the_run_of_one(sft, world, call, pref):
+@pytest.mark.parametrize("pref, more", [("dpo", ["--shard_optimizer"]), ("kto", [])])
+def test_two_processes_give_the_run_of_one(sft, world, call, pref, more):
     """Batches of 13 leave a last batch of 1 row: one process has none, and still joins in. KTO's z0
-    is of the whole batch."""
+    is of the whole batch. A sharded optimizer changes nothing, and one process goes on with it."""
     flags = argv(world, "--pref", pref, "--epochs", 2, "--batch_size", 13)
     call(train, *flags, "--out", f"one-{pref}", cwd=sft)
-    cli("train.py", *flags, "--out", f"two-{pref}", "--micro_batch", 3, cwd=sft, nproc=2)
+    cli("train.py", *flags, *more, "--out", f"two-{pref}", "--micro_batch", 3, cwd=sft, nproc=2)
     one, two = lines(sft / f"one-{pref}"), lines(sft / f"two-{pref}")
     assert len(one) == len(two) and len(evals(sft / f"one-{pref}")) > 2
     for a, b in zip(one, two):
@@ -178,6 +178,11 @@ def test_two_processes_give_the_run_of_one(sft, world, call, pref):
         assert a.keys() == b.keys()
         for k in a:
             assert b[k] == (a[k] if a[k] is None else pytest.approx(a[k], rel=2e-3, abs=2e-3)), k
+    names = [torch.load(sft / f"{n}-{pref}/state.pt")["optimizer"]["state"] for n in ("one", "two")]
+    assert names[0].keys() == names[1].keys()
+    for k in names[0]:
+        torch.testing.assert_close(names[0][k]["square_avg"], names[1][k]["square_avg"],
+                                   rtol=5e-2, atol=1e-6)
 
 
 def start_and_signal(flags, cwd, out, sig, after_lines):
