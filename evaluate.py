@@ -956,23 +956,38 @@ def methods(outs):
         same = {k: v for k, v in history[0].items() if k not in (*VOLATILE, "seed", "init")}
         groups.setdefault(json.dumps(same, sort_keys=True), (out, []))[1].append(history)
     several_models = len({h[0][0]["model"] for _, h in groups.values() if h[0][0]["loss"]}) > 1
-    named = {}
+    found = {}
     for out, histories in groups.values():
-        config, measured = histories[0][0], histories[0][3]
-        data = dataset_name(measured["data"] if measured else config["data"])
+        config, result = histories[0][0], histories[0][3]
         label = config["loss"] or Path(config["model"]).name
         label += f" ({Path(config['model']).name})" * (several_models and bool(config["loss"]))
-        if (data, label) in named:                     # the same method with other settings
-            label = re.sub("-?seed[0-9]+$", "", Path(out).name)
-        if (data, label) in named:
-            label = out
-        named[data, label] = histories
+        data = dataset_name(result["data"] if result else config["data"])
+        found.setdefault((data, label), []).append((out, histories))
+    named = {}
+    for (data, label), several in found.items():
+        for out, histories in several:
+            odd = settings(histories, [h for _, h in several], [h for _, h in groups.values()])
+            named[data, label + odd] = histories
+    if len(named) < len(groups):
+        raise ValueError("two of these runs differ in nothing that a label could show")
     how = {tuple(h[3][k] for k in ("split", "checkpoint")) for hs in named.values() for h in hs
            if h[3]}
     if len(how) > 1:
         raise ValueError(f"these runs were evaluated in different ways ({sorted(how)}): evaluate "
                          "them again in one command")
     return named
+
+
+def settings(histories, same, all_runs):
+    """What tells a method from others of the same loss: the flags in which these differ, where it
+    has not what most runs have."""
+    config, text = histories[0][0], ""
+    for k in set(config) - {*VOLATILE, "seed", "init", "pref"}:
+        if len({str(h[0][0].get(k)) for h in same}) > 1:
+            values = [str(h[0][0].get(k)) for h in all_runs]
+            if str(config[k]) != max(values, key=values.count):
+                text += f", {k} {config[k]}"
+    return text
 
 
 def by_data(runs):
@@ -1046,13 +1061,18 @@ def draw_margins(pyplot, runs, path):
 
 
 def draw_jsd(pyplot, runs, path):
-    """Figure 4: JSD over training, a panel a dataset; dashed: distributions without training."""
-    runs = {name: h for name, h in runs.items() if h[0][1]}
-    panels = by_data(runs)
+    """Figure 4: JSD over training, for each dataset a panel of SFT and one of what starts from it;
+    dashed: distributions without training."""
+    panels = {}
+    for (data, label), h in runs.items():
+        if h[0][1]:
+            title = f"{data}: {'from the SFT checkpoint' if h[0][0]['init'] else 'SFT'}"
+            panels.setdefault(title, {})[label] = h
     if not panels:
         return False
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
-    for ax, (data, several) in zip(axes.flat, panels.items()):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False,
+                                   sharey=True)
+    for ax, (title, several) in zip(axes.flat, sorted(panels.items(), reverse=True)):
         for n, (label, histories) in enumerate(several.items()):
             x, mean, low, high = curve(histories, "jsd")
             colour, dash = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
@@ -1065,7 +1085,7 @@ def draw_jsd(pyplot, runs, path):
                         color="0.3", xytext=(3, 0), textcoords="offset points", va="center")
         ax.set_xlabel("training examples")
         ax.set_ylabel("mean Jensen-Shannon distance (eval split)")
-        ax.set_title(data, fontsize=9)
+        ax.set_title(title, fontsize=9)
         ax.set_ylim(0)
         ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.tight_layout()

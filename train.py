@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -137,10 +138,13 @@ def resolve(o):
     for name, value, known in (("loss", o.loss, LOSSES), ("pref", o.pref, PREFS)):
         if value not in known:
             raise ValueError(f"--{name} {value!r} is unknown; there is: {', '.join(known)}")
-    if o.pref != "dpo" and o.loss == "gdpo":
-        o.loss = f"gdpo-{o.pref}"
-    elif o.pref != "dpo" and o.loss != f"gdpo-{o.pref}":
+    inside = o.loss.removeprefix("gdpo-")
+    if o.pref != "dpo" and o.loss != "gdpo" and inside != o.pref:
         raise ValueError(f"--pref {o.pref} is for --loss gdpo, not {o.loss}")
+    if o.loss == "gdpo" and o.pref != "dpo":           # two ways to say the same
+        o.loss = f"gdpo-{o.pref}"
+    elif o.loss != inside in PREFS:
+        o.pref = inside
     kind = ("scratch" if o.model == "scratch" else "checkpoint",
             "preference" if LOSSES[o.loss].reference else "sft")
     for name, value in PRESETS[kind].items():
@@ -624,7 +628,14 @@ def main():
     o = resolve(Config(**vars(flags().parse_args())))
     if o.dry_run:
         return dry_run(o)
-    r = train(o)
+    try:
+        r = train(o)
+    except RuntimeError as e:
+        if not dist.is_initialized() or not re.search("gloo|nccl|connection", str(e), re.I):
+            raise
+        sys.exit(f"train.py: error: another process of the run is gone ({str(e).splitlines()[0]}):"
+                 " look at its words; the same command with --resume goes on, on any number of "
+                 "processes")
     if r.writes:
         print(table(r))
     if dist.is_initialized():

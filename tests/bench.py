@@ -12,7 +12,7 @@ logits only where a loss reads them, the reference's log-probs known:
 twice), a resident reference, everything padded to the longest, logits of all positions in float32.
 """
 import argparse
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -159,7 +159,7 @@ def alternate(steps, repeats):
 
 
 def peak(args, who):
-    """MB of memory of a process that takes one step (and has loaded torch and the model)."""
+    """Most MB that a process held which takes one step (and has loaded torch and the model)."""
     command = [sys.executable, __file__, *args, "--memory", who]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -180,7 +180,8 @@ def main():
         step = our_step(GPT(cfg).init_weights(0), items, o.loss) if o.memory == "ours" else \
             their_step(cfg, items, o.loss)
         step()
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        status = Path("/proc/self/status").read_text()
+        return print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3)
     print(f"{o.shape}, {o.rows} pairs a step; operations as a ratio to the floor"
           + ("; processor time and peak memory of the process: ours / theirs" if o.time else ""))
     for task in [o.task] if o.task else TASKS:

@@ -312,7 +312,8 @@ def test_the_dry_run_counts_what_autograd_keeps(name, on):
                 "cpu", torch.bfloat16):
             model(torch.zeros(N, 128, dtype=torch.long))
         totals.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
-    o = SimpleNamespace(dtype="bfloat16", checkpointing=on, optimizer="rmsprop")
+    o = SimpleNamespace(dtype="bfloat16", checkpointing=on, optimizer="rmsprop",
+                        shard_optimizer=False)
     per_token = (totals[1] - totals[0]) / (4 * 128)
     claimed = (memory(cfg, o, 1024)["activations"] - memory(cfg, o, 512)["activations"]) / 512
     if on:                                               # backward will hold a whole block as well

@@ -349,7 +349,7 @@ def test_several_groups_in_one_model(tmp_path, call):
     out = tmp_path / "out/a+b-gdpo-seed0"
     assert json.loads((out / "config.json").read_text())["form"] == form
     p = call(evaluate, out, "--samples", 0, "--device", "cpu", cwd=tmp_path)
-    for part in ("seen questions: 200", "unseen questions: 800", "group Avalon: 500",
+    for part in ("in the training split): 200", "unseen questions: 800", "group Avalon: 500",
                  "group Borduria: 500", "worst group, metric by metric"):
         assert part in p.stdout
     saved = json.loads((out / "eval.json").read_text())
