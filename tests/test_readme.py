@@ -43,6 +43,6 @@ def test_every_flag_and_command_that_the_readme_names_is_there():
     known = set("--nproc_per_node --help --no-deps --nnodes --rdzv_backend --rdzv_endpoint".split())
     for script in ("train.py", "evaluate.py", "synth.py"):
         known |= set(re.findall(r"^    (\w+): .*?  #", (ROOT / script).read_text(), re.M))
-    named = set(re.findall(r"(--[a-z_-]+)", "".join(re.findall(r"```\n.*?```|`[^`]+`", README,
+    named = set(re.findall(r"(--[a-z][a-z_-]*)", "".join(re.findall(r"```\n.*?```|`[^`]+`", README,
                                                              re.S))))
     assert {f for f in named if f[2:] not in known and f not in known} == set()
