@@ -1005,13 +1005,13 @@ def curve(histories, metric):
 
 def draw(folder, outs):
     """Figures 2 and 3 (margins), 4 (JSD over training), 5 (bars), and Tables 2 and 3."""
+    runs, folder = methods(outs), Path(folder)
     try:
         import matplotlib
     except ImportError:
         raise ValueError("the figures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    runs, folder = methods(outs), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [name for name, figure in (("margins.png", draw_margins), ("jsd.png", draw_jsd),
                                        ("bars.png", draw_bars))
