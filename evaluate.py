@@ -888,9 +888,9 @@ def measure_all(outs, o, client, device):
 
 LEGEND = """± half of the 95% bootstrap interval over questions. JSD, T fit: of the same model after
 one temperature, or a temperature and biases (T+b), fitted on the eval split. W1: Wasserstein over
-the ordered classes, 0 to 1. minority mass: the model's share of the smallest class, as a ratio to the
-group's. its floor: the sampled JSD of a perfect model. coverage: of the group's classes among the
-samples, as a ratio to a perfect sampler's. no class: answers that begin with no class.
+the ordered classes, 0 to 1. minority mass: the model's share of the smallest class, as a ratio to
+the group's. its floor: the sampled JSD of a perfect model. coverage: of the group's classes among
+the samples, as a ratio to a perfect sampler's. no class: answers that begin with no class.
 joint: belief and answer, each with its own belief; given: the answer after the accepted belief."""
 
 

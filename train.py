@@ -193,11 +193,10 @@ def say(*words):
 
 def prepare_data(o):
     """Make the shipped world, fetch a published set where it is missing; (meta, {split: rows})."""
-    splits = ("train", "eval")
     if "data/toy" in o.data.split(","):
         on_first_rank(lambda: Path("data/toy").exists() or synth.toy(synth.Toy(out="data/toy")))
     on_first_rank(lambda: [str(find_dataset(name)) for name in o.data.split(",")])
-    meta, rows = load_dataset(o.data, splits, o.form)
+    meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
     o.form = meta["form"]                              # the run's own, whatever becomes of the data
     return meta, rows
 

@@ -713,6 +713,15 @@ def hub(server, monkeypatch, tmp_path):
     return server
 
 
+def break_off(hub, offset):
+    """A fetch that the hub ends with an error at a row."""
+    good = hub.answer
+    hub.answer = lambda r: (400, "gone") if r.query.get("offset") == str(offset) else good(r)
+    with pytest.raises(ValueError, match="400 .*gone"):
+        load_dataset("Some/set", SPLITS)
+    hub.answer = good
+
+
 def test_a_published_set_is_fetched_once(hub):
     rows = {"train": rows_of(250), "validation": rows_of(3), "test": rows_of(2)}
     published(hub, rows, long=[123])
@@ -746,10 +755,7 @@ def test_published_rows_know_their_question_and_group(hub):
 def test_a_set_that_changed_or_has_several_configurations_is_not_stitched(hub):
     rows = {s: rows_of(250) for s in SPLITS}
     published(hub, rows, ours=SPLITS)
-    good = hub.answer
-    hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "200" else good(r)
-    with pytest.raises(ValueError, match="gone"):
-        load_dataset("Some/set", SPLITS)
+    break_off(hub, 200)
     published(hub, {s: rows_of(150) for s in SPLITS}, ours=SPLITS)
     with pytest.raises(ValueError, match="150 rows on the hub, of which 200 came: it has changed"):
         load_dataset("Some/set", SPLITS)
@@ -791,15 +797,12 @@ def test_a_published_set_of_reviews_has_five_classes(hub):
 def test_a_broken_off_fetch_goes_on_where_it_was(hub):
     rows = {s: rows_of(450) for s in SPLITS}
     published(hub, rows, ours=SPLITS)
-    good = hub.answer
-    hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "300" else good(r)
-    with pytest.raises(ValueError, match="400 .*gone"):
-        load_dataset("Some/set", SPLITS)
+    break_off(hub, 300)
     part = next(data.hub_cache().rglob("train.jsonl.part"))
     assert len(part.read_text().splitlines()) == 300
     with open(part, "a") as f:
         f.write('{"prompt": "half a li')
-    hub.answer, sent = good, len(hub.requests)
+    sent = len(hub.requests)
     assert [r["accept_response"] for r in load_dataset("Some/set", SPLITS)[1]["train"]] == [
         f"ok {i}" for i in range(450)]
     assert [r.query["offset"] for r in hub.requests[sent:] if r.query.get("split") == "train"] == [
