@@ -552,23 +552,17 @@ def epoch_batches(lengths, batch_size, seed, epoch, window=16):
 
 
 def lay_out(sequences):
-    """Token sequences that share beginnings -> one sequence in which no beginning stands twice:
-    (tokens, depth, end, paths). The sequences are paths in a tree, written branch after branch:
-    depth is a token's position in its sequence; token j is the past of the tokens from j up to
-    end[j], and of no other; paths[s] are the places of sequence s's tokens."""
-    tokens, depth, ends, paths, last, path = [], [], [], {}, [], []
+    """Token sequences as paths in a tree in which no common beginning stands twice: (tokens, the
+    places in it of each sequence's tokens)."""
+    tokens, paths, last, path = [], {}, [], []
     for s in sorted(range(len(sequences)), key=sequences.__getitem__):    # neighbours share most
         now = sequences[s]
         same = next((t for t, (a, b) in enumerate(zip(last, now)) if a != b),
                     min(len(last), len(now)))
         path = path[:same] + list(range(len(tokens), len(tokens) + len(now) - same))
         tokens += now[same:]
-        depth += range(same, len(now))
-        ends += [0] * (len(now) - same)
-        for place in path:
-            ends[place] = len(tokens)
         paths[s], last = path, now
-    return tokens, depth, ends, [paths[s] for s in range(len(sequences))]
+    return tokens, [paths[s] for s in range(len(sequences))]
 
 
 def sequence(item, branch):
@@ -582,14 +576,35 @@ def cost(item, branches):
     return len(lay_out([sequence(item, b) for b in branches])[0])
 
 
-def collate(items, branches, classes, share=True):
-    """Items -> one batch: a right-padded sequence for each row, in which what its S branches have
-    in common (the prompt; in "given" the belief too) stands once. share=False: a sequence for each
-    branch. classes: ids of the K class tokens. Returns a dict of arrays:
+def pack(rows):
+    """Rows of sequences -> the tokens of all, one after the other: what the sequences of a row have
+    in common stands once, and nothing is padded. Attention alone needs whole sequences. (arrays,
+    lengths of the R sequences):
 
-    ids (N, T)     right-padded; no token sees the pads
-    pos, end (N, T)  only where N rows have several branches: see lay_out
-    at (M,)        flat positions in ids whose hidden state predicts a scored token
+    ids (N,)       the tokens
+    paths (R, T)   the places in ids of each sequence's tokens, its last one repeated up to T
+    places (N,)    the way back: where in the flat table of paths each token stands (once, at least)
+    """
+    ids, paths = [], []
+    for sequences in rows:
+        tokens, several = lay_out(sequences)
+        paths += [len(ids) + np.array(path) for path in several]
+        ids += tokens
+    lengths = np.array([len(path) for path in paths])
+    places = np.zeros(len(ids), np.int64)
+    for r, path in enumerate(paths):
+        places[path] = r * lengths.max() + np.arange(len(path))
+    paths = np.stack([np.pad(p, (0, lengths.max() - len(p)), "edge") for p in paths])
+    return {"ids": np.array(ids), "paths": paths, "places": places}, lengths
+
+
+def collate(items, branches, classes, share=True):
+    """Items -> one batch: what a row's S branches have in common (the prompt; in "given" the belief
+    too) stands once. share=False: each branch by itself. classes: ids of the K class tokens.
+    Returns a dict of arrays:
+
+    ids, places (N,), paths (R, T)  see pack; R is B * S
+    at (M,)        places in ids whose hidden state predicts a scored token
     tokens (M, 1+K)  the scored token's id, then the class ids: the columns to read there
     slot (M,)      where its log-prob adds up: index into the flat (B, S, 3) table
     first (B,)     which of the M is the chosen branch's class token (its columns 1.. are p(b|x))
@@ -599,34 +614,27 @@ def collate(items, branches, classes, share=True):
     Scored: belief and response of a branch, but in "given" the response alone, for its belief is
     the chosen branch's, and scored there.
     """
-    laid = [lay_out([sequence(i, b) for b in part]) for i in items
-            for part in ([branches] if share else [[b] for b in branches])]
-    T = max(len(tokens) for tokens, *_ in laid)
-    ids, pos, end = (np.zeros((len(laid), T), np.int64) for _ in range(3))
-    for n, (tokens, depth, ends, _) in enumerate(laid):
-        ids[n, :len(tokens)], pos[n, :len(tokens)], end[n, :len(tokens)] = tokens, depth, ends
-        end[n, len(tokens):] = T                       # pads see themselves, lest they see nothing
-    paths = [n * T + np.array(path) for n, (*_, several) in enumerate(laid) for path in several]
+    packed, lengths = pack([[sequence(i, b) for b in part] for i in items
+                            for part in ([branches] if share else [[b] for b in branches])])
     counts = np.zeros((len(items), len(branches), 3), np.int64)
     at, tokens, slot, first, scored = [], [], [], [], 0
     for b, item in enumerate(items):
         for s, branch in enumerate(branches):
             belief, n = item.beliefs[BRANCHES[branch][0]], b * len(branches) + s
             close = int(item.has_close and len(belief) > 1)
-            start, path = len(item.prompt), paths[n]
+            start, path = len(item.prompt), packed["paths"][n, :lengths[n]]
             counts[b, s] = len(belief) - close, close, len(path) - start - len(belief)
             if branch == "given":
                 counts[b, s, :RESPONSE], start = 0, start + len(belief)
             if s == 0:
                 first.append(scored)
             scored += len(path) - start
-            tokens.append(ids.flat[path[start:]])
+            tokens.append(packed["ids"][path[start:]])
             at.append(path[start - 1:-1])
             slot.append(3 * n + np.repeat(np.arange(3), counts[b, s]))
     tokens = np.concatenate(tokens)
     columns = np.broadcast_to(np.asarray(classes), (len(tokens), len(classes)))
-    several = {"pos": pos, "end": end} if share and len(branches) > 1 else {}
-    return {"ids": ids, **several, "at": np.concatenate(at), "slot": np.concatenate(slot),
+    return {**packed, "at": np.concatenate(at), "slot": np.concatenate(slot),
             "tokens": np.concatenate([tokens[:, None], columns], 1), "first": np.array(first),
             "counts": counts, "target": np.array([i.target for i in items], np.float32),
             "n_options": np.array([i.n_options for i in items], np.float32)}

@@ -158,7 +158,7 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
         index = mine[start:stop]
         batch = to_tensors(collate([items[i] for i in index], branches, classes), device)
         with autocast(device, dtype):
-            s = score(model(batch["ids"], batch.get("pos"), batch.get("end")), model.head, batch)
+            s = score(model, model.head, batch)
         parts.append((index, {f.name: getattr(s, f.name).float().cpu() for f in fields(s)
                               if getattr(s, f.name) is not None}))
         bar.update(stop - start)
@@ -290,8 +290,16 @@ def reference_distributions(target):
 # ---------------------------------------------------------------------------------------------
 # Sampled answers
 
+def batch_rows(model, tokens, dtype, most=512):
+    """How many rows of so many tokens to sample at once: their keys and values take half of the
+    GPU's free memory, or 4 GB of a CPU's, at most."""
+    room = torch.cuda.mem_get_info()[0] / 2 if model.head.is_cuda else 4e9
+    token = 2 * model.cfg.n_layer * model.cfg.n_embd * (2 if dtype == "bfloat16" else 4)
+    return max(1, min(most, int(room / (tokens * token))))
+
+
 @torch.no_grad()
-def sample_rows(model, items, tokenizer, o, dtype, path, batch=512):
+def sample_rows(model, items, tokenizer, o, dtype, path):
     """o.samples answers to every item's prompt, at temperature 1 from all tokens (section 5.1.1): a
     list of lists of texts. Dealt out over the ranks; an answer's randomness depends on the seed,
     its row and its number alone. path: where answers are kept, for a killed evaluation to go on."""
@@ -302,6 +310,8 @@ def sample_rows(model, items, tokenizer, o, dtype, path, batch=512):
     jobs = [(i, k) for i in range(len(items)) for k in range(o.samples) if (i, k) not in known]
     jobs.sort(key=lambda job: (len(items[job[0]].prompt), job))
     mine, new = jobs[rank::size], []
+    longest = max(len(i.prompt) for i in items) + o.max_new_tokens
+    batch = batch_rows(model, min(longest, model.cfg.n_ctx), dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = progress(total=len(mine), desc="sampling", unit="answer", leave=False, delay=1,
                    disable=rank > 0)

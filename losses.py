@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 BELIEF, CLOSE, RESPONSE = range(3)     # pieces of an answer, as in data.py
 ANSWER = slice(0, 3)                   # belief and response together
+CHUNK = 4096                           # positions whose logits are held at once
 
 
 @dataclass
@@ -42,10 +43,10 @@ class Scores:
 # ---------------------------------------------------------------------------------------------
 # From hidden states to log-probs
 
-def token_logps(hidden, head, tokens, chunk=1024):
+def token_logps(hidden, head, tokens, chunk=CHUNK):
     """Log-probs of some vocabulary columns at each position: hidden (M, C), head (V, C), tokens
-    (M, J) ids -> (M, J) float32. Never a (M, V) tensor: the logits of a chunk of positions are
-    thrown away and made again in backward (a single chunk is kept)."""
+    (M, J) ids -> (M, J) float32. Up to a chunk of positions the logits are kept for backward; of
+    several chunks they are thrown away and made again, so that (M, V) is bounded."""
     if len(hidden) <= chunk:
         return chunk_logps(hidden, head, tokens)
     return torch.cat([checkpoint(chunk_logps, h, head, t, use_reentrant=False)
@@ -56,10 +57,11 @@ def chunk_logps(hidden, head, tokens):
     return F.linear(hidden, head).float().log_softmax(-1).gather(-1, tokens)
 
 
-def score(hidden, head, batch):
-    """hidden (B*S, T, C) of batch["ids"], head (V, C), batch as tensors from data.collate ->
-    Scores. Only the positions in batch["at"] meet the vocabulary."""
-    columns = token_logps(hidden.flatten(0, 1)[batch["at"]], head, batch["tokens"])   # (M, 1+K)
+def score(model, head, batch):
+    """batch: tensors from data.collate -> Scores. model turns its N packed tokens into hidden
+    states (N, C), of which those at batch["at"] alone meet the vocabulary, head (V, C)."""
+    hidden = model(*(batch[k] for k in ("ids", "paths", "places")))
+    columns = token_logps(hidden[batch["at"]], head, batch["tokens"])                 # (M, 1+K)
     counts = batch["counts"]
     logps = columns.new_zeros(counts.numel()).index_add(0, batch["slot"], columns[:, 0])
     return Scores(logps.view(counts.shape), counts, columns[batch["first"], 1:], batch["target"],

@@ -8,7 +8,7 @@ Left out on purpose: dropout (policy and reference must agree, so it is off in e
 as an option, any attention kernel of our own (torch's scaled_dot_product_attention is called).
 
 Letters in all files: B rows (pairs), N sequences, T tokens, V vocabulary, K belief classes,
-C channels, H heads, D head size, S branches of a row, M scored tokens.
+C channels, H heads, D head size, S branches of a row, M scored tokens, R packed sequences.
 """
 import hashlib
 import json
@@ -49,7 +49,7 @@ class GPTConfig:
 
 def rotate(x, cos, sin):
     """Rotary positions on the first 2 * cos.shape[-1] channels of each head, in two halves.
-    x (B, H, T, D); cos, sin (B or 1, 1, T, D_rot / 2)."""
+    x (B, T, H, D); cos, sin (B or 1, T, 1, D_rot / 2)."""
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).type_as(x)
@@ -62,19 +62,23 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
-    def forward(self, x, rope, mask, cache, pos):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)      # (B, T, H, D) each
+    def forward(self, x, rope, paths, places, mask, cache, pos):
+        x = self.c_attn(x)
+        if paths is not None:                           # packed: here alone sequences stand apart
+            x = F.embedding(paths, x)                                          # (R, T, 3C)
+        q, k, v = x.unflatten(-1, (3, self.n_head, -1)).unbind(2)              # (B, T, H, D) each
         if rope is not None:
-            q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
-            q, k = q.transpose(1, 2), k.transpose(1, 2)
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:                           # (2, B, T_max, H, D), filled at `pos`
-            rows = torch.arange(B, device=x.device)[:, None]
+            rows = torch.arange(len(x), device=x.device)[:, None]
             cache[0][rows, pos], cache[1][rows, pos] = k.type_as(cache), v.type_as(cache)
             k, v = cache[:, :, :mask.shape[-1]] if mask is not None else (k, v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                       # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).flatten(2)                                       # (B, T, C)
+        if places is not None:
+            y = F.embedding(places, y.flatten(0, 1))                           # (N, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -137,38 +141,35 @@ class GPT(nn.Module):
         return self
 
     def rope(self, pos):
-        """cos and sin of the rotary angles at pos (B or 1, T), or None with learned positions."""
+        """cos and sin of the rotary angles at pos (B or 1, T); None with learned positions."""
         if not self.cfg.rotary:
             return None
         n = int(self.cfg.rotary * (self.cfg.n_embd // self.cfg.n_head))
         freq = self.cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
-        angle = pos[:, None, :, None].float() * freq                           # (B, 1, T, n / 2)
+        angle = pos[..., None, None].float() * freq                            # (B, T, 1, n / 2)
         return angle.cos(), angle.sin()
 
-    def forward(self, ids, pos=None, end=None, mask=None, cache=None):
-        """ids (B, T) -> hidden states (B, T, C) after the last LayerNorm. Logits apart: they cost
-        as much as the layers, so only the positions that a loss reads are multiplied by `head`.
+    def forward(self, ids, paths=None, places=None, pos=None, mask=None, cache=None):
+        """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last LayerNorm.
+        Logits apart: they cost as much as the layers, so only the positions that a loss reads are
+        multiplied by `head`.
 
+        paths (R, T), places (N,)  which packed tokens make R sequences: see data.pack
         pos   (B, T) positions; default 0..T-1, right for right-padded rows under the causal mask
-        end   (B, T) token j is the past of the tokens i in j <= i < end[j] (data.lay_out); default
-              all that follow it
         mask  boolean, broadcastable to (B, H, T, T_keys), True = may attend; default causal
         cache list of (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)
         """
-        B, T = ids.shape
-        if end is not None:
-            i = torch.arange(T, device=ids.device)[:, None]
-            mask = ((i >= i.T) & (i < end[:, None]))[:, None]                  # (B, 1, T, T)
-        elif T > self.cfg.n_ctx:
+        T = ids.shape[-1] if paths is None else paths.shape[-1]
+        if T > self.cfg.n_ctx:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
         if pos is None:
             pos = torch.arange(T, device=ids.device)[None]                     # (1, T)
         x = self.wte(ids)                                                      # (B, T, C)
         if not self.cfg.rotary:
-            x = x + self.wpe(pos)
+            x = x + self.wpe(pos if places is None else places % T)
         rope = self.rope(pos)
         for i, block in enumerate(self.h):
-            where = (rope, mask, None if cache is None else cache[i], pos)
+            where = (rope, paths, places, mask, None if cache is None else cache[i], pos)
             if self.checkpointing and torch.is_grad_enabled():  # keep x alone, run the block again
                 x = checkpoint(block, x, *where, use_reentrant=False)
             else:
@@ -217,7 +218,7 @@ class GPT(nn.Module):
             pos = (n + t).clamp(max=self.cfg.n_ctx - 1)[:, None]               # (B, 1)
             slots = torch.arange(min(max(lengths) + t + 1, self.cfg.n_ctx), device=device)
             mask = (slots <= pos)[:, None, None]                               # (B, 1, 1, T_keys)
-            hidden = self(token[:, None], pos, mask=mask, cache=cache)[:, 0]
+            hidden = self(token[:, None], pos=pos, mask=mask, cache=cache)[:, 0]
         return [[i for i in row if i >= 0] for row in new.tolist()]
 
     def prefill(self, prompts, steps):

@@ -99,7 +99,7 @@ import synth
 from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, load_torch,
                       on_first_rank, rank_and_size, reference_distributions, score_rows, setup,
                       to_tensors)
-from losses import LOSSES, PREFS, score
+from losses import CHUNK, LOSSES, PREFS, score
 from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
 
 # What -1 and "" stand for. The checkpoints' rows are the paper's Appendix G (eval and clip from the
@@ -278,7 +278,7 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
             rows = index or batch[:1]                  # a process without rows still has to join in
             b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
             with autocast(device, o.dtype):
-                s = score(model(b["ids"], b.get("pos"), b.get("end")), raw.head, b)
+                s = score(model, raw.head, b)
             s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
             s.mismatch = between
             values, parts = loss.objective(s, o)
@@ -575,7 +575,7 @@ def memory(cfg, o, tokens, processes=1):
         (9 if cfg.rotary else 6) * cfg.n_embd + 2 * cfg.n_inner)
     last = 4 * cfg.n_embd
     kept = last + (layer + (cfg.n_layer - 1) * last if o.checkpointing else layer * cfg.n_layer)
-    chunk = min(tokens, 1024) * cfg.vocab_size * (half + 3 * 4)
+    chunk = min(tokens, CHUNK) * cfg.vocab_size * (half + 3 * 4)
     return {"weights": 4 * n, "gradients": 4 * n,
             o.optimizer: 4 * n * (1 + (o.optimizer == "adamw")) / share,
             "bf16 copies": 2 * n * (half == 2), "activations": tokens * kept, "logits": chunk,

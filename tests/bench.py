@@ -1,7 +1,11 @@
-"""What a training step costs, against the floor and against a plain step. By hand, not a test:
+"""What the work costs, against a floor and against others. By hand, not a test:
 
-    python tests/bench.py                        # GPT-2's shape, both tasks, every loss: operations
-    python tests/bench.py --time                 # also processor time and memory, in alternation
+    python tests/bench.py                # operations of a step, GPT-2's shape, all tasks and losses
+    python tests/bench.py time           # processor time and peak memory of a step, in alternation
+    python tests/bench.py speed          # whole steps: tokens/s and utilisation; on a GPU too
+    python tests/bench.py sampling       # answers/s of model.generate and of transformers' generate
+    python tests/bench.py rows           # reading 177,000 rows; --help
+    python tests/bench.py processes      # --shard_optimizer: what each of two processes holds
 
 Operations are counted by torch's FlopCounterMode. The floor is what the method needs at least:
 forward and backward over the tokens that differ, the prompt and belief of a pair once, no padding,
@@ -10,11 +14,15 @@ logits only where a loss reads them, the reference's log-probs known:
     + 3 x 2 x C x V x positions that are scored   (KTO: and a third of it, forward alone, for z0).
 "theirs" is the authors' step written with transformers: three policy forwards (the accepted answer
 twice), a resident reference, everything padded to the longest, logits of all positions in float32.
+"trl" is TRL's DPOTrainer (pip install trl): its collator and its compute_loss on rows sorted as
+ours are, the reference's log-probs precomputed, no gradient checkpointing.
 """
 import argparse
+import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,20 +31,27 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from data import Item, collate, cost, epoch_batches, lay_out, mismatch, sequence  # noqa: E402
+from data import (Item, Tokenizer, collate, cost, encode_rows, epoch_batches,  # noqa: E402
+                  load_dataset, mismatch, pack, sequence, train_bpe)
+from evaluate import autocast, batch_rows, to_tensors  # noqa: E402
 from losses import LOSSES, score  # noqa: E402
 from model import GPT, GPTConfig, config_to_hf  # noqa: E402
 
+neox = dict(vocab_size=50304, n_ctx=2048, rotary=0.25, parallel=True, tanh_gelu=False, tied=False)
 SHAPES = {
     "gpt2": GPTConfig(),
-    "pythia-160m": GPTConfig(vocab_size=50304, n_ctx=2048, rotary=0.25, parallel=True,
-                             tanh_gelu=False, tied=False),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280, n_inner=5120),
+    "pythia-160m": GPTConfig(**neox),
+    "pythia-2.8b": GPTConfig(n_layer=32, n_head=32, n_embd=2560, n_inner=10240, **neox),
     "small": GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_embd=256, n_inner=1024)}
 TASKS = {"opinions": (26, 7, 56), "reviews": (90, 1, 170)}   # mean tokens: prompt, belief, response
 METHODS = ("sft", "dpo", "gdpo", "kto", "gdpo-kto")
 CLASSES = list(range(15, 21))
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", "bfloat16") if CUDA else ("cpu", "float32")
 
 
 def some_items(task, n, vocab, seed=0):
@@ -58,11 +73,9 @@ def floor(items, loss, cfg):
     weights = cfg.n_layer * (4 * cfg.n_embd ** 2 + 2 * cfg.n_embd * cfg.n_inner)
 
     def forward(branches, scored):
-        tokens = attended = 0
-        for item in items:
-            _, depth, *_ = lay_out([sequence(item, b) for b in branches])
-            tokens += len(depth)
-            attended += sum(depth) + len(depth)
+        packed, _ = pack([[sequence(item, b) for b in branches] for item in items])
+        tokens = len(packed["ids"])
+        attended = tokens + (packed["places"] % packed["paths"].shape[1]).sum()
         return (2 * weights * tokens + 4 * cfg.n_embd * cfg.n_layer * attended
                 + 2 * cfg.n_embd * cfg.vocab_size * scored)
     batch = collate(items, loss.branches, CLASSES)
@@ -78,8 +91,7 @@ def our_step(model, items, name):
     o = train.resolve(train.Config(loss=name, device="cpu"))
 
     def scores(branches):
-        b = train.to_tensors(collate(items, branches, CLASSES), device)
-        return score(model(b["ids"], b.get("pos"), b.get("end")), model.head, b)
+        return score(model, model.head, to_tensors(collate(items, branches, CLASSES), device))
 
     def step():
         model.zero_grad(set_to_none=True)
@@ -138,6 +150,34 @@ def their_step(cfg, items, name, device="cpu"):
     return step
 
 
+def trl_step(cfg, items):
+    """DPO as TRL's trainer takes it, at its best settings, on these very rows."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+    one_word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"x": 0}, "x")),
+                                       eos_token="x", pad_token="x")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**config_to_hf(cfg, 0, torch.float32)), attn_implementation="sdpa")
+    options = DPOConfig(tempfile.mkdtemp(), use_cpu=not CUDA, bf16=CUDA, max_length=None, beta=0.1,
+                        precompute_ref_log_probs=True, gradient_checkpointing=False,
+                        report_to="none")
+    trainer = DPOTrainer(model, args=options, processing_class=one_word, train_dataset=(
+        Dataset.from_dict({"prompt": ["x"], "chosen": ["x"], "rejected": ["x"]})))
+    examples = [{"prompt_ids": i.prompt, "chosen_ids": i.beliefs[0] + i.responses[0],
+                 "rejected_ids": i.beliefs[1] + i.responses[1],
+                 "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for i in items]
+
+    def step():
+        trainer.model.zero_grad(set_to_none=True)
+        batch = {k: v.to(DEVICE) for k, v in trainer.data_collator(examples).items()}
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+    return step
+
+
 def count(steps):
     """Operations of some steps (on the meta device); attention in its mathematical form, which the
     counter knows whole."""
@@ -147,73 +187,254 @@ def count(steps):
     return counter.get_total_flops()
 
 
+def seconds(step):
+    """Of the processor on a CPU, by the clock on a GPU, in the precision that a run has there."""
+    clock = time.perf_counter if CUDA else time.process_time
+    if CUDA:
+        torch.cuda.synchronize()
+    start = clock()
+    with autocast(DEVICE, DTYPE):
+        step()
+    if CUDA:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
 def alternate(steps, repeats):
-    """Processor seconds of each step, best of `repeats`, taken in turns."""
-    best = [float("inf")] * len(steps)
+    """Seconds of each step of a dict, best of `repeats`, taken in turns."""
+    best = dict.fromkeys(steps, float("inf"))
     for _ in range(repeats):
-        for n, step in enumerate(steps):
-            start = time.process_time()
-            step()
-            best[n] = min(best[n], time.process_time() - start)
+        for name, step in steps.items():
+            best[name] = min(best[name], seconds(step))
     return best
 
 
-def peak(args, who):
-    """Most MB that a process held which takes one step (and has loaded torch and the model)."""
-    command = [sys.executable, __file__, *args, "--memory", who]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def memory_peak():
+    """Most bytes that this process held: on the GPU, else of main memory."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def child(what, o, *flags, launch=(sys.executable,)):
+    """Run this script once more, with the same options; what it printed, as JSON lines."""
+    same = [f"--{k}={v}" for k, v in vars(o).items() if k != "what" and not isinstance(v, bool)]
+    out = subprocess.run([*launch, __file__, what, *same, *flags], capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(out.stderr)
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is measured
+
+def batches_of(o, cfg, task, name):
+    """16 x rows items in batches: as train.Schedule makes them, and in random order."""
+    items = some_items(task, 16 * o.rows, cfg.vocab_size)
+    costs = [cost(i, LOSSES[name].branches) for i in items]
+    return ([[items[i] for i in index] for index in epoch_batches(costs, o.rows, 0, 0)],
+            [items[i:i + o.rows] for i in range(0, len(items), o.rows)])
+
+
+def operations(o, cfg, task, name):
+    ours, theirs = batches_of(o, cfg, task, name)
+    least = sum(floor(b, LOSSES[name], cfg) for b in ours)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    a = count(our_step(model, b, name) for b in ours)
+    b = count(their_step(cfg, b, name, "meta") for b in theirs)
+    return (f"operations   floor {least / 16e12:6.3f} TFLOP   ours {a / least:5.2f}   "
+            f"theirs {b / least:5.2f}")
+
+
+def in_turns(o, cfg, task, name):
+    """One batch of middling length each; theirs is scaled to the same work by the floor."""
+    loss = LOSSES[name]
+    ours, theirs = (sorted(several, key=lambda b: floor(b, loss, cfg))[8]
+                    for several in batches_of(o, cfg, task, name))
+    model = GPT(cfg).init_weights(0).to(DEVICE)
+    steps = {"ours": our_step(model, ours, name), "theirs": their_step(cfg, theirs, name, DEVICE)}
+    if name.startswith("gdpo"):
+        steps["our dpo"] = our_step(model, ours, "dpo")
+    try:
+        steps["trl's dpo"] = trl_step(cfg, ours)
+    except ImportError:
+        pass
+    t = alternate(steps, o.repeats)
+    t["theirs"] *= floor(ours, loss, cfg) / floor(theirs, loss, cfg)
+    held = {who: child("memory", o, f"--task={task}", f"--loss={name}", f"--who={who}")[0]
+            for who in ("ours", "theirs")}
+    return (f"{t['ours']:6.2f} s; ours / " + "   ".join(
+        f"{k} {t['ours'] / v:.2f}" for k, v in t.items() if k != "ours")
+        + f"   peak memory {held['ours'] / 1e9:.2f} GB / theirs "
+          f"{held['ours'] / held['theirs']:.2f}")
+
+
+def memory(o, cfg, task, name):
+    """A process that takes one step, and has loaded torch and the model."""
+    items = batches_of(o, cfg, task, name)[0 if o.who == "ours" else 1]
+    items = sorted(items, key=lambda b: floor(b, LOSSES[name], cfg))[8]
+    seconds(our_step(GPT(cfg).init_weights(0).to(DEVICE), items, name) if o.who == "ours" else
+            their_step(cfg, items, name, DEVICE))
+    return memory_peak()
+
+
+def matmul_peak():
+    """Operations a second of a large matrix product in the precision of a run."""
+    n = 8192 if CUDA else 2048
+    a, b = (torch.randn(n, n, device=DEVICE) for _ in range(2))
+    a, b = (x.to(getattr(torch, DTYPE)) for x in (a, b))
+    return 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(20))
+
+
+def speed(o, cfg, task, name):
+    """Whole training steps (train.train_step), from rows to updated weights."""
+    batches, _ = batches_of(o, cfg, task, name)
+    items = [i for b in batches for i in b]
+    loss, raw = LOSSES[name], GPT(cfg).init_weights(0).to(DEVICE)
+    raw.checkpointing = o.checkpointing
+    t = train.resolve(train.Config(loss=name, device=DEVICE, micro_batch=o.micro_batch, lr=1e-6,
+                                   optimizer="rmsprop"))
+    optimizer, ref = train.optimizer_of(t, raw), torch.zeros(len(items), len(loss.branches) + 1, 3)
+    model = torch.compile(raw, dynamic=True) if o.compile else raw
+
+    def step(n):
+        train.train_step(model, raw, optimizer, loss, items, ref,
+                         range(n * o.rows, (n + 1) * o.rows), CLASSES, t)
+    for n in range(6):
+        seconds(lambda: step(n))
+    peak = matmul_peak()
+    spent = sum(seconds(lambda: step(n)) for n in range(6, 16))
+    work = sum(floor(b, loss, cfg) for b in batches[6:])
+    tokens = sum(cost(i, loss.branches) for b in batches[6:] for i in b)
+    return (f"{tokens / spent:,.0f} tokens/s (a shared prompt once), {10 * o.rows / spent:.1f} "
+            f"pairs/s   {work / spent / peak:.0%} of the {peak / 1e12:,.3g} TFLOP/s of a large "
+            f"{DTYPE} product   peak memory {memory_peak() / 1e9:.2f} GB")
+
+
+def sampling(o, cfg):
+    """Answers of 64 tokens to prompts of the opinion task: all rows at once, eight answers each,
+    against transformers' generate on four sequences at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    prompts = [i.prompt for i in some_items("opinions", o.prompts, cfg.vocab_size)]
+    prompts, n = sorted(prompts, key=len), 64
+    model = GPT(cfg).init_weights(0).to(DEVICE)
+    hf = AutoConfig.for_model(**config_to_hf(cfg, 0, torch.float32))
+    with torch.device(DEVICE):
+        other = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
+    four, T = prompts[::max(1, len(prompts) // 4)][:4], max(map(len, prompts))
+    ids, mask = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T, dtype=torch.long)
+    for row, prompt in enumerate(four):
+        ids[row, T - len(prompt):], mask[row, T - len(prompt):] = torch.tensor(prompt), 1
+    size = batch_rows(model, T + n, DTYPE)
+    jobs = [p for p in prompts for _ in range(8)]
+    t = alternate({
+        "ours": lambda: [model.generate(jobs[i:i + size], n) for i in range(0, len(jobs), size)],
+        "theirs": lambda: other.generate(
+            ids.to(DEVICE), attention_mask=mask.to(DEVICE), do_sample=True, top_k=0,
+            max_new_tokens=n, min_new_tokens=n, pad_token_id=0)}, o.repeats)
+    ours, theirs = len(jobs) / t["ours"], 4 / t["theirs"]
+    print(f"{o.shape}: {len(prompts)} prompts x 8 answers of {n} tokens, {size} at once: "
+          f"{ours:.2f} answers/s; transformers' generate, four at once: {theirs:.2f}; "
+          f"ratio {ours / theirs:.1f}")
+
+
+def rows(o, cfg):
+    """Reading: as many rows as the large United States set has, with answers of about 56 tokens."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("aeioubdklmnrst"), rng.integers(2, 9))) for _ in range(20000)]
+    text = lambda n: " ".join(words[i] for i in rng.zipf(1.3, n).clip(max=len(words)) - 1)
+    options = ["Very good", "Somewhat good", "Somewhat bad", "Very bad"]
+    prompts = [f"What do you think of {text(12)}?" for _ in range(1500)]
+    with tempfile.TemporaryDirectory() as folder:
+        folder, texts = Path(folder), []
+        (folder / "meta.json").write_text(json.dumps({"classes": list("012345")}))
+        with open(folder / "train.jsonl", "w") as f:
+            for _ in range(o.read):
+                a, b = rng.choice(4, 2, replace=False)
+                row = {"prompt": prompts[rng.integers(len(prompts))], "options": options,
+                       "probabilities": [0, 0.1, 0.2, 0.3, 0.4, 0],
+                       "accept_choice_id": str(4 - a), "accept_choice": options[a],
+                       "reject_choice_id": str(4 - b), "reject_choice": options[b],
+                       "accept_response": text(40), "reject_response": text(40)}
+                texts.append(row["accept_response"]) if len(texts) < 2000 else None
+                f.write(json.dumps(row) + "\n")
+        train_bpe(texts + prompts, 8192).save(folder)
+        spent, tokens, held = child("read", o, f"--folder={folder}")[0]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, check=True)
+    print(f"{o.read:,} rows of {tokens / o.read:.0f} tokens read, checked and tokenized: "
+          f"{spent:.1f} s, {held / 1e9:.2f} GB; train.py --help: "
+          f"{time.perf_counter() - start:.2f} s")
+
+
+def read(o, cfg):
+    start = time.perf_counter()
+    meta, found = load_dataset(o.folder, ("train",))
+    items = encode_rows(found["train"], Tokenizer.load(o.folder), meta, 1024)
+    tokens = sum(i.length(("chosen",)) for i in items)
+    print(json.dumps([time.perf_counter() - start, tokens, memory_peak()]))
+
+
+def processes(o, cfg):
+    """Two processes take a step each way."""
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    print(f"{o.shape}, RMSprop: a process's optimizer state, and all that it holds at its peak")
+    for sharded in (0, 1):
+        held = child("process", o, f"--sharded={sharded}", launch=launch)
+        print(f"{'with' if sharded else 'without'} --shard_optimizer: " + ", ".join(
+            f"{state / 1e9:.3f} of {peak / 1e9:.2f} GB" for state, peak in held))
+
+
+def process(o, cfg):
+    train.setup(DEVICE)
+    items = some_items("opinions", 4, cfg.vocab_size)
+    raw = GPT(cfg).init_weights(0).to(DEVICE)
+    t = train.resolve(train.Config(loss="gdpo", device=DEVICE, optimizer="rmsprop", lr=1e-6,
+                                   shard_optimizer=bool(o.sharded)))
+    optimizer = train.optimizer_of(t, raw)
+    model = train.DDP(raw, gradient_as_bucket_view=True)
+    for _ in range(2):
+        train.train_step(model, raw, optimizer, LOSSES["gdpo"], items, torch.zeros(4, 2, 3),
+                         range(4), CLASSES, t)
+    state = getattr(optimizer, "optim", optimizer).state.values()
+    state = sum(v.nbytes for s in state for v in s.values() if torch.is_tensor(v))
+    sys.stdout.write(json.dumps([state, memory_peak()]) + "\n")       # at once: there are two
+    train.dist.destroy_process_group()
+
+
+STEPS = {"operations": operations, "time": in_turns, "speed": speed, "memory": memory}
+OTHERS = {"sampling": sampling, "rows": rows, "read": read, "processes": processes,
+          "process": process}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="operations", choices=[*STEPS, *OTHERS])
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--task", default="", choices=["", *TASKS])
     parser.add_argument("--loss", default="", choices=["", *METHODS])
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--time", action="store_true", help="also processor time and memory")
+    parser.add_argument("--rows", type=int, default=8, help="pairs a step")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", default="", choices=["", "ours", "theirs"])
+    parser.add_argument("--micro_batch", type=int, default=0, help="speed: pairs a forward pass")
+    parser.add_argument("--compile", action="store_true", help="speed: torch.compile the model")
+    parser.add_argument("--checkpointing", action="store_true", help="speed: as train.py's")
+    parser.add_argument("--prompts", type=int, default=1843 if CUDA else 16, help="sampling")
+    parser.add_argument("--read", type=int, default=177000, help="rows: how many")
+    for hidden in ("who", "folder", "sharded"):        # what child() says
+        parser.add_argument(f"--{hidden}", default="0", help=argparse.SUPPRESS)
     o = parser.parse_args()
-    cfg = SHAPES[o.shape]
-    if o.memory:
-        items = some_items(o.task, o.rows, cfg.vocab_size)
-        step = our_step(GPT(cfg).init_weights(0), items, o.loss) if o.memory == "ours" else \
-            their_step(cfg, items, o.loss)
-        step()
-        status = Path("/proc/self/status").read_text()
-        return print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3)
-    print(f"{o.shape}, {o.rows} pairs a step; operations as a ratio to the floor"
-          + ("; processor time and peak memory of the process: ours / theirs" if o.time else ""))
+    o.sharded, cfg = int(o.sharded), SHAPES[o.shape]
+    if o.what in OTHERS:
+        return OTHERS[o.what](o, cfg)
+    if o.what == "memory":
+        return print(memory(o, cfg, o.task, o.loss))
+    device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{o.shape}, {o.rows} pairs a step, {device}, torch {torch.__version__}")
     for task in [o.task] if o.task else TASKS:
         for name in [o.loss] if o.loss else METHODS:
-            print(line(o, cfg, task, name), flush=True)
-
-
-def line(o, cfg, task, name):
-    """Batches of 16 x rows items: ours as train.Schedule makes them, theirs in random order."""
-    loss = LOSSES[name]
-    items = some_items(task, 16 * o.rows, cfg.vocab_size)
-    costs = [cost(i, loss.branches) for i in items]
-    sorted_batches = [[items[i] for i in index] for index in epoch_batches(costs, o.rows, 0, 0)]
-    batches = [items[i:i + o.rows] for i in range(0, len(items), o.rows)]
-    least = floor(items, loss, cfg)
-    with torch.device("meta"):
-        model = GPT(cfg)
-    ours = count(our_step(model, b, name) for b in sorted_batches)
-    theirs = count(their_step(cfg, b, name, "meta") for b in batches)
-    text = (f"{task:9} {name:9} floor {least / 16e12:6.3f} TFLOP   ours {ours / least:5.2f}   "
-            f"theirs {theirs / least:5.2f}")
-    if o.time:                                         # one batch of middling length each
-        mine, other = (sorted(several, key=lambda b: floor(b, loss, cfg))[8]
-                       for several in (sorted_batches, batches))
-        fair = floor(other, loss, cfg) / floor(mine, loss, cfg)
-        a, b = alternate([our_step(GPT(cfg).init_weights(0), mine, name),
-                          their_step(cfg, other, name)], o.repeats)
-        flags = ["--shape", o.shape, "--task", task, "--loss", name, "--rows", str(o.rows)]
-        m = [peak(flags, who) for who in ("ours", "theirs")]
-        text += (f"   time {a:5.1f} s / {b:5.1f} s, for the same work {fair * a / b:.2f}   memory "
-                 f"{m[0]:,.0f} / {m[1]:,.0f} MB = {m[0] / m[1]:.2f}")
-    return text
+            print(f"{task:9} {name:9}{STEPS[o.what](o, cfg, task, name)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
 from data import (BELIEF, CLOSE, EVAL_BRANCHES, RESPONSE, Item, Tokenizer, check_row, class_ids,
                   collate, cost, encode_rows, epoch_batches, kind_of, lay_out, load_meta,
-                  load_rows, train_bpe)
+                  load_rows, pack, sequence, train_bpe)
 from evaluate import to_tensors
 from losses import score
 from model import load_model
@@ -47,7 +47,7 @@ def test_marks_inside_belief_and_response_move_no_border(text, response):
     row = ROW | {"accept_choice": text, "accept_response": response}
     [item] = encode(row, tokenizer=BPE)
     b = collate([item], ("chosen", "given"), class_ids(BPE, CLASSES))
-    ids, n = b["ids"][0].tolist(), b["counts"][0, 0].sum()
+    ids, n = b["ids"].tolist(), b["counts"][0, 0].sum()
     assert BPE.decode(ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]) == f"4<{text}>"
     assert BPE.decode(b["tokens"][:n, 0][b["slot"][:n] == RESPONSE].tolist()) == response
     assert b["tokens"][n - 1, 0] == BPE.eos
@@ -56,7 +56,7 @@ def test_marks_inside_belief_and_response_move_no_border(text, response):
 def test_the_prompt_of_training_is_the_prompt_of_sampling():
     [item] = encode(ROW, tokenizer=BPE)
     b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
-    assert b["ids"][0, :len(item.prompt)].tolist() == BPE.encode("<Q>Is it fair?<A>") == item.prompt
+    assert b["ids"][:len(item.prompt)].tolist() == BPE.encode("<Q>Is it fair?<A>") == item.prompt
     assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
     assert b["tokens"][0, 0] == BPE.encode("4")[0]
 
@@ -64,12 +64,14 @@ def test_the_prompt_of_training_is_the_prompt_of_sampling():
 def test_each_branch_scores_its_pieces():
     b = collate(encode(ROW), ("chosen", "own", "given"), range(15, 21), share=False)
     assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18]]
-    flat = b["ids"].reshape(-1)
-    assert (flat[b["at"] + 1] == b["tokens"][:, 0]).all()
+    assert (b["ids"][b["at"] + 1] == b["tokens"][:, 0]).all()
     per_slot = np.bincount(b["slot"], minlength=9)
     assert per_slot.tolist() == b["counts"].reshape(-1).tolist()
-    assert [decode(row[17:]).rstrip("!") for row in b["ids"]] == [
-        "4<Yes>Sure.$", "2<No>Never in my life.$", "4<Yes>Never in my life.$"]
+    assert decode(b["ids"]) == "".join(
+        "<Q>Is it fair?<A>" + answer for answer in
+        ("4<Yes>Sure.$", "2<No>Never in my life.$", "4<Yes>Never in my life.$"))
+    assert b["paths"].shape == (3, 41) and (b["paths"][0, 28:] == 28).all()
+    assert b["places"].tolist() == [*range(29), *range(41, 81), *range(82, 123)]
 
 
 def test_reviews_have_a_belief_of_one_token_and_no_closing():
@@ -110,10 +112,10 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
         item = Item(0, [0] * at[0], (answer[:end],) * 2, (answer[end:] or [31],) * 2, end > 1,
                     [1.0], 0, 2, "other", "", "")
         b = to_tensors(collate([item], ("chosen",), [15]), "cpu")
-        hidden = torch.tensor(case["logits"][n])[None]
+        hidden = torch.tensor(case["logits"][n])
         if not answer[end:]:
-            hidden = torch.cat([hidden, hidden[:, -1:]], 1)
-        s = score(hidden, torch.eye(32), b)
+            hidden = torch.cat([hidden, hidden[-1:]])
+        s = score(lambda *packed: hidden, torch.eye(32), b)
         assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(
             case["belief_logp_avg"][n], rel=1e-5)
         assert s.logps[0, 0, :RESPONSE].sum().item() == pytest.approx(
@@ -121,42 +123,49 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
 
 
 def test_what_sequences_have_in_common_stands_once():
-    tokens, depth, end, paths = lay_out([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6, 7]])
+    tokens, paths = lay_out([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6, 7]])
     assert tokens == [1, 2, 3, 4, 6, 7, 5]                  # each branch behind its beginning
-    assert depth == [0, 1, 2, 3, 3, 4, 2] and end == [7, 7, 6, 4, 6, 6, 7]
     assert paths == [[0, 1, 2, 3], [0, 1, 6], [0, 1, 2, 4, 5]]
     assert lay_out([[1, 2], [1, 2], [1]])[0] == [1, 2]      # the same, and a beginning alone
-    assert lay_out([[9]]) == ([9], [0], [1], [[0]])
+    assert lay_out([[9]]) == ([9], [[0]])
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_token_sees_its_own_sequence_and_nothing_else(seed):
+def test_a_packed_token_is_in_its_own_sequences_and_in_no_other(seed):
     rng = np.random.default_rng(seed)
-    several = [rng.integers(3, size=rng.integers(1, 9)).tolist() for _ in range(4)]
-    tokens, depth, end, paths = lay_out(several)
-    past = [{j for j in range(i + 1) if i < end[j]} for i in range(len(tokens))]
-    for sequence, path in zip(several, paths):
-        assert [tokens[i] for i in path] == sequence
-        for t, i in enumerate(path):
-            assert depth[i] == t and past[i] == set(path[:t + 1])
-    assert len(tokens) == len({tuple(s[:t + 1]) for s in several for t in range(len(s))})
+    rows = [[rng.integers(3, size=rng.integers(1, 9)).tolist() for _ in range(4)] for _ in range(3)]
+    packed, lengths = pack(rows)
+    ids, paths, places = packed.values()
+    for n, expected in enumerate(s for several in rows for s in several):
+        path = paths[n, :lengths[n]]
+        assert ids[path].tolist() == expected and (paths[n, lengths[n]:] == path[-1]).all()
+        assert (places[path] % paths.shape[1] == np.arange(len(path))).all()     # its position
+    assert (paths.flat[places] == np.arange(len(ids))).all()     # each token is in its sequence
+    assert len(ids) == len({(n, *s[:t + 1]) for n, several in enumerate(rows) for s in several
+                            for t in range(len(s))})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
 @pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own"),
                                       ("chosen", "own", "given")])
-def test_shared_beginnings_change_no_number(family, branches):
-    """Scores and gradients of rows laid out as trees, branch by branch, and one by one."""
+def test_packing_and_shared_beginnings_change_no_number(family, branches):
+    """Scores and gradients of rows laid out as trees and packed, packed branch by branch, one by
+    one, and right-padded under the plain causal mask."""
     long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
     items, results = encode(ROW, long, ROW), []
-    for share, parts in ((True, [items]), (False, [items]), (True, [[i] for i in items])):
+    for share, parts, pad in ((True, [items], False), (False, [items], False),
+                              (True, [[i] for i in items], False), (False, [items], True)):
         model = load_model(GOLDEN / f"{family}_tiny")
+
+        def padded(ids, paths, places):
+            return model(ids[paths]).flatten(0, 1)[places]
         several = []
         for part in parts:
             b = to_tensors(collate(part, branches, range(15, 21), share), "cpu")
-            assert ("end" in b) == share and len(b["ids"]) == len(part) * (
-                1 if share else len(branches))
-            several.append(score(model(b["ids"], b.get("pos"), b.get("end")), model.head, b))
+            assert len(b["paths"]) == len(part) * len(branches)
+            every = sum(len(sequence(i, s)) for i in part for s in branches)
+            assert len(b["ids"]) < every if share else len(b["ids"]) == every
+            several.append(score(padded if pad else model, model.head, b))
         logps = torch.cat([s.logps for s in several])
         classes = torch.cat([s.class_logps for s in several])
         ((logps / 50).square().sum() + classes.sum()).backward()
@@ -164,6 +173,19 @@ def test_shared_beginnings_change_no_number(family, branches):
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_makes_one_graph_for_all_batches():
+    """Other lengths, other numbers of rows, one row: no batch is compiled anew."""
+    model = load_model(GOLDEN / "gpt2_tiny")
+    long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(model, dynamic=True, backend="aot_eager", fullgraph=True)
+        for rows in ([ROW, long, ROW], [ROW, ROW], [long] * 5, [ROW], [long]):
+            b = to_tensors(collate(encode(*rows), ("chosen", "given"), range(15, 21)), "cpu")
+            s, plain = score(compiled, model.head, b), score(model, model.head, b)
+            torch.testing.assert_close(s.logps, plain.logps, rtol=1e-4, atol=1e-4)
+            s.logps.sum().backward()
 
 
 def test_a_row_costs_its_prompt_and_belief_once():
@@ -179,7 +201,7 @@ def test_scores_do_not_depend_on_the_batch():
     items = encode(ROW, ROW | {"prompt": "Or a much longer question?", "accept_response": "x"}, ROW)
     def scores(part):
         b = to_tensors(collate(part, ("chosen", "own"), range(15, 21)), "cpu")
-        return score(model(b["ids"], b.get("pos"), b.get("end")), model.head, b)
+        return score(model, model.head, b)
     together = scores(items)
     for n, item in enumerate(items):
         alone = scores([item])

@@ -118,9 +118,9 @@ def test_objectives_agree_with_golden_08(family, case_name):
                         {"classes": CLASSES}, 96)
     b = to_tensors(collate(items, loss.branches, list(range(15, 21))), "cpu")
     model, ref = (load_model(GOLDEN / f"{family}_tiny{x}") for x in ("", "_ref"))
-    s = score(model(b["ids"], b.get("pos"), b.get("end")), model.head, b)
+    s = score(model, model.head, b)
     with torch.no_grad():
-        s.ref = score(ref(b["ids"], b.get("pos"), b.get("end")), ref.head, b).logps
+        s.ref = score(ref, ref.head, b).logps
     smoothing = case.get("options", {}).get("label_smoothing", 0.0)
     losses, parts = loss.objective(s, SimpleNamespace(**vars(O) | {
         "beta": case["beta"], "label_smoothing": smoothing}))
@@ -188,9 +188,9 @@ def test_gdpo_kto_agrees_with_golden_08(family, name, pieces):
         item.responses += (other.responses[0],)
     b = to_tensors(collate(items, ("chosen", "mismatch"), list(range(15, 21))), "cpu")
     model, ref = (load_model(GOLDEN / f"{family}_tiny{x}") for x in ("", "_ref"))
-    s = score(model(b["ids"], b.get("pos"), b.get("end")), model.head, b)
+    s = score(model, model.head, b)
     with torch.no_grad():
-        s.ref = score(ref(b["ids"], b.get("pos"), b.get("end")), ref.head, b).logps
+        s.ref = score(ref, ref.head, b).logps
     r = (s.logps - s.ref)[..., pieces].sum(-1)
     z0, expected = r[:, 1].detach().mean().clamp(min=0), case["f32"]
     assert z0.item() == pytest.approx(expected["z0"], rel=1e-3)
