@@ -255,7 +255,7 @@ def pick(logits, temperature, draw):
     the cumulative distribution, so that one number decides a token on any device."""
     if temperature == 0:
         return logits.argmax(-1)
-    total = (logits.double() / temperature).softmax(-1).cumsum(-1)             # (B, V)
+    total = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.double)  # (B, V)
     return torch.searchsorted(total, draw[:, None] * total[:, -1:], right=True)[:, 0]
 
 

@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +186,30 @@ def test_two_processes_give_the_run_of_one(sft, world, call, pref, more):
     for k in names[0]:
         torch.testing.assert_close(names[0][k]["square_avg"], names[1][k]["square_avg"],
                                    rtol=5e-2, atol=1e-6)
+
+
+def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world):
+    """torchrun's rendezvous on one machine. The other node says so in one line, and one process
+    goes on from the last evaluation."""
+    flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--out", "nodes")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        endpoint = f"localhost:{s.getsockname()[1]}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+              "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", str(ROOT / "train.py")]
+    nodes = [subprocess.Popen([*launch, *map(str, flags)], cwd=sft, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    log, deadline = sft / "nodes/metrics.jsonl", time.time() + 60
+    while not (log.exists() and len(evals(sft / "nodes")) > 2) and time.time() < deadline:
+        time.sleep(0.05)
+    child = f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children"
+    os.kill(int(Path(child).read_text().split()[0]), signal.SIGKILL)
+    errors = [p.communicate(timeout=60)[1] for p in nodes]
+    assert all(p.returncode for p in nodes)
+    assert any("another process of the run is gone" in e for e in errors), errors
+    p = cli("train.py", *flags, "--resume", cwd=sft)
+    assert re.search(r"resumed at step \d+", p.stderr) and (sft / "nodes/last").is_dir()
 
 
 def start_and_signal(flags, cwd, out, sig, after_lines):
