@@ -90,7 +90,7 @@ def load_rows(path, classes):
                 try:
                     row = json.loads(line.decode())
                     check_row(row, classes)
-                    if b"\\ud" in line:                 # half of a surrogate pair is no text
+                    if b"\\ud" in line.lower():         # half of a surrogate pair is no text
                         json.dumps(row, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as e:
                     raise ValueError(f"{path}, line {number}: {e}: mend or remove it") from None
@@ -233,13 +233,9 @@ class Tokenizer:
     def encode(self, text):
         """Text -> ids. <|endoftext|> in data is plain text. A run of spaces that has its own id is
         cut out first, and each stretch between is encoded by itself, as Hugging Face does."""
-        if not self.runs:
-            return self.bpe.encode_ordinary(
-                unicodedata.normalize("NFC", text) if self.nfc else text)
-        ids = []
-        for part in self.cut.split(unicodedata.normalize("NFC", text) if self.nfc else text):
-            ids += [self.runs[part]] if part in self.runs else self.bpe.encode_ordinary(part)
-        return ids
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        return [i for part in self.cut.split(text) for i in (
+            [self.runs[part]] if part in self.runs else self.bpe.encode_ordinary(part))]
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eos])
@@ -617,7 +613,7 @@ def collate(items, branches, classes, share=True):
     packed, lengths = pack([[sequence(i, b) for b in part] for i in items
                             for part in ([branches] if share else [[b] for b in branches])])
     counts = np.zeros((len(items), len(branches), 3), np.int64)
-    at, tokens, slot, first, scored = [], [], [], [], 0
+    at, tokens, slot = [], [], []
     for b, item in enumerate(items):
         for s, branch in enumerate(branches):
             belief, n = item.beliefs[BRANCHES[branch][0]], b * len(branches) + s
@@ -626,17 +622,15 @@ def collate(items, branches, classes, share=True):
             counts[b, s] = len(belief) - close, close, len(path) - start - len(belief)
             if branch == "given":
                 counts[b, s, :RESPONSE], start = 0, start + len(belief)
-            if s == 0:
-                first.append(scored)
-            scored += len(path) - start
             tokens.append(packed["ids"][path[start:]])
             at.append(path[start - 1:-1])
             slot.append(3 * n + np.repeat(np.arange(3), counts[b, s]))
-    tokens = np.concatenate(tokens)
+    tokens, scored = np.concatenate(tokens), counts.sum((1, 2))
     columns = np.broadcast_to(np.asarray(classes), (len(tokens), len(classes)))
     return {**packed, "at": np.concatenate(at), "slot": np.concatenate(slot),
-            "tokens": np.concatenate([tokens[:, None], columns], 1), "first": np.array(first),
-            "counts": counts, "target": np.array([i.target for i in items], np.float32),
+            "tokens": np.concatenate([tokens[:, None], columns], 1),
+            "first": scored.cumsum() - scored, "counts": counts,
+            "target": np.array([i.target for i in items], np.float32),
             "n_options": np.array([i.n_options for i in items], np.float32)}
 
 
@@ -884,7 +878,7 @@ def fetch_rows(name, folder):
 
 def fetch_split(name, config, split, path):
     """One split, page after page, into PATH.part, from where an earlier try broke off. A row with
-    an empty answer is left out; its line stays empty."""
+    an empty text is left out; its line stays empty."""
     part, done, empty = Path(f"{path}.part"), 0, 0
     if part.is_file():
         lines = part.read_bytes().split(b"\n")[:-1]    # without the half line of a killed fetch
@@ -906,7 +900,7 @@ def fetch_split(name, config, split, path):
             done, bar.total = done + len(rows), total
             bar.update(len(rows))
     if empty:
-        print(f"{name}, {split}: {empty} rows with an empty answer are left out", file=sys.stderr)
+        print(f"{name}, {split}: {empty} rows with an empty text are left out", file=sys.stderr)
     part.rename(path)
 
 
@@ -951,13 +945,15 @@ GROUPS = {"usa": "United States", "pk": "Pakistan", "sa": "S. Africa"}   # in Bi
 
 
 def published_row(row, name, where):
-    """A published row in the columns of DESIGN (numbers may be texts, lists may be literals), or
-    None where an answer is empty. Where it has no question_id, rows of the same options and shares
+    """A published row in our columns (numbers may be texts, lists may be literals), or None where a
+    text is empty that must not be. Where it has no question_id, rows of the same options and shares
     are one question; where it has no group, the set's name may tell."""
     lacking = [k for k in FIELDS if row.get(k) is None]
     if lacking:
         raise ValueError(f"{where} has no column {', '.join(lacking)}; it has "
                          f"{', '.join(sorted(row))}")
+    if not all(str(row[k]).strip() for k in FIELDS):
+        return None
     out = {k: row[k] for k in (*FIELDS, *TEXTS) if row.get(k) not in (None, "")}
     for key in ("options", "probabilities"):
         try:
@@ -976,8 +972,7 @@ def published_row(row, name, where):
     told = re.search(r"mmoqa_(usa|pk|sa)(_large)?$", name)
     if told:
         out.setdefault("group", GROUPS[told[1]])
-    return out if all((out.get(k) or "").strip() for k in ("accept_response", "reject_response")) \
-        else None
+    return out
 
 
 def published_meta(name, folder):

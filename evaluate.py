@@ -16,14 +16,14 @@ import json
 import os
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 from data import (EVAL_BRANCHES, Parser, SPLITS, Tokenizer, WordPiece, add_flags, check_ranges,
                   class_ids, collate, cost, dataset_name, encode_rows, find_checkpoint, help_first,
-                  kind_of, load_dataset, progress, prompt_text, question_of, read_json, run, write)
+                  load_dataset, make_item, progress, prompt_text, question_of, read_json, run,
+                  write)
 from synth import Chat, Client, chat, endpoint, unreadable, usage_of
 
 
@@ -240,16 +240,11 @@ def by_kind(metrics, items):
             for name, values in metrics.items() for kind in KINDS}
 
 
-def pick_branches(s, branches):
-    """The Scores that a loss with these branches sees, out of Scores over EVAL_BRANCHES."""
-    at = [EVAL_BRANCHES.index(b) for b in branches]
-    return Scores(s.logps[:, at], s.counts[:, at], s.class_logps, s.target, s.n_options,
-                  None if s.ref is None else s.ref[:, at], s.mismatch)
-
-
 def eval_metrics(s, items, loss, o):
     """Means over the eval split for the log: the loss and its parts, JSD, class mass, margins."""
-    values, parts = loss.objective(pick_branches(s, loss.branches), o)
+    at = [EVAL_BRANCHES.index(b) for b in loss.branches]
+    values, parts = loss.objective(replace(s, logps=s.logps[:, at], counts=s.counts[:, at],
+                                           ref=None if s.ref is None else s.ref[:, at]), o)
     rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
     rows = {k: v.double().numpy() for k, v in rows.items()} | belief_metrics(s)
     if s.ref is not None:
@@ -542,18 +537,13 @@ def embedder(o, client, device):
 
 @torch.no_grad()
 def encode_texts(encoder, tokenizer, texts, device, batch=64):
-    ids = [tokenizer.encode(t) for t in texts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    out = [None] * len(ids)
+    ids = [torch.tensor(tokenizer.encode(t)) for t in texts]
+    order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), []
     for start in range(0, len(order), batch):
-        part = order[start:start + batch]
-        lengths = torch.tensor([len(ids[i]) for i in part])
-        padded = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)
-        for n, i in enumerate(part):
-            padded[n, :len(ids[i])] = torch.tensor(ids[i])
-        for i, v in zip(part, encoder(padded.to(device), lengths.to(device)).cpu().numpy()):
-            out[i] = v
-    return np.array(out)
+        part = [ids[i] for i in order[start:start + batch]]
+        padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)
+        out.append(encoder(padded, torch.tensor([len(x) for x in part], device=device)).cpu())
+    return torch.cat(out)[np.argsort(order)].numpy()
 
 
 def response_similarity(answers, rows, embed):
@@ -591,6 +581,29 @@ def mean_over_answers(values):
 # ---------------------------------------------------------------------------------------------
 # One run on one dataset
 
+def read_run(out, o):
+    """The flags of the run in OUT; of a checkpoint that is no run (a folder, a name on the hub),
+    the few that stand for them."""
+    if (Path(out) / "metrics.jsonl").is_file():
+        config = read_json(Path(out) / "config.json")
+        missing = {"loss", "data", "init", "beta", "dtype", "max_length", "overlong"} - set(config)
+        if missing:
+            raise ValueError(f"{out}/config.json lacks {sorted(missing)}: it is no run's")
+        return config
+    if not o.data:
+        raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give the OUT of "
+                         "train.py, or, for a checkpoint or chat:MODEL, --data DIR as well")
+    return {"loss": "", "model": out, "init": "", "data": o.data, "form": o.form, "max_length": 0,
+            "overlong": "error", "dtype": "bfloat16" if o.device == "cuda" else "float32"}
+
+
+def home(out, config, data):
+    """Where results are kept: the run's folder; of a checkpoint or chat:MODEL one of its own."""
+    if config["loss"]:
+        return Path(out)
+    return Path("out") / f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
+
+
 class Evaluation:
     """What runs on one dataset share: its rows, and the reference's log-probs by checkpoint."""
     def __init__(self, data, form, split):
@@ -599,10 +612,10 @@ class Evaluation:
         self.data, self.references = data, {}
         self.trained = {data: {question_of(r) for r in rows["train"]}}
 
-    def trained_on(self, data):
+    def trained_on(self, data, form):
         """The questions of another dataset's training split."""
         if data not in self.trained:
-            rows = load_dataset(data, ("train",))[1]["train"]
+            rows = load_dataset(data, ("train",), form)[1]["train"]
             self.trained[data] = {question_of(r) for r in rows}
         return self.trained[data]
 
@@ -650,9 +663,7 @@ class Evaluation:
         texts = chat(client, prompts, model, llm=model, temperature=0.0)
         answers = [[parse_answer(text.strip(), self.meta)] for text, _ in texts]
         target = np.array([r["probabilities"] for r in self.rows])
-        items = [SimpleNamespace(row=n, question=question_of(r), group=str(r.get("group") or ""),
-                                 kind=kind_of(r["probabilities"], self.meta["classes"].index(
-                                     str(r["accept_choice_id"]))))
+        items = [make_item(n, r, self.meta["classes"], [], list, list)
                  for n, r in enumerate(self.rows)]
         metrics = answer_metrics(answers, target, self.meta)
         return metrics | ordinal_metrics(sampled_counts(answers, self.meta), target,
@@ -707,6 +718,15 @@ class Evaluation:
 # ---------------------------------------------------------------------------------------------
 # Tables over runs
 
+LESS_IS_BETTER = ("jsd", "jsd_t", "jsd_bias", "w1", "off_gap", "sampled_jsd", "sampling_floor",
+                  "no_class")
+BELIEFS = {"jsd": "JSD", "jsd_t": "JSD, T fit", "jsd_bias": "JSD, T+b fit", "w1": "W1",
+           "off_gap": "off-scale gap", "minority": "minority mass", "class_mass": "mass"}
+ANSWERS = {"sampled_jsd": "sampled JSD", "sampling_floor": "its floor", "coverage": "coverage",
+           "no_class": "no class", "cbc": "CBC", "bpc": "BPC", "rs": "RS", "opinion": "opinion"}
+MARGINS = {f"{kind}_{k}": f"{kind} {k}" for kind in ("joint", "given") for k in KINDS}
+
+
 def interval(values, questions):
     """(mean, low, high): 95% bootstrap interval over questions, each with all its rows."""
     good = ~np.isnan(values)
@@ -753,15 +773,6 @@ def difference(metrics, base, questions):
     return {k: interval(metrics[k] - base[k], questions) for k in metrics if k in base}
 
 
-LESS_IS_BETTER = ("jsd", "jsd_t", "jsd_bias", "w1", "off_gap", "sampled_jsd", "sampling_floor",
-                  "no_class")
-BELIEFS = {"jsd": "JSD", "jsd_t": "JSD, T fit", "jsd_bias": "JSD, T+b fit", "w1": "W1",
-           "off_gap": "off-scale gap", "minority": "minority mass", "class_mass": "mass"}
-ANSWERS = {"sampled_jsd": "sampled JSD", "sampling_floor": "its floor", "coverage": "coverage",
-           "no_class": "no class", "cbc": "CBC", "bpc": "BPC", "rs": "RS", "opinion": "opinion"}
-MARGINS = {f"{kind}_{k}": f"{kind} {k}" for kind in ("joint", "given") for k in KINDS}
-
-
 def table(results, part, columns):
     """One line per run of mean and half-width of its interval, or per loss where seeds repeat."""
     width = max(map(len, results))
@@ -794,40 +805,304 @@ def over_seeds(results, configs):
 
 
 def spread(values):
-    m, sd = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return [m, m - sd, m + sd] if len(values) else None
+    m, sd = np.mean(values), np.std(values, ddof=1)
+    return [m, m - sd, m + sd]
 
 
-def reference_lines(e):
-    """JSD of Figure 4's reference distributions on the rows, in one line."""
-    target = np.array([r["probabilities"] for r in e.rows])
-    return "JSD without training: " + ", ".join(
-        f"{name} {jsd(q, target).mean():.3f}"
-        for name, q in reference_distributions(target).items())
+LEGEND = """± half of the 95% bootstrap interval over questions. JSD, T fit: of the same model after
+one temperature, or a temperature and biases (T+b), fitted on the eval split. W1: Wasserstein over
+the ordered classes, 0 to 1. minority mass: the model's share of the smallest class, as a ratio to
+the group's. its floor: the sampled JSD of a perfect model. coverage: of the group's classes among
+the samples, as a ratio to a perfect sampler's. no class: answers that begin with no class.
+joint: belief and answer, each with its own belief; given: the answer after the accepted belief."""
 
 
-def read_run(out, o):
-    """The flags of the run in OUT; of a checkpoint that is no run (a folder, a name on the hub),
-    the few that stand for them."""
-    if (Path(out) / "metrics.jsonl").is_file():
-        config = read_json(Path(out) / "config.json")
-        missing = {"loss", "data", "init", "beta", "dtype", "max_length", "overlong"} - set(config)
-        if missing:
-            raise ValueError(f"{out}/config.json lacks {sorted(missing)}: it is no run's")
-        return config
-    if not o.data:
-        raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give the OUT of "
-                         "train.py, or, for a checkpoint or chat:MODEL, --data DIR as well")
-    return {"loss": "", "model": out, "init": "", "data": o.data, "form": o.form, "max_length": 0,
-            "overlong": "error", "dtype": "bfloat16" if o.device == "cuda" else "float32"}
+def report(results, configs, evaluations, o):
+    merged = over_seeds(results, configs)
+    for part in dict.fromkeys(part for r in results.values() for part in r):
+        sizes = {(r[part]["rows"], r[part]["questions"]) for r in results.values()
+                 if "rows" in r.get(part, {})}
+        counts = " and ".join(f"{n} {o.split} rows, {q} questions" for n, q in sorted(sizes))
+        counts = f": {counts}" if counts else ", metric by metric"
+        name = {"seen": "seen questions (other wordings are in the training split)",
+                "unseen": "unseen questions"}.get(part, part)
+        print(f"\n{name}{counts}; the runs' {o.checkpoint} weights"
+              + f"; {o.samples} samples a row" * bool(o.samples))
+        for columns in (BELIEFS, ANSWERS, MARGINS):
+            columns = {k: v for k, v in columns.items()
+                       if any(r.get(part, {}).get(k) for r in results.values())}
+            if columns:
+                print(table(results, part, columns))
+                if merged:
+                    print("mean ± standard deviation over seeds\n" + table(merged, part, columns))
+    for (data, _), e in evaluations.items():           # Figure 4's reference distributions
+        target = np.array([r["probabilities"] for r in e.rows])
+        print(f"\n{data}: JSD without training: " + ", ".join(
+            f"{name} {jsd(q, target).mean():.3f}"
+            for name, q in reference_distributions(target).items()))
+    print(LEGEND)
 
 
-def home(out, config, data):
-    """Where results are kept: the run's folder; of a checkpoint or chat:MODEL one of its own."""
-    if config["loss"]:
-        return Path(out)
-    return Path("out") / f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
+def print_differences(rows, base):
+    """The paired differences of all runs to one, where they have the same rows."""
+    metrics, questions, same = rows[base]
+    shown = {k: v for columns in (BELIEFS, ANSWERS) for k, v in columns.items() if k in metrics}
+    found = {out: {"all": difference(m, metrics, questions)} for out, (m, _, r) in rows.items()
+             if out != base and r == same}
+    if found:
+        print(f"\ndifference to {base} on the same rows\n" + table(found, "all", shown))
+    for out in set(rows) - set(found) - {base}:
+        print(f"{out} was measured on other rows than {base}: no difference")
 
+
+# ---------------------------------------------------------------------------------------------
+# Figures and tables of the paper, from metrics.jsonl and eval.json alone
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
+DASHES = ["-", "--", "-.", ":"]
+
+
+def read_history(out):
+    """(config, {examples: eval metrics}, {name: JSD without training}, eval.json or None) of a run,
+    or of a checkpoint that was evaluated, which has no history."""
+    config, log = read_json(Path(out) / "config.json"), Path(out) / "metrics.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
+    evals = {x["step"] * config["batch_size"]: x["eval"] for x in lines if "eval" in x}
+    reference = next((x["reference_jsd"] for x in lines if "reference_jsd" in x), {})
+    measured = Path(out) / "eval.json"
+    return config, evals, reference, read_json(measured) if measured.is_file() else None
+
+
+def methods(outs):
+    """Runs that differ in their seed alone are one method: {(data, label): [history, ...]}."""
+    groups = {}
+    for out in outs:
+        if not (Path(out) / "config.json").is_file():
+            raise ValueError(f"{out} is not the folder of a run (no config.json)")
+        history = read_history(out)
+        same = {k: v for k, v in history[0].items() if k not in (*VOLATILE, "seed", "init")}
+        _, several = groups.setdefault(json.dumps(same, sort_keys=True), (out, []))
+        if all(h[0].get("seed") != history[0].get("seed") for h in several):
+            several.append(history)
+    several_models = len({h[0][0]["model"] for _, h in groups.values() if h[0][0]["loss"]}) > 1
+    found = {}
+    for out, histories in groups.values():
+        config, result = histories[0][0], histories[0][3]
+        label = config["loss"] or Path(config["model"]).name
+        label += f" ({Path(config['model']).name})" * (several_models and bool(config["loss"]))
+        data = dataset_name(result["data"] if result else config["data"])
+        found.setdefault((data, label), []).append((out, histories))
+    named = {}
+    for (data, label), several in found.items():
+        for out, histories in several:
+            odd = settings(histories, [h for _, h in several], [h for _, h in groups.values()])
+            named[data, label + odd] = histories
+    if len(named) < len(groups):
+        raise ValueError("two of these runs differ in nothing that a label could show")
+    how = {tuple(h[3][k] for k in ("split", "checkpoint")) for hs in named.values() for h in hs
+           if h[3]}
+    if len(how) > 1:
+        raise ValueError(f"these runs were evaluated in different ways ({sorted(how)}): evaluate "
+                         "them again in one command")
+    return named
+
+
+def settings(histories, same, all_runs):
+    """What tells a method from others of the same loss: the flags in which these differ, where it
+    has not what most runs have."""
+    config, text = histories[0][0], ""
+    for k in config:
+        told = {str(h[0][0].get(k)) for h in same}
+        if len(told) > 1 and k not in (*VOLATILE, "seed", "init", "pref"):
+            values = [str(h[0][0].get(k)) for h in all_runs]
+            if str(config[k]) != max(values, key=values.count):
+                text += f", {k} {config[k]}"
+    return text
+
+
+def by_data(runs):
+    """{data: {label: histories}}."""
+    return {data: {label: h for (d, label), h in runs.items() if d == data}
+            for data in dict.fromkeys(d for d, _ in runs)}
+
+
+def curve(histories, metric):
+    """(examples, mean over seeds, lowest, highest) of an eval metric over training."""
+    steps = sorted(set.intersection(*(set(h[1]) for h in histories)))
+    values = np.array([[h[1][x].get(metric) for x in steps] for h in histories], float)
+    return steps, values.mean(0), values.min(0), values.max(0)
+
+
+def draw(folder, outs):
+    """Figures 2 and 3 (margins), 4 (JSD over training), 5 (bars), and Tables 2 and 3."""
+    runs, folder = methods(outs), Path(folder)
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("the figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, make in (("margins", draw_margins), ("jsd", draw_jsd), ("bars", draw_bars)):
+        figure = make(pyplot, runs)
+        if figure:
+            figure.tight_layout()
+            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+            pyplot.close(figure)
+            drawn.append(f"{name}.png")
+    text = paper_tables(runs)
+    if text:
+        write(folder / "tables.md", text)
+        drawn.append("tables.md")
+    print("\n".join(f"{folder}/{name}" for name in drawn))
+    missing = [" ".join(name) for name, h in runs.items() if not all(x[3] for x in h)]
+    if missing:
+        print(f"not in bars and tables, for they are not evaluated yet: {', '.join(missing)}")
+
+
+def draw_margins(pyplot, runs):
+    """Figures 2 and 3: a panel a method, majority against minority."""
+    titles = {name: name[1] + f" ({name[0]})" * (len(by_data(runs)) > 1) for name in runs}
+    shown = {titles[name]: h for name, h in runs.items()
+             if any("joint_majority" in m for m in h[0][1].values())}
+    if not shown:
+        return None
+    width = min(3, len(shown))
+    rows = -(-len(shown) // width)
+    figure, axes = pyplot.subplots(rows, width, figsize=(3.6 * width, 2.8 * rows), squeeze=False)
+    for ax in axes.flat[len(shown):]:
+        ax.axis("off")
+    for ax, (label, histories) in zip(axes.flat, shown.items()):
+        given = "given" in LOSSES[histories[0][0]["loss"]].branches
+        for kind, colour, dash in zip(("majority", "minority"), COLOURS, DASHES):
+            x, mean, low, high = curve(histories, f"{'given' if given else 'joint'}_{kind}")
+            ax.plot(x, mean, dash, color=colour, label=kind)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.axhline(0, color="0.6", linewidth=0.8)
+        ax.set_title(f"{label}: " + ("answer given the belief" if given else "belief and answer"),
+                     fontsize=9)
+        ax.set_xlabel("training examples")
+        ax.set_ylabel("reward margin (nats)")
+    axes.flat[0].legend()
+    return figure
+
+
+def draw_jsd(pyplot, runs):
+    """Figure 4: JSD over training, for each dataset a panel of SFT and one of what starts from it;
+    dashed: distributions without training."""
+    panels = {}
+    for (data, label), h in runs.items():
+        if h[0][1]:
+            title = f"{data}: {'from the SFT checkpoint' if h[0][0]['init'] else 'SFT'}"
+            panels.setdefault(title, {})[label] = h
+    if not panels:
+        return None
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False,
+                                   sharey=True)
+    for ax, (title, several) in zip(axes.flat, sorted(panels.items(), reverse=True)):
+        for n, (label, histories) in enumerate(several.items()):
+            x, mean, low, high = curve(histories, "jsd")
+            colour, dash = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
+            ax.plot(x, mean, dash, marker="osD^v<>*"[n % 8], markevery=max(1, len(x) // 6),
+                    markersize=4, color=colour, label=label)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        for name, value in next(iter(several.values()))[0][2].items():
+            ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
+            ax.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), fontsize=8,
+                        color="0.3", xytext=(3, 0), textcoords="offset points", va="center")
+        ax.set_xlabel("training examples")
+        ax.set_ylabel("mean Jensen-Shannon distance (eval split)")
+        ax.set_title(title, fontsize=9)
+        ax.set_ylim(0)
+        ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return figure
+
+
+def measured(histories):
+    """{metric: (value, error)} of an evaluated method on seen questions, or else unseen ones: of
+    several seeds the mean and the standard deviation, of one the value and half of its interval. A
+    metric that a seed lacks is left out."""
+    parts = [h[3].get("seen") or h[3].get("unseen") for h in histories if h[3]]
+    out = {}
+    for k in (parts[0] if len(parts) == len(histories) else ()):
+        values = [part.get(k) for part in parts]
+        if all(isinstance(v, list) for v in values):
+            means = [v[0] for v in values]
+            out[k] = (float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1
+                      else (values[0][2] - values[0][1]) / 2)
+    return out
+
+
+def draw_bars(pyplot, runs):
+    """Figure 5: JSD, and how often the answer expresses its belief (BPC, or the rule's)."""
+    values = {name: measured(h) for name, h in runs.items()}
+    names = {"jsd": "JSD (lower is better)", "bpc": "BPC (higher is better)",
+             "opinion": "opinion expressed (higher is better)", "cbc": "CBC (higher is better)"}
+    names = {k: v for k, v in names.items() if any(k in m for m in values.values())}
+    if not names:
+        return None
+    panels = by_data(runs)
+    figure, axes = pyplot.subplots(len(panels), len(names), squeeze=False,
+                                   figsize=(1 + 3 * len(names), 3.2 * len(panels)))
+    for row, (data, several) in zip(axes, panels.items()):
+        for ax, (k, title) in zip(row, names.items()):
+            shown = {label: values[data, label][k] for label in several if k in values[data, label]}
+            ax.bar(range(len(shown)), [v for v, _ in shown.values()], color=COLOURS[0], width=0.7,
+                   yerr=[e for _, e in shown.values()], capsize=3)
+            ax.set_xticks(range(len(shown)), shown, rotation=45, ha="right", fontsize=8)
+            ax.set_ylim(0, None if k == "jsd" else 1)
+            ax.set_title(title + f", {data}" * (len(panels) > 1), fontsize=9)
+    return figure
+
+
+def paper_tables(runs):
+    """Table 2 (data and metric by method) and Table 3 (answers to the same questions), Markdown."""
+    values = {name: measured(h) for name, h in runs.items()}
+    labels = list(dict.fromkeys(label for (_, label), m in values.items() if m))
+    if not labels:
+        return ""
+    lines = ["Table 2. Seen questions (unseen ones where there are no others); ± standard "
+             "deviation over seeds, or half of the 95% interval.", "",
+             "| | | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]
+    for data, several in by_data(runs).items():
+        for k, name in (BELIEFS | ANSWERS).items():
+            cells = [values.get((data, label), {}).get(k) for label in labels]
+            if any(cells):
+                lines.append(f"| {data} | {name} | " + " | ".join(
+                    f"{c[0]:.3f} ± {c[1]:.3f}" if c else "" for c in cells) + " |")
+        judged = [next((h[3]["judged"] for h in several.get(label, ()) if h[3]
+                        and h[3].get("judged")), None) for label in labels]
+        if any(judged):
+            lines.append(f"| {data} | BPC: failed of asked | " + " | ".join(
+                f"{j['failed']} of {j['asked']}" if j else "" for j in judged) + " |")
+    lines += ["", "Table 3. The first sampled answer to the same questions."]
+    for several in by_data(runs).values():
+        lines += answers_table({label: h[0][3]["answers"] for label, h in several.items()
+                                if h[0][3] and h[0][3].get("answers")})
+    return "\n".join(lines) + "\n"
+
+
+def answers_table(answers):
+    """Lines of Table 3: {label: the answers of eval.json}, of methods on one dataset."""
+    lines, clean = [], lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    for question in {a["prompt"]: a for several in answers.values() for a in several}.values():
+        lines += ["", "| method | answer |", "|---|---|"]
+        for label, several in answers.items():
+            for a in several:
+                if a["prompt"] == question["prompt"]:
+                    belief = f"<{a['belief']}>" if a["belief"] else ""
+                    lines.append(f"| {label} | {a['class'] or '(no class)'}{clean(belief)} "
+                                 f"{clean(a['response'])} |")
+        shares = ", ".join(f"{p:g}" for p in question["probabilities"])
+        lines += [f"| *question* | {clean(question['prompt'])} |",
+                  f"| *beliefs* | {clean(', '.join(question['options']))} |",
+                  f"| *shares of the classes* | {shares} |"]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
 
 def main():
     given = vars(flags().parse_args())
@@ -879,7 +1154,8 @@ def measure_all(outs, o, client, device):
             continue
         counts, more = e.judged(metrics, items, answers, o, client, embed) if answers else ({}, [])
         notes += [f"{out}: {note}" for note in more]
-        results[out] = summary(metrics, items, e.trained_on(config["data"]))
+        results[out] = summary(metrics, items, e.trained_on(config["data"],
+                                                                      config.get("form", "")))
         rows[out] = metrics, [i.question for i in items], (data, [i.row for i in items])
         folder = home(out, config, data[0])
         if not config["loss"]:
@@ -894,295 +1170,6 @@ def measure_all(outs, o, client, device):
         if o.against:
             print_differences(rows, o.against.rstrip("/"))
         print("\n".join(notes))
-
-
-LEGEND = """± half of the 95% bootstrap interval over questions. JSD, T fit: of the same model after
-one temperature, or a temperature and biases (T+b), fitted on the eval split. W1: Wasserstein over
-the ordered classes, 0 to 1. minority mass: the model's share of the smallest class, as a ratio to
-the group's. its floor: the sampled JSD of a perfect model. coverage: of the group's classes among
-the samples, as a ratio to a perfect sampler's. no class: answers that begin with no class.
-joint: belief and answer, each with its own belief; given: the answer after the accepted belief."""
-
-
-def report(results, configs, evaluations, o):
-    merged = over_seeds(results, configs)
-    for part in dict.fromkeys(part for r in results.values() for part in r):
-        some = next(r[part] for r in results.values() if part in r)
-        counts = (f": {some['rows']} {o.split} rows, {some['questions']} questions"
-                  if "rows" in some else ", metric by metric")
-        name = {"seen": "seen questions (other wordings are in the training split)",
-                "unseen": "unseen questions"}.get(part, part)
-        print(f"\n{name}{counts}; the runs' {o.checkpoint} weights"
-              + f"; {o.samples} samples a row" * bool(o.samples))
-        for columns in (BELIEFS, ANSWERS, MARGINS):
-            columns = {k: v for k, v in columns.items()
-                       if any(r.get(part, {}).get(k) for r in results.values())}
-            if columns:
-                print(table(results, part, columns))
-                if merged:
-                    print("mean ± standard deviation over seeds\n" + table(merged, part, columns))
-    for (data, _), e in evaluations.items():
-        print(f"\n{data}: {reference_lines(e)}")
-    print(LEGEND)
-
-
-def print_differences(rows, base):
-    """The paired differences of all runs to one, where they have the same rows."""
-    metrics, questions, same = rows[base]
-    shown = {k: v for columns in (BELIEFS, ANSWERS) for k, v in columns.items() if k in metrics}
-    found = {out: {"all": difference(m, metrics, questions)} for out, (m, _, r) in rows.items()
-             if out != base and r == same}
-    if found:
-        print(f"\ndifference to {base} on the same rows\n" + table(found, "all", shown))
-    for out in set(rows) - set(found) - {base}:
-        print(f"{out} was measured on other rows than {base}: no difference")
-
-
-# ---------------------------------------------------------------------------------------------
-# Figures and tables of the paper, from metrics.jsonl and eval.json alone
-
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
-DASHES = ["-", "--", "-.", ":"]
-
-
-def read_history(out):
-    """(config, {examples: eval metrics}, {name: JSD without training}, eval.json or None) of a run,
-    or of a checkpoint that was evaluated, which has no history."""
-    config, log = read_json(Path(out) / "config.json"), Path(out) / "metrics.jsonl"
-    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
-    evals = {x["step"] * config["batch_size"]: x["eval"] for x in lines if "eval" in x}
-    reference = next((x["reference_jsd"] for x in lines if "reference_jsd" in x), {})
-    measured = Path(out) / "eval.json"
-    return config, evals, reference, read_json(measured) if measured.is_file() else None
-
-
-def methods(outs):
-    """Runs that differ in their seed alone are one method: {(data, label): [history, ...]}."""
-    groups = {}
-    for out in outs:
-        if not (Path(out) / "config.json").is_file():
-            raise ValueError(f"{out} is not the folder of a run (no config.json)")
-        history = read_history(out)
-        same = {k: v for k, v in history[0].items() if k not in (*VOLATILE, "seed", "init")}
-        groups.setdefault(json.dumps(same, sort_keys=True), (out, []))[1].append(history)
-    several_models = len({h[0][0]["model"] for _, h in groups.values() if h[0][0]["loss"]}) > 1
-    found = {}
-    for out, histories in groups.values():
-        config, result = histories[0][0], histories[0][3]
-        label = config["loss"] or Path(config["model"]).name
-        label += f" ({Path(config['model']).name})" * (several_models and bool(config["loss"]))
-        data = dataset_name(result["data"] if result else config["data"])
-        found.setdefault((data, label), []).append((out, histories))
-    named = {}
-    for (data, label), several in found.items():
-        for out, histories in several:
-            odd = settings(histories, [h for _, h in several], [h for _, h in groups.values()])
-            named[data, label + odd] = histories
-    if len(named) < len(groups):
-        raise ValueError("two of these runs differ in nothing that a label could show")
-    how = {tuple(h[3][k] for k in ("split", "checkpoint")) for hs in named.values() for h in hs
-           if h[3]}
-    if len(how) > 1:
-        raise ValueError(f"these runs were evaluated in different ways ({sorted(how)}): evaluate "
-                         "them again in one command")
-    return named
-
-
-def settings(histories, same, all_runs):
-    """What tells a method from others of the same loss: the flags in which these differ, where it
-    has not what most runs have."""
-    config, text = histories[0][0], ""
-    for k in set(config) - {*VOLATILE, "seed", "init", "pref"}:
-        if len({str(h[0][0].get(k)) for h in same}) > 1:
-            values = [str(h[0][0].get(k)) for h in all_runs]
-            if str(config[k]) != max(values, key=values.count):
-                text += f", {k} {config[k]}"
-    return text
-
-
-def by_data(runs):
-    """{data: {label: histories}}."""
-    return {data: {label: h for (d, label), h in runs.items() if d == data}
-            for data in dict.fromkeys(d for d, _ in runs)}
-
-
-def curve(histories, metric):
-    """(examples, mean over seeds, lowest, highest) of an eval metric over training."""
-    steps = sorted(set.intersection(*(set(h[1]) for h in histories)))
-    values = np.array([[h[1][x].get(metric) for x in steps] for h in histories], float)
-    return steps, values.mean(0), values.min(0), values.max(0)
-
-
-def draw(folder, outs):
-    """Figures 2 and 3 (margins), 4 (JSD over training), 5 (bars), and Tables 2 and 3."""
-    runs, folder = methods(outs), Path(folder)
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("the figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = [name for name, figure in (("margins.png", draw_margins), ("jsd.png", draw_jsd),
-                                       ("bars.png", draw_bars))
-             if figure(pyplot, runs, folder / name)]
-    text = paper_tables(runs)
-    if text:
-        write(folder / "tables.md", text)
-        drawn.append("tables.md")
-    print("\n".join(f"{folder}/{name}" for name in drawn))
-    missing = [" ".join(name) for name, h in runs.items() if not all(x[3] for x in h)]
-    if missing:
-        print(f"not in bars and tables, for they are not evaluated yet: {', '.join(missing)}")
-
-
-def save_figure(pyplot, figure, path):
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-    return True
-
-
-def draw_margins(pyplot, runs, path):
-    """Figures 2 and 3: a panel a method, majority against minority."""
-    titles = {name: name[1] + f" ({name[0]})" * (len(by_data(runs)) > 1) for name in runs}
-    shown = {titles[name]: h for name, h in runs.items()
-             if any("joint_majority" in m for m in h[0][1].values())}
-    if not shown:
-        return False
-    width = min(3, len(shown))
-    rows = -(-len(shown) // width)
-    figure, axes = pyplot.subplots(rows, width, figsize=(3.6 * width, 2.8 * rows), squeeze=False)
-    for ax in axes.flat[len(shown):]:
-        ax.axis("off")
-    for ax, (label, histories) in zip(axes.flat, shown.items()):
-        given = "given" in LOSSES[histories[0][0]["loss"]].branches
-        for kind, colour, dash in zip(("majority", "minority"), COLOURS, DASHES):
-            x, mean, low, high = curve(histories, f"{'given' if given else 'joint'}_{kind}")
-            ax.plot(x, mean, dash, color=colour, label=kind)
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.axhline(0, color="0.6", linewidth=0.8)
-        ax.set_title(f"{label}: " + ("answer given the belief" if given else "belief and answer"),
-                     fontsize=9)
-        ax.set_xlabel("training examples")
-        ax.set_ylabel("reward margin (nats)")
-    axes.flat[0].legend()
-    figure.tight_layout()
-    return save_figure(pyplot, figure, path)
-
-
-def draw_jsd(pyplot, runs, path):
-    """Figure 4: JSD over training, for each dataset a panel of SFT and one of what starts from it;
-    dashed: distributions without training."""
-    panels = {}
-    for (data, label), h in runs.items():
-        if h[0][1]:
-            title = f"{data}: {'from the SFT checkpoint' if h[0][0]['init'] else 'SFT'}"
-            panels.setdefault(title, {})[label] = h
-    if not panels:
-        return False
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False,
-                                   sharey=True)
-    for ax, (title, several) in zip(axes.flat, sorted(panels.items(), reverse=True)):
-        for n, (label, histories) in enumerate(several.items()):
-            x, mean, low, high = curve(histories, "jsd")
-            colour, dash = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
-            ax.plot(x, mean, dash, marker="osD^v<>*"[n % 8], markevery=max(1, len(x) // 6),
-                    markersize=4, color=colour, label=label)
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        for name, value in next(iter(several.values()))[0][2].items():
-            ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
-            ax.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), fontsize=8,
-                        color="0.3", xytext=(3, 0), textcoords="offset points", va="center")
-        ax.set_xlabel("training examples")
-        ax.set_ylabel("mean Jensen-Shannon distance (eval split)")
-        ax.set_title(title, fontsize=9)
-        ax.set_ylim(0)
-        ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    figure.tight_layout()
-    return save_figure(pyplot, figure, path)
-
-
-def measured(histories):
-    """{metric: (value, error)} of an evaluated method on seen questions, or else unseen ones: of
-    several seeds the mean and the standard deviation, of one the value and half of its interval. A
-    metric that a seed lacks is left out."""
-    parts = [h[3].get("seen") or h[3].get("unseen") for h in histories if h[3]]
-    out = {}
-    for k in (parts[0] if len(parts) == len(histories) else ()):
-        values = [part.get(k) for part in parts]
-        if all(isinstance(v, list) for v in values):
-            means = [v[0] for v in values]
-            out[k] = (float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1
-                      else (values[0][2] - values[0][1]) / 2)
-    return out
-
-
-def draw_bars(pyplot, runs, path):
-    """Figure 5: JSD, and how often the answer expresses its belief (BPC, or the rule's)."""
-    values = {name: measured(h) for name, h in runs.items()}
-    names = {"jsd": "JSD (lower is better)", "bpc": "BPC (higher is better)",
-             "opinion": "opinion expressed (higher is better)", "cbc": "CBC (higher is better)"}
-    names = {k: v for k, v in names.items() if any(k in m for m in values.values())}
-    if not names:
-        return False
-    panels = by_data(runs)
-    figure, axes = pyplot.subplots(len(panels), len(names), squeeze=False,
-                                   figsize=(1 + 3 * len(names), 3.2 * len(panels)))
-    for row, (data, several) in zip(axes, panels.items()):
-        for ax, (k, title) in zip(row, names.items()):
-            shown = {label: values[data, label][k] for label in several if k in values[data, label]}
-            ax.bar(range(len(shown)), [v for v, _ in shown.values()], color=COLOURS[0], width=0.7,
-                   yerr=[e for _, e in shown.values()], capsize=3)
-            ax.set_xticks(range(len(shown)), shown, rotation=45, ha="right", fontsize=8)
-            ax.set_ylim(0, None if k == "jsd" else 1)
-            ax.set_title(title + f", {data}" * (len(panels) > 1), fontsize=9)
-    figure.tight_layout()
-    return save_figure(pyplot, figure, path)
-
-
-def paper_tables(runs):
-    """Table 2 (data and metric by method) and Table 3 (answers to the same questions), Markdown."""
-    values = {name: measured(h) for name, h in runs.items()}
-    labels = list(dict.fromkeys(label for (_, label), m in values.items() if m))
-    if not labels:
-        return ""
-    lines = ["Table 2. Seen questions (unseen ones where there are no others); ± standard "
-             "deviation over seeds, or half of the 95% interval.", "",
-             "| | | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]
-    for data, several in by_data(runs).items():
-        for k, name in (BELIEFS | ANSWERS).items():
-            cells = [values.get((data, label), {}).get(k) for label in labels]
-            if any(cells):
-                lines.append(f"| {data} | {name} | " + " | ".join(
-                    f"{c[0]:.3f} ± {c[1]:.3f}" if c else "" for c in cells) + " |")
-        judged = [next((h[3]["judged"] for h in several.get(label, ()) if h[3]
-                        and h[3].get("judged")), None) for label in labels]
-        if any(judged):
-            lines.append(f"| {data} | BPC: failed of asked | " + " | ".join(
-                f"{j['failed']} of {j['asked']}" if j else "" for j in judged) + " |")
-    lines += ["", "Table 3. The first sampled answer to the same questions."]
-    for several in by_data(runs).values():
-        lines += answers_table({label: h[0][3]["answers"] for label, h in several.items()
-                                if h[0][3] and h[0][3].get("answers")})
-    return "\n".join(lines) + "\n"
-
-
-def answers_table(answers):
-    """Lines of Table 3: {label: the answers of eval.json}, of methods on one dataset."""
-    lines, clean = [], lambda text: " ".join(str(text).split()).replace("|", "\\|")
-    for question in {a["prompt"]: a for several in answers.values() for a in several}.values():
-        lines += ["", "| method | answer |", "|---|---|"]
-        for label, several in answers.items():
-            for a in several:
-                if a["prompt"] == question["prompt"]:
-                    belief = f"<{a['belief']}>" if a["belief"] else ""
-                    lines.append(f"| {label} | {a['class'] or '(no class)'}{clean(belief)} "
-                                 f"{clean(a['response'])} |")
-        shares = ", ".join(f"{p:g}" for p in question["probabilities"])
-        lines += [f"| *question* | {clean(question['prompt'])} |",
-                  f"| *beliefs* | {clean(', '.join(question['options']))} |",
-                  f"| *shares of the classes* | {shares} |"]
-    return lines
 
 
 if __name__ == "__main__":

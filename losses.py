@@ -72,7 +72,7 @@ def score(model, head, batch):
 # Pure losses: tensors in, (B,) out
 
 def mean_nll(logps, counts):
-    """Mean over tokens of the negative log-prob. logps, counts (B, P) summed over P pieces."""
+    """Mean over tokens of the negative log-prob. logps, counts (..., P) summed over P pieces."""
     return -logps.sum(-1) / counts.sum(-1)
 
 
@@ -125,7 +125,7 @@ def uniform_sft(s, o):
     """SFT as if the beliefs were spread evenly. With n options the accepted one is drawn from the
     shares p and the rejected one evenly from the rest, so that the accepted answer with weight 1/n
     and the rejected with (n-1)/n stand for each option with p/n + (1-p)/n = 1/n: even, exactly."""
-    nll = -s.logps.sum(-1) / s.counts.sum(-1)                                         # (B, 2)
+    nll = mean_nll(s.logps, s.counts)                                                 # (B, 2)
     return nll[:, 0] / s.n_options + nll[:, 1] * (1 - 1 / s.n_options), {}
 
 
@@ -141,11 +141,6 @@ def calibration(s, o):
 def logratios(s, pieces):
     """log pi(y) - log pi_ref(y) of each branch (B, S), summed over the given pieces."""
     return (s.logps - s.ref)[..., pieces].sum(-1)
-
-
-def mean_logps(s, pieces):
-    """Log-probs of each branch (B, S), the mean over the tokens of the given pieces."""
-    return s.logps[..., pieces].sum(-1) / s.counts[..., pieces].sum(-1)
 
 
 def mean_logratios(s, pieces):
@@ -199,7 +194,7 @@ def dil_bce(s, pieces, o):
 
 def simpo(s, pieces, o):
     """SimPO (arXiv 2405.14734): means over tokens, a margin gamma, no reference."""
-    m = mean_logps(s, pieces)
+    m = -mean_nll(s.logps[..., pieces], s.counts[..., pieces])                        # (B, 2)
     return -F.logsigmoid(margin(m[:, 0], m[:, 1], o.beta) - o.gamma)
 
 

@@ -229,9 +229,7 @@ class GPT(nn.Module):
         device, T = self.wte.weight.device, max(map(len, prompts))
         unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         which = torch.tensor([unique[tuple(p)] for p in prompts], device=device)
-        ids = torch.zeros(len(unique), T, dtype=torch.long)
-        for p, i in unique.items():
-            ids[i, :len(p)] = torch.tensor(p)
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in unique], batch_first=True)
         first = self.new_cache(len(unique), T)
         ends = torch.tensor([len(p) - 1 for p in unique], device=device)
         hidden = self(ids.to(device), cache=first)[torch.arange(len(unique), device=device), ends]

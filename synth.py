@@ -80,14 +80,14 @@ def make_row(question, paraphrase, answers, others, group, rng, noise):
         "group": group, "question_id": question.id}
 
 
-def write_surveys(groups, o, made_by, client=None, problems=(), **files):
+def write_surveys(groups, o, made_by, writer, client=None, problems=(), **files):
     """Rows of {group: questions} into o.out: a question's dialogues go to train, eval and test by
     8 : 1 : 1; of the questions held out, in every group, a few go to test alone."""
     rng = np.random.default_rng([o.seed, 1])
     unseen = holdout(sorted({q.id for several in groups.values() for q in several}), o)
     splits, problems, options = {s: [] for s in SPLITS}, list(problems), {}
     for group, questions in groups.items():
-        dialogues, failed = WRITERS[o.writer](questions, group, o, rng, client)
+        dialogues, failed = WRITERS[writer](questions, group, o, rng, client)
         problems += failed
         for q, several in zip(questions, dialogues):
             if len(several) < 3:                       # one for each split
@@ -108,7 +108,7 @@ def write_surveys(groups, o, made_by, client=None, problems=(), **files):
             "belief_to_class": options, "options": dataclasses.asdict(o)}
     if client and client.answers:
         meta["llm"] = client.settings()
-    if o.writer == "template":
+    if writer == "template":
         meta["stances"] = {phrase: c for c, phrases in STANCES.items() for phrase in phrases}
     save_dataset(Path(o.out), splits, meta, problems, **files)
 
@@ -130,13 +130,6 @@ def split_up(several, unseen):
         return {"test": several[:2 * tenth]}
     return {"train": several[:-2 * tenth], "eval": several[-2 * tenth:-tenth],
             "test": several[-tenth:]}
-
-
-def check_free(out):
-    """ValueError where a dataset cannot be written, before work is spent on it."""
-    if not str(out) or Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ValueError(f"--out {out} is not empty: give another, or remove it first" if str(out)
-                         else "--out is needed: the folder to write")
 
 
 def save_dataset(out, splits, meta, problems=(), **files):
@@ -516,9 +509,9 @@ def parse_dialogues(text, options, ended="stop"):
                 styles[-1][1][k] = unquote(rest[ends[-1] + 1:].lstrip(" *_:-–"))
         elif inside:
             problem("a line that is neither question nor answer", line)
+    inside, good = False, []                           # what follows is about no open style
     if not styles:
         problem("a reply without a question line", text[:500])
-    good = []
     for n, (paraphrase, answers, clean) in enumerate(styles):
         if ended not in ("stop", None) and n + 1 == len(styles):
             problem(f"a style cut off ({ended})", paraphrase)
@@ -588,7 +581,6 @@ def toy_shares(topic, country, aspect, classes, rng):
 class Toy:
     out: str = "data/toy"        # folder to write
     country: str = "Avalon"      # whose shares: Avalon, Borduria or Cascadia
-    writer: str = "template"     # who writes paraphrases and answers
     paraphrases: int = 20        # dialogues a question: 8 of 10 to train on, 1 for eval, 1 for test
     pairs_per_question: int = 0  # rows a question; 0: one a paraphrase
     noise: float = 0.15          # share of accepted answers that express another option
@@ -612,7 +604,7 @@ def toy(o):
                 shares = toy_shares(taste, country, bend, classes, noises[len(questions)])
                 questions.append(Question(f"{topic}/{a}", [w.format(t=topic) for w in wordings],
                                           topic, list(options), classes, shares))
-    write_surveys(groups, o, "toy")
+    write_surveys(groups, o, "toy", "template")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -643,7 +635,8 @@ def read_opinions(path):
         if not {"question", "selections", "options"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{path} lacks the columns question, selections, options; "
                              f"it has {reader.fieldnames}")
-        return [(n, (row["question"] or "").strip(), parse_list(row["options"], path, n),
+        return [(n, (row["question"] or "").strip(),
+                 [str(x) for x in literal(row["options"], list, path, n)],
                  parse_selections(row["selections"], path, n)) for n, row in enumerate(reader)]
 
 
@@ -675,10 +668,6 @@ def parse_selections(text, path, n):
         if not (isinstance(p, list) and all(type(x) in (int, float) and 0 <= x < 2 for x in p)):
             raise ValueError(f"{path}, data row {n}: the shares of {country} are {str(p)[:60]}")
     return shares
-
-
-def parse_list(text, path, n):
-    return [str(x) for x in literal(text, list, path, n)]
 
 
 def literal(text, kind, path, n):
@@ -772,7 +761,6 @@ def complete_map(belief_map, table, o, client):
 
 def opinions(o, chat_flags):
     """Rows from the GlobalOpinionQA table, for one country or several."""
-    check_free(o.out)
     if not o.map and not o.classify:
         raise ValueError("what class has an option? Give --map FILE (Appendix B), --classify rules "
                          "or llm, or both")
@@ -800,7 +788,7 @@ def opinions(o, chat_flags):
         if not questions:
             raise ValueError(f"no question of {country} has a class for all its options: extend "
                              "--map, or say --classify")
-    write_surveys(groups, o, "opinions", client, problems, belief_map=belief_map)
+    write_surveys(groups, o, "opinions", o.writer, client, problems, belief_map=belief_map)
 
 
 def hub_file(repo, file):
@@ -957,7 +945,7 @@ def find_metadata(titles, o):
         films, found = known_films(o.metadata), {}
         for t, (name, year) in split.items():
             several = films[plain(name)]
-            found[t] = several.get(year) if year else [*several.values(), None][len(several) > 1]
+            found[t] = several.get(year) if year or len(several) != 1 else [*several.values()][0]
     return {t: r for t, r in found.items() if r}
 
 
@@ -978,12 +966,13 @@ def describe(r):
 
 class Seen:
     """Which things were met before, in 64 MB however many they are (a Bloom filter): of 10 million
-    about one in 100,000 is taken for a repeat."""
+    about one in 100,000 is taken for a repeat, the same ones in every run."""
     def __init__(self):
         self.bits = bytearray(1 << 26)
 
     def __call__(self, thing):
-        places = [hash((k, thing)) % (1 << 29) for k in range(5)]
+        digest = hashlib.blake2b(repr(thing).encode("utf-8", "replace"), digest_size=20).digest()
+        places = (np.frombuffer(digest, np.uint32) >> 3).tolist()            # of 29 bits each
         old = all(self.bits[p >> 3] & 1 << (p & 7) for p in places)
         for p in places:
             self.bits[p >> 3] |= 1 << (p & 7)
@@ -1031,10 +1020,6 @@ def merge_films(counts, kept, about):
 
 def reviews(o):
     """Rows from movie reviews: accepted a review, rejected another rating's of the same title."""
-    check_free(o.out)
-    for name in ("reviews", "titles"):
-        if not getattr(o, name):
-            raise ValueError(f"--{name} is needed")
     check_metadata(o)
     rng = np.random.default_rng([o.seed, 1])
     counts, kept, skipped = collect_reviews(o, read_titles(o.titles), rng)
@@ -1177,9 +1162,6 @@ def group_statements(client, statements, most, size=200):
 
 def mine(o, chat_flags):
     """Rows from pairs without beliefs: an LLM states what each pair is in conflict about."""
-    check_free(o.out)
-    if not o.pairs:
-        raise ValueError("--pairs is needed")
     rng = np.random.default_rng([o.seed, 1])
     client, pairs, problems = Client(chat_flags, f"{o.out}.answers.jsonl"), read_pairs(o.pairs), []
     good = [i for i in rng.permutation(len(pairs)) if all(pairs[i]) and pairs[i][1] != pairs[i][2]]
@@ -1282,7 +1264,6 @@ def example(row, form):
 def icf(o):
     """Rows with a few training rows of the same group before each prompt, never the row itself or
     another wording of its question. The shots are a list, so that data.py can drop some to fit."""
-    check_free(o.out)
     meta, rows = load_dataset(o.data, SPLITS, o.form)
     form = meta["form"].replace(FORM, "Question: {prompt}, Answer:")
     if form == meta["form"]:
@@ -1328,8 +1309,13 @@ def main():
     flags = vars(parser.parse_args())
     make, config, asks = COMMANDS[flags.pop("command")]
     chat_flags = {f.name: flags.pop(f.name) for f in dataclasses.fields(Chat) if asks}
-    flags["out"] = str(Path(flags["out"])) if flags["out"] else ""
-    o = config(**flags)
+    for name in ("out", "reviews", "titles", "pairs"):
+        if flags.get(name) == "":
+            raise ValueError(f"--{name} is needed")
+    out = Path(flags["out"])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty: give another, or remove it first")
+    o = config(**flags | {"out": str(out)})
     check_ranges(o, **{k: v for k, v in RANGES.items() if hasattr(o, k)})
     make(o, *([Chat(**chat_flags)] if asks else []))
 

@@ -145,6 +145,12 @@ def resolve(o):
         o.loss = f"gdpo-{o.pref}"
     elif o.loss != inside in PREFS:
         o.pref = inside
+    if o.init and not LOSSES[o.loss].reference:
+        raise ValueError(f"--loss {o.loss} does not start from an SFT checkpoint: say --model "
+                         f"{o.init}, not --init")
+    if o.init and o.model == "scratch":                # a run's weights, or a checkpoint as it is
+        made = Path(o.init).parent / "config.json"
+        o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
     kind = ("scratch" if o.model == "scratch" else "checkpoint",
             "preference" if LOSSES[o.loss].reference else "sft")
     for name, value in PRESETS[kind].items():
@@ -199,6 +205,27 @@ def prepare_data(o):
     meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
     o.form = meta["form"]                              # the run's own, whatever becomes of the data
     return meta, rows
+
+
+SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
+          "vocab_size")                                # flags that a run has in common with its SFT
+
+
+def train_sft_first(o):
+    """The SFT checkpoint that o starts from: the run beside it, trained or finished if need be."""
+    folder = run_folder(o, "sft")
+    if not on_first_rank(lambda: Path(folder, "last").is_dir()):
+        say(f"no SFT checkpoint in {folder}: training SFT first")
+        keep = {k: getattr(o, k) for k in (*SHARED, "micro_batch", "device", "dtype", "compile",
+                                           "checkpointing", "log_every")}
+        train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
+    sft = read_json(Path(folder) / "config.json")
+    other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
+             if sft.get(k) != getattr(o, k)]
+    if other:
+        raise ValueError(f"the SFT run in {folder} is another one: {', '.join(other)}; say --init "
+                         "with the checkpoint to start from, or move that run away")
+    return f"{folder}/best"
 
 
 def start_model(o, rows, form, device):
@@ -437,6 +464,21 @@ def reference_logps(r, items, branches, classes, resumed):
     return ref
 
 
+class StopFlag:
+    """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops it at once."""
+    def __init__(self):
+        self.asked = 0
+        self.old = {sig: signal.signal(sig, self.ask) for sig in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, sig, frame):
+        self.asked = 1
+        self.release()
+
+    def release(self):
+        for sig, handler in self.old.items():
+            signal.signal(sig, handler)
+
+
 def train(o):
     """One run from its first step, or its last saved one, to its end. Returns the Run."""
     device = setup(o.device)
@@ -525,42 +567,6 @@ def loop(r, policy, loss, items, ref, classes):
     r.save_weights("last")
 
 
-class StopFlag:
-    """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops it at once."""
-    def __init__(self):
-        self.asked = 0
-        self.old = {sig: signal.signal(sig, self.ask) for sig in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, sig, frame):
-        self.asked = 1
-        self.release()
-
-    def release(self):
-        for sig, handler in self.old.items():
-            signal.signal(sig, handler)
-
-
-SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
-          "vocab_size")                                # flags that a run has in common with its SFT
-
-
-def train_sft_first(o):
-    """The SFT checkpoint that o starts from: the run beside it, trained or finished if need be."""
-    folder = run_folder(o, "sft")
-    if not on_first_rank(lambda: Path(folder, "last").is_dir()):
-        say(f"no SFT checkpoint in {folder}: training SFT first")
-        keep = {k: getattr(o, k) for k in (*SHARED, "micro_batch", "device", "dtype", "compile",
-                                           "checkpointing", "log_every")}
-        train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
-    sft = read_json(Path(folder) / "config.json")
-    other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
-             if sft.get(k) != getattr(o, k)]
-    if other:
-        raise ValueError(f"the SFT run in {folder} is another one: {', '.join(other)}; say --init "
-                         "with the checkpoint to start from, or move that run away")
-    return f"{folder}/best"
-
-
 def memory(cfg, o, tokens, processes=1):
     """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens."""
     share = processes if o.shard_optimizer else 1
@@ -584,13 +590,14 @@ def memory(cfg, o, tokens, processes=1):
 
 def dry_run(o):
     """The memory of a run as a table over micro-batches; needs config.json, no weights."""
-    cfg = scratch_config(o, o.vocab_size) if o.model == "scratch" else \
-        read_config(find_checkpoint(o.model, weights=False))
+    name = o.init or o.model
+    cfg = scratch_config(o, o.vocab_size) if name == "scratch" else \
+        read_config(find_checkpoint(name, weights=False))
     T = min(o.max_length or 512, cfg.n_ctx)
     branches, processes = len(LOSSES[o.loss].branches), int(os.environ.get("WORLD_SIZE", 1))
     if os.environ.get("RANK", "0") != "0":
         return
-    print(f"{o.model}, {o.loss}: GB per process at its peak, "
+    print(f"{name}, {o.loss}: GB per process at its peak, "
           f"rows of {branches} x {T} tokens (--max_length), "
           f"{o.dtype}, {'with' if o.checkpointing else 'without'} --checkpointing"
           + f", the optimizer shared by {processes} processes" * o.shard_optimizer + "\n")

@@ -5,6 +5,7 @@
     python tests/bench.py speed          # whole steps: tokens/s and utilisation; on a GPU too
     python tests/bench.py sampling       # answers/s of model.generate and of transformers' generate
     python tests/bench.py rows           # reading 177,000 rows; --help
+    python tests/bench.py loading        # a checkpoint, beside safetensors + torch
     python tests/bench.py processes      # --shard_optimizer: what each of two processes holds
 
 Operations are counted by torch's FlopCounterMode. The floor is what the method needs at least:
@@ -38,7 +39,8 @@ from data import (Item, Tokenizer, collate, cost, encode_rows, epoch_batches,  #
                   load_dataset, mismatch, pack, sequence, train_bpe)
 from evaluate import autocast, batch_rows, to_tensors  # noqa: E402
 from losses import LOSSES, score  # noqa: E402
-from model import GPT, GPTConfig, config_to_hf  # noqa: E402
+from model import (GPT, GPTConfig, config_to_hf, hf_name, load_model, relayout,  # noqa: E402
+                   save_model)
 
 neox = dict(vocab_size=50304, n_ctx=2048, rotary=0.25, parallel=True, tanh_gelu=False, tied=False)
 SHAPES = {
@@ -368,6 +370,33 @@ def rows(o, cfg):
           f"{time.perf_counter() - start:.2f} s")
 
 
+def loading(o, cfg):
+    """Random weights in Hugging Face's form, from a warm page cache, into float32 tensors that own
+    their memory: load_model in alternation with safetensors + torch. --shape gpt2-large takes
+    3.1 GB of disk and twice that of memory."""
+    from safetensors.torch import load_file
+
+    def theirs():
+        with torch.device("meta"):
+            model = GPT(cfg)
+        state = load_file(Path(folder) / "model.safetensors")
+        state = {n: relayout(n, state[hf_name(n, cfg)], cfg, to_hf=False)
+                 for n, _ in model.named_parameters()}
+        model.load_state_dict({n: torch.empty_like(w).copy_(w) for n, w in state.items()},
+                              assign=True)
+
+    def clock(load):
+        start = time.perf_counter()
+        load()
+        return time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(GPT(cfg), folder, eos=0)
+        pairs = [(clock(lambda: load_model(folder)), clock(theirs)) for _ in range(9)]
+    ours, other = (sorted(x)[4] for x in zip(*pairs))
+    print(f"{o.shape}, median of 9: ours {ours:.2f} s, safetensors + torch {other:.2f} s, "
+          f"ratio {ours / other:.2f}")
+
+
 def read(o, cfg):
     start = time.perf_counter()
     meta, found = load_dataset(o.folder, ("train",))
@@ -404,8 +433,8 @@ def process(o, cfg):
 
 
 STEPS = {"operations": operations, "time": in_turns, "speed": speed, "memory": memory}
-OTHERS = {"sampling": sampling, "rows": rows, "read": read, "processes": processes,
-          "process": process}
+OTHERS = {"sampling": sampling, "rows": rows, "loading": loading, "processes": processes,
+          "read": read, "process": process}
 
 
 def main():

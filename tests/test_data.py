@@ -278,7 +278,8 @@ def test_a_broken_line_is_named_with_its_number(tmp_path):
     path.write_text(json.dumps({k: v for k, v in ROW.items() if k != "options"}))
     with pytest.raises(ValueError, match="line 1: field 'options' is missing; the row has"):
         load_rows(path, CLASSES)
-    for line in (b"\xff\xfe", b"[" * 200000, json.dumps(ROW | {"prompt": "\ud800"}).encode()):
+    half = json.dumps(ROW | {"prompt": "\ud800"}).encode()
+    for line in (b"\xff\xfe", b"[" * 200000, half, half.replace(b"\\ud800", b"\\uD800")):
         path.write_bytes(line)
         with pytest.raises(ValueError, match="rows.jsonl, line 1: "):
             load_rows(path, CLASSES)

@@ -93,6 +93,13 @@ def test_nothing_is_glued_on_and_nothing_leaks_between_styles(reply, problem):
     assert good == [] and problems[0]["problem"].startswith(problem)
 
 
+def test_a_broken_style_does_not_take_the_last_one_with_it():
+    reply = "Q: How?\nA1: [Yes] a\n\nQ: Why?\nA1: [Yes] b\nA2: [No] c"
+    good, problems = synth.parse_dialogues(reply, ["Yes", "No"])
+    assert good == [("Why?", ["b", "c"])]
+    assert problems == [{"problem": "a style that lacks an answer", "text": "How?"}]
+
+
 @pytest.mark.parametrize("change, kept, problem", [
     (("A2: [Somewhat bad]", "A2: [Somewhat good]"), 1, "an answer to no option"),
     (("A2: [Somewhat bad] Hmm, [sigh] it", "A2: Hmm, it"), 1, "a style that lacks an answer"),
@@ -479,6 +486,20 @@ def test_the_real_omdb_answers_describe_a_film():
         "Iron Man, 2008, Jon Favreau (Genre: Action, Adventure, Sci-Fi). After being held captive")
 
 
+def test_a_title_of_several_films_is_none_of_them(tmp_path):
+    films = [{"Title": "The Ring", "Year": y, "Response": "True"} for y in ("1995", "2002")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(f) + "\n" for f in films))
+    o = synth.Reviews(metadata=str(tmp_path / "m.jsonl"))
+    about = synth.find_metadata(["The Ring", "The Ring (1995)"], o)
+    assert list(about) == ["The Ring (1995)"] and about["The Ring (1995)"]["Year"] == "1995"
+
+
+def test_what_was_seen_before_is_told_apart():
+    seen = synth.Seen()
+    assert not any(seen((k, "text")) for k in range(1000))
+    assert all(seen((k, "text")) for k in range(1000)) and not seen(("k", "text"))
+
+
 # ---------------------------------------------------------------------------------------------
 # Mined beliefs
 
@@ -781,9 +802,10 @@ def test_odd_answers_of_the_hub_are_one_line(hub, path, answer, message):
 def test_a_published_row_without_an_answer_is_left_out_aloud(hub, capsys):
     rows = rows_of(120)
     rows[7]["reject_response"] = " "
+    rows[8]["prompt"] = rows[9]["accept_choice_id"] = ""
     published(hub, {s: rows for s in SPLITS}, ours=SPLITS)
-    assert len(load_dataset("Some/set", SPLITS)[1]["train"]) == 119
-    assert "1 rows with an empty answer are left out" in capsys.readouterr().err
+    assert len(load_dataset("Some/set", SPLITS)[1]["train"]) == 117
+    assert "3 rows with an empty text are left out" in capsys.readouterr().err
 
 
 def test_a_published_set_of_reviews_has_five_classes(hub):

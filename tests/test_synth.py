@@ -134,9 +134,11 @@ def test_a_broken_cell_of_the_table_is_named(tmp_path, cell, column, message):
         synth.read_opinions(tmp_path / "t.csv")
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path):
+def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path, call):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/precious").write_text("x")
+    p = call(synth, "toy", "--out", tmp_path / "d", cwd=tmp_path, check=2)
+    assert "is not empty: give another, or remove it first" in p.stderr
     p = cli("synth.py", "opinions", *table, "--out", tmp_path / "d", cwd=tmp_path, check=2)
     assert ("is not empty" in p.stderr
             and [x.name for x in (tmp_path / "d").iterdir()] == ["precious"])

@@ -152,6 +152,18 @@ def test_defaults_are_the_papers_for_checkpoints():
     assert resolve(Config(loss="gdpo", lr=1.0)).lr == 1.0             # a flag wins over the preset
 
 
+def test_an_init_tells_whose_defaults_are_meant(sft, world, call, tmp_path):
+    """--init without --model: a run of the small model keeps its own, a checkpoint has the paper's,
+    and --dry_run speaks of that model."""
+    init = sft / f"out/{world.name}-sft-seed0/best"
+    assert resolve(Config(loss="gdpo", init=str(init))).beta == 1.0
+    shutil.copytree(init, tmp_path / "checkpoint")
+    o = resolve(Config(loss="gdpo", init=str(tmp_path / "checkpoint")))
+    assert (o.beta, o.lr) == (0.1, 5e-7) and o.out.endswith("toy-checkpoint-gdpo-seed0")
+    p = call(train, "--init", init, "--dry_run", cwd=tmp_path)
+    assert f"{init}, gdpo: GB per process" in p.stdout
+
+
 @pytest.mark.parametrize("loss, dtype, tolerance", [
     ("dpo", "float32", 1e-5), ("gdpo", "float32", 1e-5), ("gdpo", "bfloat16", 1e-2)])
 def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
@@ -227,16 +239,16 @@ def start_and_signal(flags, cwd, out, sig, after_lines):
     return p.returncode, err
 
 
-def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
+def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, call):
     """Bit for bit: weights, losses, data order. kill -9 loses what came after the last evaluation,
     Ctrl-C loses nothing."""
-    flags = argv(world, "--loss", "gdpo", "--epochs", 30, "--log_every", 3)
+    flags = argv(world, "--loss", "gdpo", "--epochs", 16, "--log_every", 3)
     cli("train.py", *flags, "--out", "whole", cwd=sft)
     part = [*flags, "--out", "part"]
-    code, _ = start_and_signal(part, sft, "part", signal.SIGKILL, 30)
+    code, _ = start_and_signal(part, sft, "part", signal.SIGKILL, 15)
     assert code == -signal.SIGKILL
     killed = len(lines(sft / "part"))
-    code, err = start_and_signal([*part, "--resume"], sft, "part", signal.SIGINT, killed + 30)
+    code, err = start_and_signal([*part, "--resume"], sft, "part", signal.SIGINT, killed + 15)
     stopped = re.search(r"stopped and saved at step (\d+)", err)
     assert code == 130 and stopped, err
     p = cli("train.py", *part, "--resume", cwd=sft)
@@ -246,9 +258,9 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world):
         a, b = (read_safetensors(sft / x / name / "model.safetensors") for x in ("part", "whole"))
         assert all(torch.equal(a[k](), b[k]()) for k in b)
     assert not list((sft / "part").glob("**/*.tmp"))
-    p = cli("train.py", *part, "--resume", cwd=sft)                   # nothing left to do: a table
+    p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
     assert "JSD to the group's beliefs" in p.stdout
-    p = cli("train.py", *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
+    p = call(train, *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
     assert "other flags than the run began with: --beta 0.3 (was 1.0)" in p.stderr
 
 
@@ -274,14 +286,14 @@ def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world, call
     assert "is another one: --n_layer 1 (here: 2)" in p.stderr and not (sft / "other").exists()
 
 
-def test_two_commands_do_not_write_into_one_folder(sft, world):
+def test_two_commands_do_not_write_into_one_folder(sft, world, call):
     flags = argv(world, "--loss", "gdpo", "--epochs", 300, "--out", "both")
     p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=sft,
                          stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         while not (sft / "both/metrics.jsonl").exists() and p.poll() is None:
             time.sleep(0.05)
-        second = cli("train.py", *flags, "--overwrite", cwd=sft, check=2)
+        second = call(train, *flags, "--overwrite", cwd=sft, check=2)
         assert "another process is at work in both" in second.stderr
     finally:
         p.kill()
@@ -295,8 +307,8 @@ def test_a_run_that_is_there_is_not_lost(sft, world, call):
     assert len(evals(sft / f"out/{world.name}-sft-seed0")) > 5
 
 
-def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
-    p = cli("train.py", *argv(world, "--epochs", 1), cwd=tmp_path)
+def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
+    p = call(train, *argv(world, "--epochs", 1), cwd=tmp_path)
     assert "no SFT checkpoint" in p.stderr and "training SFT first" in p.stderr
     assert {x.name for x in (tmp_path / "out").iterdir()} == {
         f"{world.name}-{x}-seed0" for x in ("sft", "gdpo")}
@@ -320,6 +332,7 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path):
     (["--dtype", "float16"], "use bfloat16 or float32"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no folder no/where/, and that is no name on the hub"),
+    (["--loss", "sft", "--init", "x"], "does not start from an SFT checkpoint: say --model x"),
     (["--loss", "sft", "--model", "nowhere"], "give a local folder, or check the network"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
     (["--loss", "sft", "--n_head", "5"], "does not divide into 5 heads"),
