@@ -1000,7 +1000,7 @@ def draw_jsd(pyplot, runs):
         return None
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False,
                                    sharey=True)
-    for ax, (title, several) in zip(axes.flat, sorted(panels.items(), reverse=True)):
+    for ax, (title, several) in zip(axes.flat, sorted(panels.items())):
         for n, (label, histories) in enumerate(several.items()):
             x, mean, low, high = curve(histories, "jsd")
             colour, dash = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
