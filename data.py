@@ -24,6 +24,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
@@ -108,9 +109,9 @@ def load_meta(folder):
                                 "`python synth.py toy --out DIR`, or correct --data")
     meta = read_json(path)
     classes = meta.get("classes")
-    if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)
-            and len(set(classes)) == len(classes)):
-        raise ValueError(f"{path}: 'classes' must list the class labels as strings, "
+    if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+            and len(set(classes)) == len(classes) > 1):
+        raise ValueError(f"{path}: 'classes' must list the class labels as strings, two at least, "
                          f"got {classes!r}")
     if meta.get("off_scale") not in (None, *classes):
         raise ValueError(f"{path}: 'off_scale' {meta['off_scale']!r} is not one of {classes}")
@@ -133,6 +134,8 @@ def load_dataset(names, splits, form=""):
     """(meta, {split: rows}) of one dataset or of several, mixed: folders or names on the hub, with
     commas between. They must agree on what their rows mean; form: instead of their own.
     ValueError, FileNotFoundError: one line, what to change."""
+    if not all(names.split(",")):
+        raise ValueError(f"--data {names!r}: a name is empty")
     folders = [find_dataset(name) for name in names.split(",")]
     if len(set(folders)) < len(folders):
         raise ValueError(f"--data {names} names a dataset twice")
@@ -144,6 +147,7 @@ def load_dataset(names, splits, form=""):
         meta["form"] = form
     rows = {s: [row for folder in folders for row in load_rows(folder / f"{s}.jsonl",
                                                                meta["classes"])] for s in splits}
+    print_odd(rows, meta, names)
     groups = {row.get("group") or "" for several in rows.values() for row in several}
     if "{group}" in meta["form"] and "" in groups:
         raise ValueError(f"{names}: the form {meta['form']!r} needs a group in every row, and some "
@@ -152,6 +156,23 @@ def load_dataset(names, splits, form=""):
         print(f"{names}: {len(groups)} groups whose prompts do not tell them apart; --form "
               f"\"<G>{{group}}{FORM}\" does", file=sys.stderr)
     return meta, rows
+
+
+def print_odd(rows, meta, names):
+    """Count aloud the rows that are well formed and cannot be meant."""
+    known, odd = meta.get("belief_to_class") or {}, Counter()
+    for row in (row for several in rows.values() for row in several):
+        for side in ("accept", "reject"):
+            k, text = str(row[f"{side}_choice_id"]), row.get(f"{side}_choice")
+            odd["a belief that is none of the options"] += bool(text) and text not in row["options"]
+            odd["a belief of another class than meta.json's"] += str(known.get(text, k)) != k
+        accept = meta["classes"].index(str(row["accept_choice_id"]))
+        odd["an accepted belief that nobody in the group has"] += row["probabilities"][accept] == 0
+        odd["the same answer accepted and rejected"] += all(
+            row.get(f"accept_{k}") == row.get(f"reject_{k}") for k in ("choice_id", "response"))
+    for what, n in odd.items():
+        if n:
+            print(f"{names}: {n} times {what}: look at these rows", file=sys.stderr)
 
 
 def mix(meta, other, folder, form):
@@ -651,6 +672,8 @@ def find_checkpoint(name, weights=True):
     "EleutherAI/pythia-70m"), fetched file by file where the cache does not hold it, all of one
     commit. HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured.
     weights=False: config.json alone. OSError or ValueError, one line, where that cannot be."""
+    if name and (Path(name) / "metrics.jsonl").is_file():
+        raise ValueError(f"{name} is a run: say which of its weights, {name}/best or {name}/last")
     if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
@@ -715,8 +738,7 @@ def fetch(repo, name, file, commit):
     size = int(known.get("X-Linked-Size") or head.headers.get("Content-Length") or -1)
     blob, link = repo / "blobs" / etag, repo / "snapshots" / commit / file
     blob.parent.mkdir(parents=True, exist_ok=True)
-    with open(repo / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(repo / ".lock"):
         if not blob.is_file():
             download(url, headers, Path(f"{blob}.incomplete"), size, f"{name}/{file}")
             check_blob(Path(f"{blob}.incomplete"), etag, size, url)
@@ -729,12 +751,16 @@ def fetch(repo, name, file, commit):
     return link
 
 
+FILTERED = re.compile("content_(filter|policy_violation)")     # how a server refuses a prompt
+
+
 def request(method, url, headers=None, read=None, tries=None, pause=lambda seconds, problem:
             time.sleep(seconds), **kwargs):
-    """One HTTP answer, of 2xx or 404, or read(it). 429, 5xx, timeouts, cut connections and answers
-    that cannot be read are asked again, after Retry-After or a jittered, doubling wait; another
-    4xx is an error with the server's words at once, and so is, without tries, a server out of
-    reach (with them, soon). pause may return True to give up. No message shows a key."""
+    """One HTTP answer, of 2xx or 404 (400 where a prompt is refused), or read(it). 429, 5xx,
+    timeouts, cut connections and answers that cannot be read are asked again, after Retry-After or
+    a jittered, doubling wait; another 4xx is an error with the server's words at once, and so is,
+    without tries, a server out of reach (with them, soon). pause may return True to give up. No
+    message shows a key."""
     for attempt in range(1, (tries or TRIES) + 1):
         wait = min(60, PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
         final = attempt == (tries or TRIES)
@@ -742,7 +768,8 @@ def request(method, url, headers=None, read=None, tries=None, pause=lambda secon
             answer = requests.request(method, url, headers=headers,
                                       auth=lambda r: r,  # else ~/.netrc overrides the headers
                                       **{"timeout": (10, TIMEOUT)} | kwargs)
-            if answer.status_code < 300 or answer.status_code == 404:
+            if answer.status_code < 300 or answer.status_code == 404 or (
+                    read and answer.status_code == 400 and FILTERED.search(answer.text)):
                 return read(answer) if read else answer
             words = " ".join(answer.text.split()) if method != "HEAD" else ""
             problem = f"the server answered {answer.status_code} {answer.reason} {words}".strip()
@@ -844,9 +871,7 @@ def find_dataset(name):
     if not (folder / "meta.json").is_file():
         if offline():
             raise FileNotFoundError(f"{name} is not in {folder} and HF_HUB_OFFLINE is set")
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(folder / ".lock"):
             if not (folder / "meta.json").is_file():
                 fetch_rows(name, folder)
     return folder
@@ -1075,6 +1100,15 @@ def shards_of(path):
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{path}: shard {shard!r} is not a file of this folder")
     return where
+
+
+@contextmanager
+def alone(lock):
+    """What stands under it is done by one process at a time, the others wait. lock: a file."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def write(path, text):

@@ -301,7 +301,8 @@ def sample_rows(model, items, tokenizer, o, dtype, path):
     rank, size = rank_and_size()
     same = [fingerprint(model), [(i.row, i.prompt) for i in items], o.max_new_tokens, o.seed, dtype]
     key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
-    known = dict(on_first_rank(lambda: kept_answers(path, key)))
+    kept = on_first_rank(lambda: kept_answers(path, lambda theirs: theirs == key))
+    known = {(i, k): text for _, i, k, text in kept}
     jobs = [(i, k) for i in range(len(items)) for k in range(o.samples) if (i, k) not in known]
     jobs.sort(key=lambda job: (len(items[job[0]].prompt), job))
     mine, new = jobs[rank::size], []
@@ -325,21 +326,23 @@ def sample_rows(model, items, tokenizer, o, dtype, path):
     bar.close()
     known |= dict(gather(new))
     if jobs and rank == 0:
-        write(path, "".join(json.dumps([key, *job, known[job]]) + "\n" for job in sorted(known)))
+        others = kept_answers(path, lambda theirs: theirs != key)     # another split, say
+        write(path, "".join(json.dumps(line) + "\n" for line in others
+                            + [[key, *job, known[job]] for job in sorted(known)]))
         for half in path.parent.glob(f"{path.name}.[0-9]*"):
             half.unlink()
     return [[known[i, k] for k in range(o.samples)] for i in range(len(items))]
 
 
-def kept_answers(path, key):
-    """[((item, number), text), ...] that an earlier evaluation with the same key left."""
+def kept_answers(path, wanted):
+    """[[key, item, number, text], ...] that earlier evaluations left under the wanted keys."""
     found = []
     for file in (path, *path.parent.glob(f"{path.name}.[0-9]*")):
         for line in file.read_text().split("\n") if file.is_file() else ():
             try:
-                theirs, i, k, text = json.loads(line)
-                if theirs == key:
-                    found.append(((i, k), text))
+                key, i, k, text = json.loads(line)
+                if wanted(key):
+                    found.append([key, i, k, text])
             except ValueError:
                 pass                                   # the half line of a killed evaluation
     return found
@@ -447,7 +450,8 @@ def three_classes(label):
     return {"1": 1, "2": 1, "3": 2, "4": 3, "5": 3}.get(label)
 
 
-YES_OR_NO = re.compile(r"[\W_]*(yes|no)\b(?![\s,]*(/|or\b|and\b|yes\b|no\b))", re.I)
+YES_OR_NO = re.compile(r"[\W_]*(?:answer[\W_]+)?(yes|no)\b(?![\s,]*(/|or\b|and\b|yes\b|no\b))",
+                       re.I)
 
 
 def judge(client, model, asked, desc="judging"):
@@ -459,6 +463,7 @@ def judge(client, model, asked, desc="judging"):
     said = []
     for (_, belief, _), (text, ended) in zip(asked, chat(client, prompts, desc, llm=model,
                                                          temperature=0.0)):
+        text = re.sub(r"(?s)^\s*<think>.*</think>", "", text)
         yes, rating = YES_OR_NO.match(text), re.fullmatch(r"[^\w-]*([123])\W*", text)
         said.append(np.nan if ended == "refusal" else
                     float(yes[1].lower() == "yes") if belief and yes else
@@ -763,8 +768,8 @@ def summary(metrics, items, trained):
 def worst(metric, values):
     """Of [[mean, low, high], ...] the worst: the largest distance, the ratio farthest from 1, or
     the smallest of a metric where more is better."""
-    how_bad = {"minority": lambda v: abs(v[0] - 1)}.get(
-        metric, lambda v: v[0] if metric in LESS_IS_BETTER else -v[0])
+    how_bad = (lambda v: abs(v[0] - 1)) if metric in ("minority", "coverage") else (
+        lambda v: v[0] if metric in LESS_IS_BETTER else -v[0])
     return max(values, key=how_bad, default=None)
 
 
@@ -866,7 +871,8 @@ def read_history(out):
     """(config, {examples: eval metrics}, {name: JSD without training}, eval.json or None) of a run,
     or of a checkpoint that was evaluated, which has no history."""
     config, log = read_json(Path(out) / "config.json"), Path(out) / "metrics.jsonl"
-    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
+    lines = log.read_text().split("\n")[:-1] if log.is_file() else []      # a half one is no line
+    lines = [json.loads(x) for x in lines]
     evals = {x["step"] * config["batch_size"]: x["eval"] for x in lines if "eval" in x}
     reference = next((x["reference_jsd"] for x in lines if "reference_jsd" in x), {})
     measured = Path(out) / "eval.json"
@@ -1106,7 +1112,8 @@ def answers_table(answers):
 
 def main():
     given = vars(flags().parse_args())
-    outs = [x.rstrip("/") or x for x in given.pop("OUT")]
+    outs = [x if x.startswith("chat:") else str(Path(x)) for x in given.pop("OUT")]
+    outs = list(dict.fromkeys(x for x in outs if not Path(x).is_file()))     # of out/*, say
     server = Chat(**{k: given.pop(k) for k in SERVER})
     o = Config(**given)
     check_ranges(o, samples=(0, 10000), max_new_tokens=(1, 100000), seed=(0, 2 ** 63),
@@ -1120,7 +1127,8 @@ def main():
         raise ValueError("--judge_check needs a --judge")
     if "chat:" in outs:
         raise ValueError("chat: needs the name of a model, chat:gpt-4o say")
-    if o.against and o.against.rstrip("/") not in outs:
+    o.against = o.against and str(Path(o.against))
+    if o.against and o.against not in outs:
         raise ValueError(f"--against {o.against} is none of the runs to measure")
     if o.figures:
         return draw(o.figures, list(dict.fromkeys(outs)))
@@ -1168,7 +1176,7 @@ def measure_all(outs, o, client, device):
     if first:
         report(results, configs, evaluations, o)
         if o.against:
-            print_differences(rows, o.against.rstrip("/"))
+            print_differences(rows, o.against)
         print("\n".join(notes))
 
 

@@ -336,11 +336,12 @@ class Client:
             finally:
                 self.under_way -= 1
             with self.lock, open(self.cache, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
+                if answer not in EMPTY:                # those are asked for again by another run
+                    f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
                 self.keep(key, answer, tokens)
                 self.bar.set_postfix_str(self.spent(), refresh=False)
                 self.bar.update()
-            if self.o.max_usd and not any(tokens):
+            if self.o.max_usd and not any(tokens) and answer != REFUSED:
                 raise ValueError("the server tells no usage, so that --max_usd cannot be kept")
         except (ValueError, OSError) as e:
             self.error = self.error or e
@@ -387,9 +388,15 @@ def unreadable(what, answer):
     return requests.exceptions.InvalidJSONError(f"{what} is not in {str(answer)[:200]}")
 
 
+REFUSED = ("", "refusal")
+EMPTY = (("", "stop"), ("", "length"), ("", None))     # no text, and no reason for that
+
+
 def read_chat(response):
     """A chat completion -> ((text, why it ended), tokens). Without a text its refusal is taken, and
-    the end is "refusal"."""
+    the end is "refusal", as it is of a prompt that the server's filter stops."""
+    if response.status_code == 400:
+        return REFUSED, [0, 0]
     if response.status_code == 404:
         raise ValueError(f"{response.url}: 404: {' '.join(response.text.split())[:500]}")
     answer = response.json()
@@ -399,8 +406,10 @@ def read_chat(response):
         if isinstance(text, list):                     # of parts
             text = "".join(part.get("text") or "" for part in text)
         if isinstance(text, str | None):
-            return ((text, choice.get("finish_reason")) if text else
-                    (str(refusal or ""), "refusal")), usage_of(answer)
+            ended = choice.get("finish_reason")
+            if not text and (refusal or ended not in ("stop", "length", None)):
+                text, ended = str(refusal or ""), "refusal"
+            return (text or "", ended), usage_of(answer)
     except (KeyError, IndexError, TypeError, AttributeError):
         pass
     raise unreadable("choices[0].message.content", answer)
@@ -591,7 +600,7 @@ class Toy:
 def toy(o):
     """The made-up world: every topic under every aspect, answered by one country, or several."""
     groups = {}
-    for country in o.country.split(","):
+    for country in dict.fromkeys(map(str.strip, o.country.split(","))):
         if country not in COUNTRIES:
             raise ValueError(f"--country {country!r} is not in this world: {', '.join(COUNTRIES)}")
         rng = np.random.default_rng([o.seed, 0])
@@ -769,7 +778,8 @@ def opinions(o, chat_flags):
     client = Client(chat_flags, f"{o.out}.answers.jsonl")
     table = read_opinions(o.csv or hub_file("datasets/Anthropic/llm_global_opinions",
                                             "data/global_opinions.csv"))
-    known, countries = {c for *_, shares in table for c in shares}, o.country.split(",")
+    known = {c for *_, shares in table for c in shares}
+    countries = list(dict.fromkeys(map(str.strip, o.country.split(","))))
     for country in countries:
         if country not in known:
             near = [c for c in sorted(known) if country.lower()[:4] in c.lower()] or sorted(known)

@@ -28,10 +28,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, check_ranges, class_ids, collate,
-                  cost, dataset_name, encode_rows, epoch_batches, find_checkpoint, find_dataset,
-                  help_first, load_dataset, mismatch, progress, prompt_text, read_json, run,
-                  train_bpe, write)
+from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, alone, check_ranges, class_ids,
+                  collate, cost, dataset_name, encode_rows, epoch_batches, find_checkpoint,
+                  find_dataset, help_first, load_dataset, mismatch, progress, prompt_text,
+                  read_json, run, train_bpe, write)
 
 
 @dataclass
@@ -157,6 +157,8 @@ def resolve(o):
         if getattr(o, name) in (-1, ""):
             setattr(o, name, value)
     o.device, o.model = device_of(o.device), o.model.rstrip("/")
+    if not all(o.data.split(",")):
+        raise ValueError(f"--data {o.data!r}: a name is empty")
     o.data = ",".join(str(Path(name)) for name in o.data.split(","))
     if o.dtype == "auto":
         o.dtype = "bfloat16" if o.device == "cuda" else "float32"
@@ -200,11 +202,17 @@ def say(*words):
 def prepare_data(o):
     """Make the shipped world, fetch a published set where it is missing; (meta, {split: rows})."""
     if "data/toy" in o.data.split(","):
-        on_first_rank(lambda: Path("data/toy").exists() or synth.toy(synth.Toy(out="data/toy")))
+        on_first_rank(make_toy)
     on_first_rank(lambda: [str(find_dataset(name)) for name in o.data.split(",")])
     meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
     o.form = meta["form"]                              # the run's own, whatever becomes of the data
     return meta, rows
+
+
+def make_toy():
+    with alone(Path("data/.lock")):
+        if not Path("data/toy").exists():
+            synth.toy(synth.Toy(out="data/toy"))
 
 
 SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
@@ -214,11 +222,12 @@ SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", 
 def train_sft_first(o):
     """The SFT checkpoint that o starts from: the run beside it, trained or finished if need be."""
     folder = run_folder(o, "sft")
-    if not on_first_rank(lambda: Path(folder, "last").is_dir()):
-        say(f"no SFT checkpoint in {folder}: training SFT first")
-        keep = {k: getattr(o, k) for k in (*SHARED, "micro_batch", "device", "dtype", "compile",
-                                           "checkpointing", "log_every")}
-        train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
+    with alone(Path(folder, ".first")) if rank_and_size()[0] == 0 else nullcontext():
+        if not on_first_rank(lambda: Path(folder, "last").is_dir()):
+            say(f"no SFT checkpoint in {folder}: training SFT first")
+            keep = {k: getattr(o, k) for k in (*SHARED, "micro_batch", "device", "dtype", "compile",
+                                               "checkpointing", "log_every")}
+            train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
     sft = read_json(Path(folder) / "config.json")
     other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
              if sft.get(k) != getattr(o, k)]
@@ -435,7 +444,7 @@ def claim_folder(r, resumed):
         raise ValueError(f"another process is at work in {r.out}: wait, or say --out") from None
     if resumed:
         return
-    for name in ("state.pt", "metrics.jsonl", "reference.pt", "eval.json"):
+    for name in ("state.pt", "metrics.jsonl", "reference.pt", "eval.json", "samples.jsonl"):
         (r.out / name).unlink(missing_ok=True)
     for name in ("best", "last"):
         shutil.rmtree(r.out / name, ignore_errors=True)
@@ -484,7 +493,8 @@ def train(o):
     device = setup(o.device)
     loss = LOSSES[o.loss]
     meta, rows = prepare_data(o)
-    if loss.reference and not o.init:
+    own_sft = loss.reference and not o.init
+    if own_sft:
         o.init = train_sft_first(o)
     resumed = on_first_rank(lambda: can_resume(o))
     model, tokenizer = start_model(o, rows["train"], meta["form"], device)
@@ -494,12 +504,16 @@ def train(o):
     items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
              for s in rows}
     r = Run(o, model, tokenizer, optimizer_of(o, model))
+    r.items = hash_of(items)
+    state = Path(o.init).parent / "state.pt"
+    if own_sft and state.is_file() and load_torch(state)["items"] != r.items:
+        raise ValueError(f"the SFT run in {state.parent} was trained on other rows than {o.data} "
+                         "holds now: move it away, and it is trained again")
     branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
     if loss.mismatch:
         for s in items:
             mismatch(items[s], limit, o.seed)
             branches[s] += ("mismatch",)
-    r.items = hash_of(items)
     on_first_rank(lambda: claim_folder(r, resumed))
     ref = reference_logps(r, items, branches, ids, resumed) if loss.reference else {}
     if resumed:

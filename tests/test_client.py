@@ -135,6 +135,24 @@ def test_a_server_out_of_reach_is_said_soon(client):
         ask(client(base_url="http://127.0.0.1:9"), "a")
 
 
+def test_a_prompt_that_the_servers_filter_stops_is_a_refusal(client, server):
+    """Azure answers 400 there; the others are asked, and nothing is asked twice."""
+    no = {"error": {"code": "content_filter", "message": "the prompt was filtered"}}
+    server.answer = lambda r: (
+        (400, no) if r.body["messages"][0]["content"] == "bad" else (200, completion("fine")))
+    for _ in range(2):
+        answers = synth.chat(client(), ["a", "bad", "b"], "asking")
+        assert [*map(tuple, answers)] == [("fine", "stop"), synth.REFUSED, ("fine", "stop")]
+    assert len(server.requests) == 3
+
+
+def test_an_empty_answer_is_asked_for_again_by_the_next_run(client, server):
+    server.answer = lambda r: (200, completion(None))
+    assert synth.chat(client(), ["a"], "asking") == [("", "stop")]
+    server.answer = lambda r: (200, completion("ok"))
+    assert synth.chat(client(), ["a"], "asking") == [("ok", "stop")]
+
+
 def test_text_in_parts_and_odd_usage_are_read_and_refusals_kept(client, server):
     answers = {"parts": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
                "usage": "fine", "refusal": None, "surrogate": "\ud83d!"}

@@ -7,7 +7,8 @@ import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
 from data import (BELIEF, CLOSE, EVAL_BRANCHES, RESPONSE, Item, Tokenizer, check_row, class_ids,
-                  collate, cost, encode_rows, epoch_batches, kind_of, lay_out, load_meta,
+                  collate, cost, encode_rows, epoch_batches, kind_of, lay_out,
+                  load_dataset, load_meta,
                   load_rows, pack, sequence, train_bpe)
 from evaluate import to_tensors
 from losses import score
@@ -208,6 +209,23 @@ def test_scores_do_not_depend_on_the_batch():
         torch.testing.assert_close(together.logps[n], alone.logps[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(together.class_logps[n], alone.class_logps[0],
                                    rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_cannot_be_meant_are_counted_aloud(tmp_path, capsys):
+    """They may be a published set's: nothing is refused."""
+    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"reject_choice": "DK"},
+            ROW | {"accept_choice_id": "1", "accept_choice": "No"},
+            ROW | {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "meta.json").write_text(json.dumps(
+        {"classes": CLASSES, "belief_to_class": {"Yes": "4", "No": "2", "DK": "0"}}))
+    load_dataset(str(tmp_path), ("train",))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in said] == [
+        "1 times a belief that is none of the options",
+        "2 times a belief of another class than meta.json's",
+        "1 times an accepted belief that nobody in the group has",
+        "1 times the same answer accepted and rejected"]
 
 
 def test_majority_minority_and_ties():

@@ -79,7 +79,8 @@ def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale
 def test_the_worst_group_is_the_farthest_or_the_least():
     assert worst("jsd", [[1, 0, 2], [3, 2, 4]])[0] == 3
     assert worst("cbc", [[1, 0, 2], [3, 2, 4]])[0] == 1 and worst("cbc", []) is None
-    assert worst("minority", [[1.0, 1, 1], [9.0, 9, 9], [0.5, 0, 1]])[0] == 9
+    for ratio in ("minority", "coverage"):
+        assert worst(ratio, [[1.0, 1, 1], [9.0, 9, 9], [0.5, 0, 1]])[0] == 9
 
 
 def test_paired_differences_are_narrower_than_two_intervals():
@@ -366,10 +367,14 @@ def test_samples_are_kept_and_a_killed_evaluation_goes_on(runs, call, monkeypatc
     assert sum(asked) == 20                                 # a second evaluation samples nothing
     call(evaluate, out, *FAST, "--seed", 1, cwd=cwd)
     assert sum(asked) == 60
+    (cwd / "out/answers.jsonl").write_text("")              # a file that `evaluate.py out/*` meets
+    call(evaluate, f"./{out}/", "out/answers.jsonl", *FAST, cwd=cwd)
+    assert sum(asked) == 60                                 # the first answers are still there
 
 
 def test_two_processes_evaluate_as_one_does(runs, call):
     cwd, (_, out, *_) = runs
+    (cwd / out / "samples.jsonl").unlink(missing_ok=True)
     call(evaluate, out, *FAST, cwd=cwd)
     one = (cwd / out / "eval.json").read_text(), (cwd / out / "samples.jsonl").read_text()
     (cwd / out / "samples.jsonl").unlink()

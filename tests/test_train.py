@@ -280,6 +280,27 @@ def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp
     assert "o/state.pt is damaged" in p.stderr and "Traceback" not in p.stderr
 
 
+def test_an_sft_run_on_other_rows_is_not_taken_for_this_ones(sft, world, call, tmp_path):
+    shutil.copytree(sft / f"out/{world.name}-sft-seed0", tmp_path / f"out/{world.name}-sft-seed0")
+    rows = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    shutil.copytree(world, tmp_path / world.name)
+    (tmp_path / world.name / "train.jsonl").write_text("".join(rows[1:]))
+    config = tmp_path / f"out/{world.name}-sft-seed0/config.json"
+    config.write_text(config.read_text().replace(str(world), world.name))     # made here before
+    p = call(train, "--data", world.name, *SMALL, "--loss", "dpo", cwd=tmp_path, check=2)
+    assert f"out/{world.name}-sft-seed0 was trained on other rows than {world.name}" in p.stderr
+
+
+def test_two_runs_that_need_an_sft_run_train_it_once(world, tmp_path):
+    launch = [sys.executable, str(ROOT / "train.py"), *map(str, argv(world, "--epochs", 1))]
+    several = [subprocess.Popen([*launch, "--out", name], cwd=tmp_path, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}) for name in "ab"]
+    errors = [p.communicate(timeout=100)[1] for p in several]
+    assert [p.returncode for p in several] == [0, 0], errors
+    assert sum("training SFT first" in e for e in errors) == 1
+
+
 def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world, call):
     p = call(train, *argv(world, "--loss", "dpo", "--n_layer", 2, "--out", "other"), cwd=sft,
             check=2)
@@ -332,6 +353,7 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
     (["--dtype", "float16"], "use bfloat16 or float32"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no folder no/where/, and that is no name on the hub"),
+    (["--data", "x,"], "--data 'x,': a name is empty"),
     (["--loss", "sft", "--init", "x"], "does not start from an SFT checkpoint: say --model x"),
     (["--loss", "sft", "--model", "nowhere"], "give a local folder, or check the network"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
