@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from data import (Item, Tokenizer, collate, cost, encode_rows, epoch_batches,  # noqa: E402
-                  load_dataset, mismatch, pack, sequence, train_bpe)
+                  check_ranges, load_dataset, mismatch, run, sequence, train_bpe)
 from evaluate import autocast, batch_rows, to_tensors  # noqa: E402
 from losses import LOSSES, score  # noqa: E402
 from model import (GPT, GPTConfig, config_to_hf, hf_name, load_model, relayout,  # noqa: E402
@@ -75,9 +75,12 @@ def floor(items, loss, cfg):
     weights = cfg.n_layer * (4 * cfg.n_embd ** 2 + 2 * cfg.n_embd * cfg.n_inner)
 
     def forward(branches, scored):
-        packed, _ = pack([[sequence(item, b) for b in branches] for item in items])
-        tokens = len(packed["ids"])
-        attended = tokens + (packed["places"] % packed["paths"].shape[1]).sum()
+        tokens = attended = 0
+        for item in items:                             # a token is needed once for each past it has
+            whole = [tuple(sequence(item, b)) for b in branches]
+            pasts = {s[:t + 1] for s in whole for t in range(len(s))}
+            tokens += len(pasts)
+            attended += sum(map(len, pasts))
         return (2 * weights * tokens + 4 * cfg.n_embd * cfg.n_layer * attended
                 + 2 * cfg.n_embd * cfg.vocab_size * scored)
     batch = collate(items, loss.branches, CLASSES)
@@ -111,8 +114,8 @@ def their_step(cfg, items, name, device="cpu"):
     """A step as the authors' code takes it, with transformers' model of the same shape."""
     from transformers import AutoConfig, AutoModelForCausalLM
     hf = AutoConfig.for_model(**config_to_hf(cfg, 0, torch.float32))
-    with torch.device(device):
-        policy, reference = (AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa")
+    with torch.device(device):                         # eval: dropout is off, as in their code
+        policy, reference = (AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
                              for _ in range(2))
     sides = {"chosen": (0, 0), "own": (1, 1), "given": (0, 1), "mismatch": (2, 2)}
 
@@ -433,6 +436,7 @@ def process(o, cfg):
 
 
 STEPS = {"operations": operations, "time": in_turns, "speed": speed, "memory": memory}
+INSIDE = ("memory", "read", "process")                 # what child() runs
 OTHERS = {"sampling": sampling, "rows": rows, "loading": loading, "processes": processes,
           "read": read, "process": process}
 
@@ -440,7 +444,8 @@ OTHERS = {"sampling": sampling, "rows": rows, "loading": loading, "processes": p
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="operations", choices=[*STEPS, *OTHERS])
+    parser.add_argument("what", nargs="?", default="operations", choices=[*STEPS, *OTHERS],
+                        metavar="|".join(k for k in (*STEPS, *OTHERS) if k not in INSIDE))
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--task", default="", choices=["", *TASKS])
     parser.add_argument("--loss", default="", choices=["", *METHODS])
@@ -454,6 +459,8 @@ def main():
     for hidden in ("who", "folder", "sharded"):        # what child() says
         parser.add_argument(f"--{hidden}", default="0", help=argparse.SUPPRESS)
     o = parser.parse_args()
+    check_ranges(o, rows=(1, 1 << 20), repeats=(1, 1 << 20), micro_batch=(0, 1 << 20),
+                 prompts=(2, 1 << 20), read=(1, 1 << 30))
     o.sharded, cfg = int(o.sharded), SHAPES[o.shape]
     if o.what in OTHERS:
         return OTHERS[o.what](o, cfg)
@@ -467,4 +474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
