@@ -595,12 +595,13 @@ def cost(item, branches):
 
 def pack(rows):
     """Rows of sequences -> the tokens of all, one after the other: what the sequences of a row have
-    in common stands once, and nothing is padded. Attention alone needs whole sequences. (arrays,
-    lengths of the R sequences):
+    in common stands once, and nothing is padded. Attention alone needs whole sequences, and finds
+    them by `paths`. Returns the lengths of the R sequences beside a dict of arrays:
 
     ids (N,)       the tokens
     paths (R, T)   the places in ids of each sequence's tokens, its last one repeated up to T
-    places (N,)    the way back: where in the flat table of paths each token stands (once, at least)
+    places (N,)    the way back: where each token stands in the flat (R, T) table. A token of
+                   several sequences stands in several places, with one past: any of them will do
     """
     ids, paths = [], []
     for sequences in rows:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -88,6 +89,17 @@ def setup(device):
         torch.backends.cuda.matmul.allow_tf32 = True
     return (torch.device("cuda", torch.cuda.current_device()) if device == "cuda"
             else torch.device("cpu"))
+
+
+def leave():
+    """The end of a process of torchrun: all wait for each other, then it is gone at once, for
+    torch's threads abort a process now and then while Python takes leave of them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def on_first_rank(action):
@@ -303,11 +315,13 @@ def sample_rows(model, items, tokenizer, o, dtype, path):
     key = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
     kept = on_first_rank(lambda: kept_answers(path, lambda theirs: theirs == key))
     known = {(i, k): text for _, i, k, text in kept}
-    jobs = [(i, k) for i in range(len(items)) for k in range(o.samples) if (i, k) not in known]
-    jobs.sort(key=lambda job: (len(items[job[0]].prompt), job))
-    mine, new = jobs[rank::size], []
+    order = sorted(range(len(items)), key=lambda i: (len(items[i].prompt), i))
+    jobs = [[(i, k) for k in range(o.samples) if (i, k) not in known] for i in order]
+    jobs = [several for several in jobs if several]    # a row's answers stay together: one prefill
+    mine, new = [job for several in jobs[rank::size] for job in several], []
     longest = max(len(i.prompt) for i in items) + o.max_new_tokens
     batch = batch_rows(model, min(longest, model.cfg.n_ctx), dtype)
+    batch = max(batch - batch % o.samples, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = progress(total=len(mine), desc="sampling", unit="answer", leave=False, delay=1,
                    disable=rank > 0)
@@ -1135,8 +1149,7 @@ def main():
     o.device = device_of(o.device)
     client = Client(server, Path(outs[0]).parent / "answers.jsonl")
     measure_all(list(dict.fromkeys(outs)), o, client, setup(o.device))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 def measure_all(outs, o, client, device):

@@ -63,8 +63,10 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, rope, paths, places, mask, cache, pos):
+        """x (B, T, C), or packed (N, C): then q, k, v are gathered into a right-padded table of the
+        R sequences, plain causal attention runs there, and each token takes its output back."""
         x = self.c_attn(x)
-        if paths is not None:                           # packed: here alone sequences stand apart
+        if paths is not None:
             x = F.embedding(paths, x)                                          # (R, T, 3C)
         q, k, v = x.unflatten(-1, (3, self.n_head, -1)).unbind(2)              # (B, T, H, D) each
         if rope is not None:
@@ -154,7 +156,8 @@ class GPT(nn.Module):
         Logits apart: they cost as much as the layers, so only the positions that a loss reads are
         multiplied by `head`.
 
-        paths (R, T), places (N,)  which packed tokens make R sequences: see data.pack
+        paths (R, T), places (N,)  which packed tokens make R sequences: see data.pack; a token's
+              position is places % T, its column in that table
         pos   (B, T) positions; default 0..T-1, right for right-padded rows under the causal mask
         mask  boolean, broadcastable to (B, H, T, T_keys), True = may attend; default causal
         cache list of (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)

@@ -96,7 +96,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import synth
-from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, load_torch,
+from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, leave, load_torch,
                       on_first_rank, rank_and_size, reference_distributions, score_rows, setup,
                       to_tensors)
 from losses import CHUNK, LOSSES, PREFS, score
@@ -185,9 +185,10 @@ def run_folder(o, loss):
 
 def sum_over_ranks(values, device):
     """Sum of a list of numbers over the processes."""
+    if not dist.is_initialized():
+        return values                                  # a GPU need not be waited for
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -226,7 +227,8 @@ def train_sft_first(o):
         if not on_first_rank(lambda: Path(folder, "last").is_dir()):
             say(f"no SFT checkpoint in {folder}: training SFT first")
             keep = {k: getattr(o, k) for k in (*SHARED, "micro_batch", "device", "dtype", "compile",
-                                               "checkpointing", "log_every")}
+                                               "checkpointing", "shard_optimizer", "save_dtype",
+                                               "log_every")}
             train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
     sft = read_json(Path(folder) / "config.json")
     other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
@@ -582,17 +584,18 @@ def loop(r, policy, loss, items, ref, classes):
 
 
 def memory(cfg, o, tokens, processes=1):
-    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens."""
+    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens, shared
+    beginnings counted with each branch: an upper bound."""
     share = processes if o.shard_optimizer else 1
     with torch.device("meta"):
         n = sum(p.numel() for p in GPT(cfg).parameters())
     half = 2 if o.dtype == "bfloat16" else 4           # bytes of what autocast computes in
     # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where
     # attention and MLP read the same) and, in `half`, their outputs, q, k, v, the attention's
-    # output (rotary: q, k and that output once more), and the MLP's hidden layer before and after
-    # its GELU.
+    # output by sequence and packed (rotary: q, k and that output once more), and the MLP's hidden
+    # layer before and after its GELU.
     layer = (4 if cfg.parallel else 8) * cfg.n_embd + half * (
-        (9 if cfg.rotary else 6) * cfg.n_embd + 2 * cfg.n_inner)
+        (9 if cfg.rotary else 7) * cfg.n_embd + 2 * cfg.n_inner)
     last = 4 * cfg.n_embd
     kept = last + (layer + (cfg.n_layer - 1) * last if o.checkpointing else layer * cfg.n_layer)
     chunk = min(tokens, CHUNK) * cfg.vocab_size * (half + 3 * 4)
@@ -658,8 +661,7 @@ def main():
                  "processes")
     if r.writes:
         print(table(r))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -310,7 +310,8 @@ def test_the_dry_run_counts_what_autograd_keeps(name, on):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(
                 "cpu", torch.bfloat16):
-            model(torch.zeros(N, 128, dtype=torch.long))
+            places = torch.arange(N * 128)               # packed, as in training
+            model(torch.zeros_like(places), places.view(N, 128), places)
         totals.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
     o = SimpleNamespace(dtype="bfloat16", checkpointing=on, optimizer="rmsprop",
                         shard_optimizer=False)

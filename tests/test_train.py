@@ -291,6 +291,20 @@ def test_an_sft_run_on_other_rows_is_not_taken_for_this_ones(sft, world, call, t
     assert f"out/{world.name}-sft-seed0 was trained on other rows than {world.name}" in p.stderr
 
 
+def test_the_sft_run_made_first_fits_the_same_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def stop(o):
+        asked.append(o)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", stop)
+    told = dict(shard_optimizer=True, checkpointing=True, save_dtype="bfloat16", micro_batch=3)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_sft_first(resolve(Config(loss="gdpo", model="gpt2", **told)))
+    assert {k: getattr(asked[0], k) for k in told} == told and asked[0].loss == "sft"
+
+
 def test_two_runs_that_need_an_sft_run_train_it_once(world, tmp_path):
     launch = [sys.executable, str(ROOT / "train.py"), *map(str, argv(world, "--epochs", 1))]
     several = [subprocess.Popen([*launch, "--out", name], cwd=tmp_path, text=True,
