@@ -3,6 +3,7 @@
     python tests/bench.py                # operations of a step, GPT-2's shape, all tasks and losses
     python tests/bench.py time           # processor time and peak memory of a step, in alternation
     python tests/bench.py speed          # whole steps: tokens/s and utilisation; on a GPU too
+    python tests/bench.py all            # these three for all tasks and losses: an hour on a CPU
     python tests/bench.py sampling       # answers/s of model.generate and of transformers' generate
     python tests/bench.py rows           # reading 177,000 rows; --help
     python tests/bench.py loading        # a checkpoint, beside safetensors + torch
@@ -435,7 +436,12 @@ def process(o, cfg):
     train.dist.destroy_process_group()
 
 
-STEPS = {"operations": operations, "time": in_turns, "speed": speed, "memory": memory}
+def everything(o, cfg, task, name):
+    return "\n  ".join(("", *(f(o, cfg, task, name) for f in (operations, in_turns, speed))))
+
+
+STEPS = {"operations": operations, "time": in_turns, "speed": speed, "all": everything,
+         "memory": memory}
 INSIDE = ("memory", "read", "process")                 # what child() runs
 OTHERS = {"sampling": sampling, "rows": rows, "loading": loading, "processes": processes,
           "read": read, "process": process}
