@@ -134,8 +134,6 @@ def load_dataset(names, splits, form=""):
     """(meta, {split: rows}) of one dataset or of several, mixed: folders or names on the hub, with
     commas between. They must agree on what their rows mean; form: instead of their own.
     ValueError, FileNotFoundError: one line, what to change."""
-    if not all(names.split(",")):
-        raise ValueError(f"--data {names!r}: a name is empty")
     folders = [find_dataset(name) for name in names.split(",")]
     if len(set(folders)) < len(folders):
         raise ValueError(f"--data {names} names a dataset twice")
@@ -865,6 +863,8 @@ def check_blob(path, etag, size, url):
 def find_dataset(name):
     """A dataset's folder for --data: a local one, or a published set by its name on the hub
     ("Binwei01/mmoqa_usa"), whose rows are then fetched once and kept beside the checkpoints."""
+    if not name:
+        raise ValueError("a name in --data is empty")
     if Path(name).is_dir() or Path(name).parent.is_dir() or not re.fullmatch(
             r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", name):
         return Path(name)                              # a local one, perhaps not there
@@ -1108,7 +1108,11 @@ def alone(lock):
     """What stands under it is done by one process at a time, the others wait. lock: a file."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process at work in {lock.parent}", file=sys.stderr)
+            fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 

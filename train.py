@@ -157,9 +157,7 @@ def resolve(o):
         if getattr(o, name) in (-1, ""):
             setattr(o, name, value)
     o.device, o.model = device_of(o.device), o.model.rstrip("/")
-    if not all(o.data.split(",")):
-        raise ValueError(f"--data {o.data!r}: a name is empty")
-    o.data = ",".join(str(Path(name)) for name in o.data.split(","))
+    o.data = ",".join(name and str(Path(name)) for name in o.data.split(","))
     if o.dtype == "auto":
         o.dtype = "bfloat16" if o.device == "cuda" else "float32"
     if o.dtype in ("float16", "fp16", "half"):

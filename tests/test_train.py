@@ -367,7 +367,7 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
     (["--dtype", "float16"], "use bfloat16 or float32"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no folder no/where/, and that is no name on the hub"),
-    (["--data", "x,"], "--data 'x,': a name is empty"),
+    (["--data", "x,"], "a name in --data is empty"),
     (["--loss", "sft", "--init", "x"], "does not start from an SFT checkpoint: say --model x"),
     (["--loss", "sft", "--model", "nowhere"], "give a local folder, or check the network"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
