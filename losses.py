@@ -1,8 +1,8 @@
 """The losses: log-probs in, one loss per row out. This file knows torch and nothing else.
 
-Third in reading order. score() turns hidden states into a Scores: summed log-probs by branch and
-piece. A loss is a selection from it. To add a preference loss, write one function and give it a
-line in PREFS; for any other, write an objective and give it a line in LOSSES.
+Third in reading order. score() turns hidden states into Scores: log-probs summed by branch and
+piece. A loss is a selection from them. To add a preference loss, write one function and give it a
+line in PREFS; to add any other loss, write an objective and give it a line in LOSSES.
 
 | equation (of the GDPO paper, arXiv 2412.20299)          | function                     |
 |---------------------------------------------------------|------------------------------|
@@ -16,6 +16,7 @@ line in PREFS; for any other, write an objective and give it a line in LOSSES.
 Letters: B rows, S branches, M scored tokens, K classes, V vocabulary, C channels. All log-probs are
 in nats and float32; "logps" are summed over tokens, and where a loss averages it says so.
 """
+import math
 from dataclasses import dataclass
 from typing import Callable
 
@@ -35,6 +36,7 @@ class Scores:
     counts: torch.Tensor               # (B, S, 3) how many tokens those are
     class_logps: torch.Tensor          # (B, K) of the class tokens after the prompt, among all V
     target: torch.Tensor               # (B, K) the group's shares
+    pair: torch.Tensor                 # (B, 2) its shares of the accepted and the rejected class
     n_options: torch.Tensor            # (B,) options of the survey question
     ref: torch.Tensor = None           # (B, S, 3) logps under the reference
     mismatch: torch.Tensor = None      # (3,) log-ratio of mismatched pairs, mean over the batch
@@ -45,8 +47,8 @@ class Scores:
 
 def token_logps(hidden, head, tokens, chunk=CHUNK):
     """Log-probs of some vocabulary columns at each position: hidden (M, C), head (V, C), tokens
-    (M, J) ids -> (M, J) float32. Up to a chunk of positions the logits are kept for backward; of
-    several chunks they are thrown away and made again, so that (M, V) is bounded."""
+    (M, J) ids -> (M, J) float32. Up to one chunk of positions, the logits are kept for backward.
+    Beyond that, each chunk's logits are dropped and computed again, which bounds memory."""
     if len(hidden) <= chunk:
         return chunk_logps(hidden, head, tokens)
     return torch.cat([checkpoint(chunk_logps, h, head, t, use_reentrant=False)
@@ -54,18 +56,21 @@ def token_logps(hidden, head, tokens, chunk=CHUNK):
 
 
 def chunk_logps(hidden, head, tokens):
-    return F.linear(hidden, head).float().log_softmax(-1).gather(-1, tokens)
+    return F.linear(hidden, head).log_softmax(-1).gather(-1, tokens)
 
 
 def score(model, head, batch):
     """batch: tensors from data.collate -> Scores. model turns its N packed tokens into hidden
-    states (N, C), of which those at batch["at"] alone meet the vocabulary, head (V, C)."""
+    states (N, C); only those at batch["at"] meet the vocabulary, head (V, C)."""
     hidden = model(*(batch[k] for k in ("ids", "paths", "places")))
-    columns = token_logps(hidden[batch["at"]], head, batch["tokens"])                 # (M, 1+K)
+    # The head runs in float32 under any autocast: logits of -100, usual for GPT-2, are 0.5 nats
+    # apart in bfloat16, and GDPO reads a distribution from them.
+    with torch.autocast(hidden.device.type, enabled=False):
+        columns = token_logps(hidden.float()[batch["at"]], head, batch["tokens"])     # (M, 1+K)
     counts = batch["counts"]
     logps = columns.new_zeros(counts.numel()).index_add(0, batch["slot"], columns[:, 0])
-    return Scores(logps.view(counts.shape), counts, columns[batch["first"], 1:], batch["target"],
-                  batch["n_options"])
+    return Scores(logps.view(counts.shape), counts, columns[batch["first"], 1:],
+                  *(batch[k] for k in ("target", "pair", "n_options")))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,9 +106,13 @@ def dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing=0.0):
 
 
 def kto_loss(logratios, desirable, z0, beta, weight):
-    """lambda - v(x, y) of KTO (Ethayarajh et al. 2024): GDPO Eq. 8-12. logratios (B,) are the
-    rewards r of Eq. 9, summed, in nats; z0 a number without gradient, not negative; weight is
-    lambda."""
+    """KTO (Ethayarajh et al. 2024), GDPO Eq. 8-12, (B,):
+
+        weight * (1 - sigmoid(beta * (logratio - z0)))      of a desirable answer
+        weight * (1 - sigmoid(beta * (z0 - logratio)))      of an undesirable one
+
+    logratios (B,) are the rewards r of Eq. 9: policy - reference, summed, in nats. z0 >= 0 is a
+    number without gradient; weight is lambda."""
     r = logratios - z0 if desirable else z0 - logratios
     return weight * (1 - torch.sigmoid(beta * r))
 
@@ -129,6 +138,24 @@ def uniform_sft(s, o):
     return nll[:, 0] / s.n_options + nll[:, 1] * (1 - 1 / s.n_options), {}
 
 
+def sft_kl(s, o):
+    """SFT plus GDPO's KL term: the baseline without any preference term."""
+    nll, kl = mean_nll(s.logps[:, 0], s.counts[:, 0]), kl_to_target(s.class_logps, s.target)
+    return nll + o.w_kl * kl, {"kl": kl}
+
+
+def both_kl(s, o):
+    """The same plus the likelihood of the rejected response, after its own belief. It sees the
+    texts that a preference term sees, but not which of the two was preferred."""
+    loss, parts = sft_kl(s, o)
+    return loss + response_nll(s, 1), parts
+
+
+def response_nll(s, branch):
+    """Mean NLL of a branch's response (B,)."""
+    return mean_nll(s.logps[:, branch, [RESPONSE]], s.counts[:, branch, [RESPONSE]])
+
+
 def calibration(s, o):
     """Eq. 6: the first term of GDPO."""
     kl, belief = kl_to_target(s.class_logps, s.target), belief_nll(s.logps[:, 0], s.counts[:, 0])
@@ -150,52 +177,90 @@ def mean_logratios(s, pieces):
 
 def dpo(s, pieces, o):
     """DPO (Rafailov et al. 2024): GDPO Eq. 1 and 7; --label_smoothing."""
-    r = logratios(s, pieces)
-    return dpo_loss(r[:, 0], r[:, 1], o.beta, o.label_smoothing)
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    return dpo_loss(chosen, rejected, o.beta, o.label_smoothing)
+
+
+def dpo_soft(s, pieces, o):
+    """DPO with the group's shares as soft labels: a random member who holds one of the two beliefs
+    prefers the accepted answer with chance p_chosen / (p_chosen + p_rejected)."""
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    share = (s.pair + 1e-6) / (s.pair + 1e-6).sum(1, keepdim=True)     # even if nobody holds either
+    return dpo_loss(chosen, rejected, o.beta, label_smoothing=share[:, 1])
+
+
+def hdpo(s, pieces, o):
+    """H-DPO (arXiv 2411.07595): the entropy and the cross-entropy of DPO's KL weighted apart.
+
+        -log sigmoid(alpha * (logp_chosen - logp_rejected) - beta * (ref_chosen - ref_rejected))
+
+    At alpha = beta this is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): at alpha 1 and
+    beta 0 it needs no reference and learns the shares p themselves from pairs."""
+    chosen, rejected = s.logps[..., pieces].sum(-1).unbind(1)
+    ref_chosen, ref_rejected = s.ref[..., pieces].sum(-1).unbind(1)
+    return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))
 
 
 def ipo(s, pieces, o):
-    """IPO (arXiv 2310.12036, Eq. 17), with beta for its tau and summed log-ratios; some
-    implementations take means, for which the same beta is another strength."""
-    r = logratios(s, pieces)
-    return (r[:, 0] - r[:, 1] - 1 / (2 * o.beta)) ** 2
+    """IPO (arXiv 2310.12036, Eq. 17), with beta for its tau. Log-ratios are summed; some
+    implementations take means, where the same beta has another strength."""
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    return (chosen - rejected - 1 / (2 * o.beta)) ** 2
 
 
 def kto(s, pieces, o):
-    """KTO on both sides of a pair, half each: GDPO Eq. 8-12. z0, the mean log-ratio of mismatched
-    pairs over the whole batch, is clamped at 0."""
-    # differs: Eq. 10 is a KL divergence; as in KTO, its estimate from mismatched pairs.
-    r, z0 = logratios(s, pieces), s.mismatch[pieces].sum().clamp(min=0)
-    return (kto_loss(r[:, 0], True, z0, o.beta, o.lambda_d)
-            + kto_loss(r[:, 1], False, z0, o.beta, o.lambda_u)) / 2
+    """KTO on both sides of a pair, half each: GDPO Eq. 8-12. z0 is the mean log-ratio of mismatched
+    pairs over the whole batch, clamped at 0."""
+    # differs: Eq. 10 is a KL divergence; as in KTO, it is estimated from mismatched pairs.
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    z0 = s.mismatch[pieces].sum().clamp(min=0)
+    return (kto_loss(chosen, True, z0, o.beta, o.lambda_d)
+            + kto_loss(rejected, False, z0, o.beta, o.lambda_u)) / 2
 
 
 def cal_dpo(s, pieces, o):
     """Cal-DPO (arXiv 2412.14516): no beta in the sigmoid; each log-ratio is pulled to +-1/(2 beta).
-    The squares count half as in the released code; another paper quotes them in full."""
-    r, goal = logratios(s, pieces), 1 / (2 * o.beta)
-    return (-F.logsigmoid(r[:, 0] - r[:, 1])
-            + ((r[:, 0] - goal) ** 2 + (r[:, 1] + goal) ** 2) / 2)
+    The squares count half, as in the released code; another paper quotes them in full."""
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    goal = 1 / (2 * o.beta)
+    return -F.logsigmoid(chosen - rejected) + ((chosen - goal) ** 2 + (rejected + goal) ** 2) / 2
 
 
 def dil(s, pieces, o):
     """DIL by LSIF, its main variant (arXiv 2503.05079): the density ratio pi/ref is fitted by least
-    squares. No beta. Log-ratios are means over tokens as in the released code (the formula, as it
-    is quoted, has sums). Exponents stop at 20, and there the gradient."""
-    r = mean_logratios(s, pieces)
-    return -r[:, 0].clamp(max=20).exp() + (2 * r[:, 1]).clamp(max=20).exp() / 2
+    squares. No beta. Exponents, and with them gradients, stop at 20."""
+    # differs: the formula has sums over tokens; the released code, like this, has means.
+    chosen, rejected = mean_logratios(s, pieces).unbind(1)
+    return -chosen.clamp(max=20).exp() + (2 * rejected).clamp(max=20).exp() / 2
 
 
 def dil_bce(s, pieces, o):
     """DIL by binary cross-entropy (arXiv 2503.05079); means over tokens, as in dil."""
-    r = mean_logratios(s, pieces)
-    return -F.logsigmoid(r[:, 0]) - F.logsigmoid(-r[:, 1])
+    chosen, rejected = mean_logratios(s, pieces).unbind(1)
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+
+
+def pipa_n(s, pieces, o):
+    """PIPA-N (arXiv 2502.05773): binary cross-entropy of "is this answer right?", where wrong
+    answers follow the reference and --prior is the share of right ones. No beta. Answer-level, with
+    a constant prior, re-derived from the paper's constraints."""
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    offset = math.log(o.prior / (1 - o.prior))
+    return -F.logsigmoid(chosen + offset) - F.logsigmoid(-rejected - offset)
+
+
+def pipa_m(s, pieces, o):
+    """PIPA-M: as pipa_n, but right and wrong answers together follow the reference, so that a right
+    answer is at most 1 / prior times as likely as under it; there it is clipped. Re-derived too."""
+    u = (logratios(s, pieces) + math.log(o.prior)).clamp(max=math.log1p(-1e-6))
+    chosen, rejected = u.unbind(1)
+    return -chosen - torch.log(-torch.expm1(rejected))
 
 
 def simpo(s, pieces, o):
     """SimPO (arXiv 2405.14734): means over tokens, a margin gamma, no reference."""
-    m = -mean_nll(s.logps[..., pieces], s.counts[..., pieces])                        # (B, 2)
-    return -F.logsigmoid(margin(m[:, 0], m[:, 1], o.beta) - o.gamma)
+    chosen, rejected = (-mean_nll(s.logps[..., pieces], s.counts[..., pieces])).unbind(1)
+    return -F.logsigmoid(margin(chosen, rejected, o.beta) - o.gamma)
 
 
 @dataclass(frozen=True)
@@ -207,11 +272,15 @@ class Pref:
 
 PREFS = {
     "dpo": Pref(dpo),
+    "dpo-soft": Pref(dpo_soft),
+    "hdpo": Pref(hdpo),
     "ipo": Pref(ipo),
     "kto": Pref(kto, mismatch=True),
     "cal-dpo": Pref(cal_dpo),
     "dil": Pref(dil),
     "dil-bce": Pref(dil_bce),
+    "pipa-n": Pref(pipa_n),
+    "pipa-m": Pref(pipa_m),
     "simpo": Pref(simpo),
 }
 
@@ -221,7 +290,7 @@ PREFS = {
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss needs. The rest of the project asks this and never looks at a loss's name."""
+    """What a loss needs. The rest of the project reads these fields, never a loss's name."""
     objective: Callable                # (Scores, options) -> (loss (B,), {name: (B,) to log})
     branches: tuple = ("chosen",)      # of data.BRANCHES; the chosen one first
     reference: bool = False            # starts from an SFT checkpoint, and measures against it
@@ -249,20 +318,23 @@ def gdpo(pref):
     prefer = conditioned(pref)
 
     def objective(s, o):
-        loss, parts = calibration(s, o)
-        more, prefs = prefer.objective(s, o)
-        # differs: the paper has no anchor (its weight is 0 unless asked for); it keeps the accepted
-        # response likely, which the preference term may pay for its margin
-        anchor = mean_nll(s.logps[:, 0, [RESPONSE]], s.counts[:, 0, [RESPONSE]])
-        return loss + more + o.w_anchor * anchor, parts | prefs | {"response_nll": anchor}
+        calibrate, parts = calibration(s, o)
+        preference, prefs = prefer.objective(s, o)
+        # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
+        # response likely, at whose cost the preference term may buy its margin.
+        anchor = response_nll(s, 0)
+        return (calibrate + preference + o.w_anchor * anchor,
+                parts | prefs | {"response_nll": anchor})
     return Loss(objective, prefer.branches, reference=True, mismatch=pref.mismatch)
 
 
 LOSSES = {
     "sft": Loss(sft),
     "uniform-sft": Loss(uniform_sft, ("chosen", "own")),
+    "sft-kl": Loss(sft_kl, reference=True),
+    "both-kl": Loss(both_kl, ("chosen", "own"), reference=True),
     "gdpo": gdpo(PREFS["dpo"]),
-    "gdpo-cal": Loss(calibration, ("chosen",), reference=True),
+    "gdpo-cal": Loss(calibration, reference=True),
     "gdpo-pref": conditioned(PREFS["dpo"]),
     **{name: joint(pref) for name, pref in PREFS.items()},
     **{f"gdpo-{name}": gdpo(pref) for name, pref in PREFS.items() if name != "dpo"},

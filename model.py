@@ -1,11 +1,11 @@
-"""The language model: GPT-2 and Pythia (GPT-NeoX) by hand, in one class.
+"""The language model: GPT-2, Pythia (GPT-NeoX) and the Llama family by hand, in one class.
 
 First in reading order: model.py -> data.py -> losses.py -> train.py -> evaluate.py -> synth.py.
-The two families differ in the fields of GPTConfig below and in nothing else. Module names mirror
-Hugging Face's GPT-2, so that loading a checkpoint is one visible table of renames.
+The families differ in the fields of GPTConfig and in nothing else. Module names mirror Hugging
+Face's GPT-2, so that loading a checkpoint is one visible table of names.
 
-Left out on purpose: dropout (policy and reference must agree, so it is off in every run), biases
-as an option, any attention kernel of our own (torch's scaled_dot_product_attention is called).
+Left out on purpose: dropout (policy and reference must agree, so it is off in every run) and any
+attention kernel of our own (torch's scaled_dot_product_attention is called).
 
 Letters in all files: B rows (pairs), N sequences, T tokens, V vocabulary, K belief classes,
 C channels, H heads, D head size, S branches of a row, M scored tokens, R packed sequences.
@@ -15,11 +15,10 @@ import json
 import math
 import mmap
 import os
-import struct
+import re
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from data import read_json, shards_of, write
 
 
 @dataclass
@@ -45,6 +42,18 @@ class GPTConfig:
     parallel: bool = False     # attention and MLP read the same x (Pythia), not one after the other
     tanh_gelu: bool = True     # GPT-2 has the tanh form; Pythia the exact one
     tied: bool = True          # the head is the embedding table; Pythia has its own
+    n_kv: int = None           # key and value heads that the heads share (Llama); None: no sharing
+    rms_norm: bool = False     # RMSNorm (Llama) instead of LayerNorm
+    gated: bool = False        # the MLP is SiLU(gate) * up (Llama) instead of a GELU
+    qkv_bias: bool = True      # Qwen2 has no biases but these; Llama has none at all
+    out_bias: bool = True      # of attention's output
+    mlp_bias: bool = True
+    rope_scaling: tuple = ()   # Llama 3: factor, low and high frequency factor, original n_ctx
+
+    def __post_init__(self):
+        sizes = (self.vocab_size, self.n_ctx, self.n_layer, self.n_head, self.n_embd, self.n_inner)
+        if min(sizes) < 1 or self.n_embd % self.n_head or self.n_head % (self.n_kv or self.n_head):
+            raise ValueError(f"sizes must be positive, n_embd must divide into n_head: {self}")
 
 
 def rotate(x, cos, sin):
@@ -58,48 +67,59 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.n_head = cfg.n_head
-        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
-        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+        n_kv, D = cfg.n_kv or cfg.n_head, cfg.n_embd // cfg.n_head
+        self.heads = [cfg.n_head, n_kv, n_kv]          # of queries, keys, values; D channels each
+        self.c_attn = nn.Linear(cfg.n_embd, sum(self.heads) * D, bias=cfg.qkv_bias)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.out_bias)
 
-    def forward(self, x, rope, paths, places, mask, cache, pos):
-        """x (B, T, C), or packed (N, C): then q, k, v are gathered into a right-padded table of the
-        R sequences, plain causal attention runs there, and each token takes its output back."""
-        x = self.c_attn(x)
-        if paths is not None:
-            x = F.embedding(paths, x)                                          # (R, T, 3C)
-        q, k, v = x.unflatten(-1, (3, self.n_head, -1)).unbind(2)              # (B, T, H, D) each
+    def forward(self, x, rope, mask=None, cache=None, pos=None, paths=None, places=None):
+        """x (B, T, C) -> (B, T, C); packed x (N, C) -> (N, C). See GPT.forward for the others."""
+        qkv = self.c_attn(x)                           # (B, T, 3C), less where keys are shared
+        if paths is None:
+            return self.c_proj(self.attend(qkv, rope, mask, cache, pos))
+        # Packed: beginnings that sequences share were computed once. Gather the R sequences into a
+        # right-padded table, attend there, and give each packed token its output back.
+        table = F.embedding(paths, qkv)                                        # (R, T, 3C)
+        y = self.attend(table, rope)                                           # (R, T, C)
+        return self.c_proj(F.embedding(places, y.flatten(0, 1)))               # (N, C)
+
+    def attend(self, qkv, rope, mask=None, cache=None, pos=None):
+        """Causal attention within each of B sequences: (B, T, 3C) -> (B, T, C)."""
+        q, k, v = qkv.unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:                           # (2, B, T_max, H, D), filled at `pos`
-            rows = torch.arange(len(x), device=x.device)[:, None]
+        if cache is not None:                          # (2, B, T_max, H, D), filled at `pos`
+            rows = torch.arange(len(q), device=q.device)[:, None]
             cache[0][rows, pos], cache[1][rows, pos] = k.type_as(cache), v.type_as(cache)
             k, v = cache[:, :, :mask.shape[-1]] if mask is not None else (k, v)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                       # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        y = y.transpose(1, 2).flatten(2)                                       # (B, T, C)
-        if places is not None:
-            y = F.embedding(places, y.flatten(0, 1))                           # (N, C)
-        return self.c_proj(y)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))         # (B, T, H, D) -> (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.heads[1] < self.heads[0])
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.c_fc = nn.Linear(cfg.n_embd, cfg.n_inner)
-        self.c_proj = nn.Linear(cfg.n_inner, cfg.n_embd)
-        self.approximate = "tanh" if cfg.tanh_gelu else "none"
+        self.gated, self.approximate = cfg.gated, "tanh" if cfg.tanh_gelu else "none"
+        self.c_fc = nn.Linear(cfg.n_embd, (1 + cfg.gated) * cfg.n_inner, bias=cfg.mlp_bias)
+        self.c_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=cfg.mlp_bias)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+        x = self.c_fc(x)
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            return self.c_proj(F.silu(gate) * up)
+        return self.c_proj(F.gelu(x, approximate=self.approximate))
 
 
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd, cfg.eps)
+        norm = nn.RMSNorm if cfg.rms_norm else nn.LayerNorm
+        self.ln_1 = norm(cfg.n_embd, cfg.eps)
         self.attn = Attention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd, cfg.eps)
+        self.ln_2 = norm(cfg.n_embd, cfg.eps)
         self.mlp = MLP(cfg)
         self.parallel = cfg.parallel
 
@@ -114,13 +134,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        check_config(cfg, neox=bool(cfg.rotary))
         self.cfg, self.checkpointing = cfg, False
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if not cfg.rotary:
             self.wpe = nn.Embedding(cfg.n_ctx, cfg.n_embd)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.ln_f = nn.LayerNorm(cfg.n_embd, cfg.eps)
+        self.ln_f = (nn.RMSNorm if cfg.rms_norm else nn.LayerNorm)(cfg.n_embd, cfg.eps)
         if not cfg.tied:
             self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
@@ -133,10 +152,8 @@ class GPT(nn.Module):
         """GPT-2's initialisation: normal 0.02, residual projections divided by sqrt(2 L)."""
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif "ln_" in name:
-                nn.init.ones_(p)
+            if p.dim() == 1:                           # weights of norms, biases
+                nn.init.constant_(p, float(name.endswith("weight")))
             else:
                 depth = math.sqrt(2 * self.cfg.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, 0.0, 0.02 / depth, generator=g)
@@ -144,19 +161,25 @@ class GPT(nn.Module):
 
     def rope(self, pos):
         """cos and sin of the rotary angles at pos (B or 1, T); None with learned positions."""
-        if not self.cfg.rotary:
+        cfg = self.cfg
+        if not cfg.rotary:
             return None
-        n = int(self.cfg.rotary * (self.cfg.n_embd // self.cfg.n_head))
-        freq = self.cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
+        n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))
+        freq = cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
+        if cfg.rope_scaling:                           # Llama 3 slows its slow rotations further
+            factor, low, high, n_ctx = cfg.rope_scaling
+            turns = n_ctx * freq / (2 * math.pi)       # of each frequency in the original context
+            fast = ((turns - low) / (high - low)).clamp(0, 1)
+            freq = freq * (fast + (1 - fast) / factor)
         angle = pos[..., None, None].float() * freq                            # (B, T, 1, n / 2)
         return angle.cos(), angle.sin()
 
     def forward(self, ids, paths=None, places=None, pos=None, mask=None, cache=None):
-        """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last LayerNorm.
+        """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last norm.
         Logits apart: they cost as much as the layers, so only the positions that a loss reads are
-        multiplied by `head`.
+        multiplied by `head`. ValueError for more tokens than the context has.
 
-        paths (R, T), places (N,)  which packed tokens make R sequences: see data.pack; a token's
+        paths (R, T), places (N,)  which packed tokens make R sequences: see data.collate; a token's
               position is places % T, its column in that table
         pos   (B, T) positions; default 0..T-1, right for right-padded rows under the causal mask
         mask  boolean, broadcastable to (B, H, T, T_keys), True = may attend; default causal
@@ -172,7 +195,7 @@ class GPT(nn.Module):
             x = x + self.wpe(pos if places is None else places % T)
         rope = self.rope(pos)
         for i, block in enumerate(self.h):
-            where = (rope, paths, places, mask, None if cache is None else cache[i], pos)
+            where = (rope, mask, None if cache is None else cache[i], pos, paths, places)
             if self.checkpointing and torch.is_grad_enabled():  # keep x alone, run the block again
                 x = checkpoint(block, x, *where, use_reentrant=False)
             else:
@@ -184,32 +207,32 @@ class GPT(nn.Module):
                  n_tokens=None):
         """Sample a continuation of each prompt; returns the new ids alone, the stop id included.
 
-        prompts: list of lists of ids, of any lengths. temperature 0: the likeliest token.
-        seed: a number, or one number (or tuple of numbers) per prompt: a row's randomness depends
-        on its own seed alone, never on its batch. A row ends at stop_id, after max_new_tokens, or
-        when the context is full. n_tokens: ids from here on pad the table and are never sampled
-        (a tokenizer's n_tokens; Pythia's table is larger). ValueError for an empty prompt or one
-        that fills the context.
+        prompts: lists of ids of any lengths; ValueError for an empty one or one that fills the
+        context. temperature 0: the likeliest token. seed: a number, or one number (or tuple of
+        numbers) per prompt: a row's randomness depends on its own seed alone, never on its batch.
+        A row ends at stop_id, after max_new_tokens, or when the context is full. n_tokens: ids
+        from here on only pad the embedding table (Pythia's) and are never sampled.
         """
         if not prompts:
             return []
-        lengths = [len(p) for p in prompts]
-        if min(lengths) == 0 or max(lengths) >= self.cfg.n_ctx:
-            raise ValueError(f"prompts must have 1 to {self.cfg.n_ctx - 1} tokens (the context "
-                             f"less one), got {min(lengths)} to {max(lengths)}: shorten the prompt")
+        lengths, n_ctx, device = [len(p) for p in prompts], self.cfg.n_ctx, self.head.device
+        if min(lengths) == 0 or max(lengths) >= n_ctx:
+            raise ValueError(f"prompts must have 1 to {n_ctx - 1} tokens (the context less one), "
+                             f"got {min(lengths)} to {max(lengths)}: shorten the prompt")
+        steps = min(max_new_tokens, n_ctx - min(lengths))
         seeds = seed if isinstance(seed, list) else [(seed, i) for i in range(len(prompts))]
-        steps = min(max_new_tokens, self.cfg.n_ctx - min(lengths))
-        draws = np.stack([np.random.default_rng(s).random(steps) for s in seeds])  # (B, steps)
-        device, n = self.wte.weight.device, torch.tensor(lengths)
-        draws, n = torch.from_numpy(draws).to(device), n.to(device)
+        draws = np.stack([np.random.default_rng(s).random(steps) for s in seeds])
+        draws, n = torch.tensor(draws, device=device), torch.tensor(lengths, device=device)
 
-        hidden, cache = self.prefill(prompts, steps)
-        rows, alive = torch.arange(len(prompts), device=device), n > 0
-        new = torch.full((len(prompts), steps), -1, device=device)
+        hidden, cache = self.prefill(prompts, steps)                           # hidden (B, C)
+        rows, alive = torch.arange(len(n), device=device), n > 0       # rows of `new` still in work
+        new = torch.full((len(n), steps), -1, device=device)
         for t in range(steps):
-            token = pick(F.linear(hidden, self.head[:n_tokens]).float(), temperature, draws[:, t])
+            with torch.autocast(device.type, enabled=False):   # bfloat16 is off by 1/4 nat at -100
+                logits = F.linear(hidden.float(), self.head[:n_tokens].float())
+            token = pick(logits, temperature, draws[:, t])                     # (B,)
             new[rows, t] = torch.where(alive, token, -1)
-            alive = alive & (n + t + 1 < self.cfg.n_ctx)
+            alive = alive & (n + t + 1 < n_ctx)
             if stop_id is not None:
                 alive = alive & (token != stop_id)
             left = int(alive.sum())
@@ -218,37 +241,29 @@ class GPT(nn.Module):
             if left <= len(rows) // 2:                 # finished rows leave the batch
                 rows, n, token, draws = (x[alive] for x in (rows, n, token, draws))
                 cache, alive = [c[:, alive] for c in cache], alive[alive]
-            pos = (n + t).clamp(max=self.cfg.n_ctx - 1)[:, None]               # (B, 1)
-            slots = torch.arange(min(max(lengths) + t + 1, self.cfg.n_ctx), device=device)
+            pos = (n + t).clamp(max=n_ctx - 1)[:, None]                        # (B, 1)
+            slots = torch.arange(min(max(lengths) + t + 1, n_ctx), device=device)
             mask = (slots <= pos)[:, None, None]                               # (B, 1, 1, T_keys)
             hidden = self(token[:, None], pos=pos, mask=mask, cache=cache)[:, 0]
         return [[i for i in row if i >= 0] for row in new.tolist()]
 
     def prefill(self, prompts, steps):
         """(hidden state (B, C) at each prompt's end, cache with room for `steps` more tokens).
-        Equal prompts, several samples of a row say, are computed once. Right-padded: a pad's keys
-        lie at positions the row has not reached, so that the mask `slot <= position` hides them
-        until the row's own tokens overwrite them."""
-        device, T = self.wte.weight.device, max(map(len, prompts))
+        Equal prompts are computed once. Right-padded: a pad's keys lie at positions the row has
+        not reached, so that the mask `slot <= position` hides them until the row's own tokens
+        overwrite them."""
+        w, cfg, T = self.head, self.cfg, max(map(len, prompts))
         unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        which = torch.tensor([unique[tuple(p)] for p in prompts], device=device)
+        which = torch.tensor([unique[tuple(p)] for p in prompts], device=w.device)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in unique], batch_first=True)
-        first = self.new_cache(len(unique), T)
-        ends = torch.tensor([len(p) - 1 for p in unique], device=device)
-        hidden = self(ids.to(device), cache=first)[torch.arange(len(unique), device=device), ends]
-        cache = self.new_cache(len(prompts), min(T + steps, self.cfg.n_ctx))
-        for layer, keys_and_values in zip(cache, first):
-            layer[:, :, :T] = keys_and_values[:, which]
-        return hidden[which], cache
-
-    def new_cache(self, B, T):
-        """Room for the keys and values of B rows of T tokens, in the dtype of the computation."""
-        kind, cfg = self.wte.weight.device.type, self.cfg
-        dtype = self.wte.weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        shape = (2, B, T, cfg.n_head, cfg.n_embd // cfg.n_head)
-        return [torch.zeros(shape, dtype=dtype, device=self.wte.weight.device) for _ in self.h]
+        half = torch.is_autocast_enabled(w.device.type)
+        dtype = torch.get_autocast_dtype(w.device.type) if half else w.dtype
+        D = cfg.n_embd // cfg.n_head
+        shape = (2, len(ids), min(T + steps, cfg.n_ctx), cfg.n_kv or cfg.n_head, D)
+        cache = [w.new_zeros(shape, dtype=dtype) for _ in self.h]
+        ends = torch.tensor([len(p) - 1 for p in unique], device=w.device)
+        hidden = self(ids.to(w.device), cache=cache)[torch.arange(len(ids), device=w.device), ends]
+        return hidden[which], [layer[:, which] for layer in cache]
 
 
 def pick(logits, temperature, draw):
@@ -260,347 +275,247 @@ def pick(logits, temperature, draw):
     return torch.searchsorted(total, draw[:, None] * total[:, -1:], right=True)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: folders in Hugging Face's form (config.json, model.safetensors)
+# =============================================================================================
+# Plumbing: checkpoints: folders in Hugging Face's form (config.json, model.safetensors)
 
-NEOX = [  # our name -> GPT-NeoX's, replaced from left to right
-    ("wte.", "gpt_neox.embed_in."), ("h.", "gpt_neox.layers."), ("ln_1.", "input_layernorm."),
-    ("attn.c_attn.", "attention.query_key_value."), ("attn.c_proj.", "attention.dense."),
-    ("ln_2.", "post_attention_layernorm."), ("mlp.c_fc.", "mlp.dense_h_to_4h."),
-    ("mlp.c_proj.", "mlp.dense_4h_to_h."), ("ln_f.", "gpt_neox.final_layer_norm."),
-    ("lm_head.", "embed_out.")]
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
-           ".rotary_emb.inv_freq")  # causal masks and frequencies that old checkpoints carry
-TIED = ("lm_head.weight", "embed_out.weight")          # a copy of the embeddings, where tied
+NAMES = """
+ours         gpt2                 gpt_neox                   llama
+hf_class     GPT2LMHeadModel      GPTNeoXForCausalLM         LlamaForCausalLM
+vocab_size   vocab_size           vocab_size                 vocab_size
+n_ctx        n_positions          max_position_embeddings    max_position_embeddings
+n_layer      n_layer              num_hidden_layers          num_hidden_layers
+n_head       n_head               num_attention_heads        num_attention_heads
+n_embd       n_embd               hidden_size                hidden_size
+n_inner      n_inner              intermediate_size          intermediate_size
+eps          layer_norm_epsilon   layer_norm_eps             rms_norm_eps
+tied         tie_word_embeddings  tie_word_embeddings        tie_word_embeddings
+rotary       -                    rotary_pct                 -
+rotary_base  -                    rotary_emb_base            rope_theta
+parallel     -                    use_parallel_residual      -
+n_kv         -                    -                          num_key_value_heads
+out_bias     -                    attention_bias             attention_bias
+mlp_bias     -                    -                          mlp_bias
+h            transformer.h        gpt_neox.layers            model.layers
+wte          transformer.wte      gpt_neox.embed_in          model.embed_tokens
+wpe          transformer.wpe      -                          -
+ln_1         ln_1                 input_layernorm            input_layernorm
+attn.c_attn  attn.c_attn          attention.query_key_value  self_attn.*_proj
+attn.c_proj  attn.c_proj          attention.dense            self_attn.o_proj
+ln_2         ln_2                 post_attention_layernorm   post_attention_layernorm
+mlp.c_fc     mlp.c_fc             mlp.dense_h_to_4h          mlp.*_proj
+mlp.c_proj   mlp.c_proj           mlp.dense_4h_to_h          mlp.down_proj
+ln_f         transformer.ln_f     gpt_neox.final_layer_norm  model.norm
+lm_head      lm_head              embed_out                  lm_head
+"""  # fields of GPTConfig and keys of config.json, then modules; * is q, k, v or gate, up
+OURS, *THEIRS = zip(*map(str.split, NAMES.strip().splitlines()))
+NAMES = {kind: dict(zip(OURS[1:], names)) for kind, *names in THEIRS}
+NAMES["qwen2"] = NAMES["llama"] | {"hf_class": "Qwen2ForCausalLM"}
+LLAMA = dict(eps=1e-6, rotary=1.0, tied=False, rms_norm=True, gated=True, out_bias=False,
+             mlp_bias=False)
+DEFAULTS = {  # of a family, where they are not GPT-2's
+    "gpt2": {}, "gpt_neox": dict(rotary=0.25, parallel=True, tanh_gelu=False, tied=False),
+    "llama": LLAMA, "qwen2": LLAMA}
+KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+GIVE = "give a checkpoint folder, such as OUT/best of an earlier run"
+LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # GPT-2 stores these (in, out)
+BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")   # of old checkpoints
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def family(cfg):
+    """Hugging Face's model_type of a GPTConfig."""
+    if not cfg.rms_norm:
+        return "gpt_neox" if cfg.rotary else "gpt2"
+    return "qwen2" if cfg.qkv_bias and not cfg.out_bias else "llama"
 
 
 def config_from_hf(c):
-    """Hugging Face's config.json (a dict; old and new key styles) -> GPTConfig. ValueError for a
-    setting that would change the logits and is not implemented."""
-    kind = c.get("model_type")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    plain = {"activation_function": "gelu_new", "hidden_act": "gelu", "scale_attn_weights": True,
-             "scale_attn_by_inverse_layer_idx": False, "attention_bias": True}
-    odd = {k: c[k] for k, v in plain.items() if c.get(k, v) != v}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        odd["rope"] = rope
-    if odd:
-        raise ValueError(f"{odd} is not implemented here")
-    if kind == "gpt2":
-        return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
-                         c.get("n_inner") or 4 * c["n_embd"], c.get("layer_norm_epsilon", 1e-5),
-                         tied=c.get("tie_word_embeddings", True))
-    if kind == "gpt_neox":
-        return GPTConfig(
-            c["vocab_size"], c["max_position_embeddings"], c["num_hidden_layers"],
-            c["num_attention_heads"], c["hidden_size"], c["intermediate_size"],
-            c.get("layer_norm_eps", 1e-5),
-            rotary=rope.get("partial_rotary_factor", c.get("rotary_pct", 0.25)),
-            rotary_base=rope.get("rope_theta", c.get("rotary_emb_base", 10000)),
-            parallel=c.get("use_parallel_residual", True), tanh_gelu=False,
-            tied=c.get("tie_word_embeddings", False))
-    raise ValueError(f"model_type {kind!r} is not supported: use a gpt2 or gpt_neox checkpoint")
-
-
-def check_config(cfg, neox):
-    """ValueError for sizes that no model can have."""
-    sizes = ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd", "n_inner")
-    for name in sizes:
-        if type(getattr(cfg, name)) is not int or not 0 < getattr(cfg, name) <= 1 << 20:
-            raise ValueError(f"{name} cannot be {getattr(cfg, name)!r}")
-    if cfg.n_embd % cfg.n_head:
-        raise ValueError(f"n_embd {cfg.n_embd} does not divide into {cfg.n_head} heads")
-    if type(cfg.eps) is not float or not 0 < cfg.rotary <= 1 and neox:
-        raise ValueError(f"eps {cfg.eps!r} or rotary share {cfg.rotary!r} cannot be")
-    return cfg
+    """config.json as transformers 4 or 5 writes it (a dict) -> GPTConfig. ValueError for a setting
+    that would change the logits and is not implemented."""
+    kind, rope = c.get("model_type"), c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if kind not in NAMES:
+        raise ValueError(f"model_type {kind!r} is not one of {', '.join(NAMES)}")
+    fields = DEFAULTS[kind] | {ours: c[key] for ours, key in NAMES[kind].items()
+                               if c.get(key) is not None}
+    fields["qkv_bias"] = kind == "qwen2" or fields.get("out_bias", True)
+    for ours, key in (("rotary_base", "rope_theta"), ("rotary", "partial_rotary_factor")):
+        if key in rope and NAMES[kind][ours] != "-":   # the form of transformers 5
+            fields[ours] = rope[key]
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "llama3":
+        fields["rope_scaling"] = tuple(rope[key] for key in LLAMA3)
+    known = KNOWN | {"hidden_act": "silu" if "gated" in fields else "gelu",
+                     "head_dim": fields["n_embd"] // fields["n_head"],
+                     "rope_type": "llama3" if "rope_scaling" in fields else "default"}
+    found = {"rope_type": rope_type} | c
+    unknown = {k: found[k] for k, v in known.items() if found.get(k) not in (None, v)}
+    if unknown:
+        raise ValueError(f"{unknown} is not implemented here")
+    return GPTConfig(**{"n_inner": 4 * fields["n_embd"]} | fields)
 
 
 def config_to_hf(cfg, eos, dtype):
     """The config.json that Hugging Face's classes read. eos: id of the end-of-text token."""
-    ids = {"bos_token_id": eos, "eos_token_id": eos, "vocab_size": cfg.vocab_size,
-           "tie_word_embeddings": cfg.tied, "dtype": str(dtype).removeprefix("torch.")}
-    if not cfg.rotary:
-        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **ids,
-                "n_positions": cfg.n_ctx, "n_ctx": cfg.n_ctx, "n_layer": cfg.n_layer,
-                "n_head": cfg.n_head, "n_embd": cfg.n_embd, "n_inner": cfg.n_inner,
-                "layer_norm_epsilon": cfg.eps, "activation_function": "gelu_new"}
-    return {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], **ids,
-            "max_position_embeddings": cfg.n_ctx, "num_hidden_layers": cfg.n_layer,
-            "num_attention_heads": cfg.n_head, "hidden_size": cfg.n_embd,
-            "intermediate_size": cfg.n_inner, "layer_norm_eps": cfg.eps, "hidden_act": "gelu",
-            "rotary_pct": cfg.rotary, "rotary_emb_base": cfg.rotary_base,
-            "use_parallel_residual": cfg.parallel}
+    kind = family(cfg)
+    config = {"model_type": kind, "architectures": [NAMES[kind]["hf_class"]], "bos_token_id": eos,
+              "eos_token_id": eos, "dtype": str(dtype).removeprefix("torch.")}
+    config |= {key: getattr(cfg, ours) for ours, key in NAMES[kind].items()
+               if hasattr(cfg, ours) and key != "-"}
+    if cfg.rope_scaling:
+        config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3, cfg.rope_scaling))}
+    assert config_from_hf(config) == cfg, (config, cfg)
+    return config
 
 
-def hf_name(name, cfg):
-    """Our parameter's name -> Hugging Face's."""
-    if not cfg.rotary:
-        return name if name.startswith("lm_head.") else "transformer." + name
-    for ours, theirs in NEOX:
-        if ours in name and (ours != "h." or name.startswith("h.")):
-            name = name.replace(ours, theirs, 1)
-    return name
-
-
-def relayout(name, w, cfg, to_hf):
-    """The two layouts on disk that differ from ours: GPT-2 stores its linear weights (in, out);
-    Pythia stores query, key and value by head, (H, 3, D, ...), where ours are (3, H, D, ...)."""
-    if not cfg.rotary:
-        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        return w.t() if linear else w
-    if ".c_attn." not in name:
-        return w
-    a, b = (3, cfg.n_head) if to_hf else (cfg.n_head, 3)
-    return w.unflatten(0, (a, b, -1)).transpose(0, 1).flatten(0, 2)
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_safetensors(path):
-    """A .safetensors file -> {name: function that maps the tensor}. Nothing is read before the
-    call, and what a call mapped is gone from memory with its tensor.
-    Layout: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, raw bytes,
-    which the tensors must tile without gap or overlap. ValueError for a header that lies."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice")
-        return dict(pairs)
-
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        length = struct.unpack("<Q", f.read(8).ljust(8, b"\xff"))[0]
-        if 8 + length > size:
-            raise ValueError(f"{path}: not a safetensors file, or cut short: fetch it again")
-        try:
-            header = json.loads(f.read(length), object_pairs_hook=unique)
-            header.pop("__metadata__", None)
-            spans = sorted((*map(index, t["data_offsets"]), name) for name, t in header.items())
-            spans = [(start, end, name) for start, end, name in spans]
-            tensors = {n: (DTYPES[t["dtype"]], tuple(map(index, t["shape"])))
-                       for n, t in header.items()}
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
-            raise ValueError(f"{path}: the header is broken, or has a dtype that is unknown here: "
-                             f"{e!r}") from None
-    at = 0
-    for start, end, name in spans:
-        dtype, shape = tensors[name]
-        if (start != at or end - start != math.prod(shape) * dtype.itemsize
-                or min(shape, default=0) < 0):
-            raise ValueError(f"{path}: tensor {name} has a bad dtype, shape or offset: "
-                             f"{header[name]}")
-        at = end
-    if at != size - 8 - length:
-        raise ValueError(f"{path}: holds {size - 8 - length} bytes of tensors, its header speaks "
-                         f"of {at}")
-    return {name: partial(map_tensor, path, *tensors[name], 8 + length + start)
-            for start, _, name in spans}
-
-
-def map_tensor(path, dtype, shape, start):
-    """The tensor at byte `start` of a file, as a view of the mapped file."""
-    count, page = math.prod(shape), start - start % mmap.ALLOCATIONGRANULARITY
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), start - page + count * dtype.itemsize, offset=page,
-                         access=mmap.ACCESS_COPY)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=start - page).view(shape)
-
-
-def read_bin(path):
-    """pytorch_model.bin, zipped or in the older format -> {name: function}. Weights only: a pickle
-    that wants to run code is refused."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True,
-                            mmap=zipfile.is_zipfile(path))
-    except Exception as e:                             # of many kinds, by how the file is broken
-        raise ValueError(f"{path}: not a file of weights alone ({type(e).__name__})") from None
-    return {name: partial(stored.pop, name) for name in list(stored)}
-
-
-def read_weights(folder):
-    """The weights of a checkpoint folder, in one file or in shards -> {name: function}."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
-        if (folder / name).is_file():
-            return read(folder / name)
-        listing = folder / f"{name}.index.json"
-        if listing.is_file():
-            where, stored = shards_of(listing), {}
-            for shard in sorted(set(where.values())):
-                if not (folder / shard).is_file():
-                    raise ValueError(f"{listing}: shard {shard!r} is not a file of this folder")
-                stored |= {k: v for k, v in read(folder / shard).items() if where.get(k) == shard}
-            if len(stored) < len(where):
-                missing = sorted(set(where) - set(stored))[:3]
-                raise ValueError(f"{listing}: no shard holds {missing}")
-            return stored
-    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: give a "
-                            "checkpoint folder, such as OUT/best of an earlier run")
-
-
-def write_safetensors(path, shapes, dtype, tensor):
-    """Write a .safetensors file under a temporary name, then rename it. shapes: {name: shape};
-    tensor(name) is asked for one tensor at a time."""
-    kind, header, at = (
-        {v: k for k, v in DTYPES.items()}[dtype], {"__metadata__": {"format": "pt"}}, 0)
-    for name, shape in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name in shapes:
-            w = tensor(name).detach().to("cpu", dtype).contiguous()
-            f.write(w.flatten().view(torch.uint8).numpy())
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+def on_disk(name, w, cfg):
+    """Our parameter -> {name in the file: (shape there, view of w in that layout)}. A checkpoint
+    is read by copying into these views and written by copying out of them."""
+    kind, C = family(cfg), cfg.n_embd
+    layer, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.+)\.(\w+)", name).groups("")
+    theirs = f"{layer.replace('h', NAMES[kind]['h'])}{NAMES[kind][module]}.{leaf}"
+    if kind == "gpt2" and name.endswith(LINEAR):
+        return {theirs: (w.t().shape, w.t())}
+    if kind == "gpt_neox" and module == "attn.c_attn":           # by head: (H, 3, D), not (3, H, D)
+        return {theirs: (w.shape, w.unflatten(0, (3, cfg.n_head, -1)).transpose(0, 1))}
+    parts = [("", w)]
+    if "*" in theirs and module == "attn.c_attn":
+        parts = zip("qkv", w.split([C, (len(w) - C) // 2, (len(w) - C) // 2]))
+    elif "*" in theirs:
+        parts = zip(("gate", "up"), w.chunk(2))
+    return {theirs.replace("*", part): (view.shape, view) for part, view in parts}
 
 
 def read_config(folder):
     """The GPTConfig of a checkpoint folder."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: give a checkpoint folder, such as "
-                                "OUT/best of an earlier run")
     try:
-        hf = read_json(path)
-        return check_config(config_from_hf(hf), neox=hf["model_type"] == "gpt_neox")
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: a key is missing or of the wrong type: {e}") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
+        return config_from_hf(json.loads(path.read_text(encoding="utf-8-sig")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no config.json in {folder}: {GIVE}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as e:
+        raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
+
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}, views of the mapped file, so that no memory is taken
+    and none is read outside of it. Layout: 8 bytes with the length of a JSON header
+    {name: {dtype, shape, data_offsets}}, the header, raw bytes."""
+    try:
+        with open(path, "rb") as f:
+            raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        start, tensors = 8 + int.from_bytes(raw[:8], "little"), {}
+        header = json.loads(raw[8:start])
+        header.pop("__metadata__", None)
+        for name, t in header.items():
+            dtype, (at, end) = DTYPES[t["dtype"]], t["data_offsets"]
+            flat = torch.frombuffer(raw, dtype=dtype, offset=start + at,
+                                    count=(end - at) // dtype.itemsize)
+            tensors[name] = flat.view(t["shape"])
+        return tensors
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as e:
+        raise ValueError(f"{path}: cut short or not safetensors, fetch it again ({e})") from None
+
+
+def read_bin(path):
+    """pytorch_model.bin, zipped or in the older format -> {name: tensor}. A pickle that wants to
+    run code is refused."""
+    try:
+        stored = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return {name: w.detach() for name, w in stored.items()}
+    except Exception as e:                             # of many kinds, by how the file is broken
+        raise ValueError(f"{path}: not a file of weights alone ({type(e).__name__})") from None
+
+
+def read_weights(folder):
+    """The weights of a checkpoint folder, in one file or in shards -> {name: tensor}, mapped."""
+    for name, read in [("model%s.safetensors", read_safetensors),
+                       ("pytorch_model%s.bin", read_bin)]:
+        paths = [*folder.glob(name % "")] or sorted(folder.glob(name % "-*"))
+        if paths:
+            shards = [read(path) for path in paths]
+            stored = {name: w for shard in shards for name, w in shard.items()}
+            if len(stored) < sum(map(len, shards)):
+                raise ValueError(f"{folder}: a tensor is in two of the files {paths}")
+            return stored
+    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: {GIVE}")
 
 
 def load_model(folder, device="cpu"):
     """A checkpoint folder -> GPT with float32 weights. The model is built without memory, and each
     of its tensors is made once, from the file. Every stored tensor is used once; ValueError names
     one that is missing, left over or of another shape."""
-    folder, cfg = Path(folder), read_config(folder)
+    folder, cfg, state = Path(folder), read_config(folder), {}
     with torch.device("meta"):
         model = GPT(cfg)
-    found = read_weights(folder)
-    stored = {k.removeprefix("transformer."): v for k, v in found.items()}
-    if len(stored) < len(found):
-        raise ValueError(f"{folder}: tensors stand twice, with and without `transformer.`")
-    state = {}
+    stored = {k: w for k, w in read_weights(folder).items() if not k.endswith(BUFFERS)}
+    if "wte.weight" in stored:                         # as GPT-2 was first published
+        stored = {k if k == "lm_head.weight" else f"transformer.{k}": w for k, w in stored.items()}
+    head = NAMES[family(cfg)]["lm_head"] + ".weight"
+    if "lm_head.weight" in stored:                     # as transformers 5 calls every head
+        stored[head] = stored.pop("lm_head.weight")
     for name, p in model.named_parameters():
-        theirs = hf_name(name, cfg).removeprefix("transformer.")
-        if theirs not in stored and theirs == "embed_out.weight":
-            theirs = "lm_head.weight"                  # as transformers 5 writes it
-        if theirs not in stored:
-            raise ValueError(f"{folder}: the checkpoint has no tensor {theirs}")
-        w = stored.pop(theirs)()
-        shape = relayout(name, p, cfg, to_hf=True).shape
-        if not isinstance(w, torch.Tensor) or w.shape != shape or not w.is_floating_point():
-            raise ValueError(f"{folder}: {theirs} is {getattr(w, 'dtype', type(w))} of shape "
-                             f"{tuple(getattr(w, 'shape', ()))}, "
-                             f"not numbers of shape {tuple(shape)}")
-        w = relayout(name, w, cfg, to_hf=False)
-        # one copy, in the order of the file: a transposed GPT-2 matrix stays a transposed view
-        state[name] = torch.empty_like(w, dtype=torch.float32, device=device).copy_(w)
-    for name in TIED if cfg.tied else ():
-        own = stored.pop(name)().float() if name in stored else None
-        if own is not None and not torch.equal(own, state["wte.weight"].cpu()):
-            raise ValueError(f"{folder}: config.json ties the head to the embeddings, but {name} "
-                             "differs from them: set tie_word_embeddings to false")
-    extra = [k for k in stored if not k.endswith(BUFFERS)]
-    if extra:
-        raise ValueError(f"{folder}: tensors that no part of the model takes: {extra[:3]}")
+        flip = family(cfg) == "gpt2" and name.endswith(LINEAR)         # the order of the file
+        w = torch.empty(p.shape[::-1] if flip else p.shape, device=device)
+        state[name] = w = w.t() if flip else w
+        for theirs, (shape, view) in on_disk(name, w, cfg).items():
+            found = stored.pop(theirs, None)
+            if found is None or found.shape != shape or not found.is_floating_point():
+                what = "missing" if found is None else f"{found.dtype} of {tuple(found.shape)}"
+                raise ValueError(f"{folder}: {theirs} is {what}, not numbers of {tuple(shape)}")
+            view.copy_(found.view_as(view))
+    copy = stored.pop(head, None) if cfg.tied else None
+    if copy is not None and not torch.equal(copy.float(), state["wte.weight"].cpu()):
+        raise ValueError(f"{folder}: config.json ties the head to the embeddings, but {head} "
+                         "differs from them: set tie_word_embeddings to false")
+    if stored:
+        raise ValueError(f"{folder}: tensors that no part of the model takes: {[*stored][:3]}")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
 
 def fingerprint(model):
     """A short text that tells one set of weights from another: the hash of some of each tensor."""
-    digest = hashlib.sha256()
-    for p in model.parameters():
-        digest.update(p.detach().flatten()[:256].cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    some = torch.cat([p.detach().flatten()[:256].cpu() for p in model.parameters()])
+    return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:16]
+
+
+@contextmanager
+def writing(path):
+    """A file to write: renamed from a temporary name once it is complete and on the disk, removed
+    if that fails. OSError names the file."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_model(model, folder, eos, dtype=torch.float32):
     """Write config.json and model.safetensors in Hugging Face's form into `folder`. The weights
     are replaced in one rename; config.json is written first and is the same for a whole run."""
-    folder, cfg = Path(folder), model.cfg
+    folder, header, at = Path(folder), {"__metadata__": {"format": "pt"}}, 0
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "config.json", json.dumps(config_to_hf(cfg, eos, dtype), indent=2) + "\n")
-    ours = {hf_name(n, cfg): (n, p) for n, p in model.named_parameters()}
-    shapes = {k: relayout(n, p.to("meta"), cfg, to_hf=True).shape for k, (n, p) in ours.items()}
-    write_safetensors(folder / "model.safetensors", shapes, dtype,
-                      lambda k: relayout(*ours[k], cfg, to_hf=True))
-
-
-# ---------------------------------------------------------------------------------------------
-# A sentence encoder, for the response similarity of evaluate.py: MiniLM, which is a small BERT
-
-class BertLayer(nn.Module):
-    """Self-attention over the whole sentence and an MLP, each with its LayerNorm behind it."""
-    def __init__(self, c):
-        super().__init__()
-        C, inner, eps = c["hidden_size"], c["intermediate_size"], c["layer_norm_eps"]
-        self.n_head = c["num_attention_heads"]
-        self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
-        self.up, self.down = nn.Linear(C, inner), nn.Linear(inner, C)
-        self.norm1, self.norm2 = nn.LayerNorm(C, eps), nn.LayerNorm(C, eps)
-
-    def forward(self, x, mask):                        # x (B, T, C), mask (B, 1, 1, T)
-        q, k, v = (f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-                   for f in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = self.norm1(x + self.out(y))
-        return self.norm2(x + self.down(F.gelu(self.up(x))))
-
-
-class SentenceEncoder(nn.Module):
-    """all-MiniLM-L6-v2: token ids (B, T) and how many count (B,) -> unit vectors (B, C), the mean
-    of the last layer over a sentence's tokens."""
-    RENAMES = {"attention.self.": "", "attention.output.dense": "out", "output.dense": "down",
-               "attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2",
-               "intermediate.dense": "up", "encoder.layer.": "layers.",
-               "embeddings.word_embeddings": "words", "embeddings.LayerNorm": "norm",
-               "embeddings.position_embeddings": "positions",
-               "embeddings.token_type_embeddings": "types"}
-
-    def __init__(self, c):
-        super().__init__()
-        C = c["hidden_size"]
-        self.words = nn.Embedding(c["vocab_size"], C)
-        self.positions = nn.Embedding(c["max_position_embeddings"], C)
-        self.types = nn.Embedding(c["type_vocab_size"], C)
-        self.norm = nn.LayerNorm(C, c["layer_norm_eps"])
-        self.layers = nn.ModuleList(BertLayer(c) for _ in range(c["num_hidden_layers"]))
-
-    def forward(self, ids, lengths):
-        at = torch.arange(ids.shape[1], device=ids.device)
-        real = at < lengths[:, None]                   # (B, T)
-        x = self.norm(self.words(ids) + self.positions(at) + self.types.weight[0])
-        for layer in self.layers:
-            x = layer(x, real[:, None, None])
-        mean = (x * real[..., None]).sum(1) / lengths[:, None]
-        return F.normalize(mean, dim=-1)
-
-    @classmethod
-    def load(cls, folder, device="cpu"):
-        """From a folder in Hugging Face's form. ValueError for another kind of model."""
-        c = read_json(Path(folder) / "config.json")
-        if c.get("model_type") != "bert" or c.get("hidden_act") != "gelu":
-            raise ValueError(f"{folder} is no BERT with exact GELUs: all-MiniLM-L6-v2 is one")
-        model, state = cls(c), {}
-        for name, tensor in read_weights(Path(folder)).items():
-            name = name.removeprefix("bert.")
-            if not name.startswith(("pooler.", "embeddings.position_ids")):
-                for theirs, ours in cls.RENAMES.items():
-                    name = name.replace(theirs, ours)
-                state[name] = tensor().float()
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as e:
-            raise ValueError(f"{folder}: {str(e).splitlines()[-1].strip()}") from None
-        return model.to(device).eval()
+    with writing(folder / "config.json") as f:
+        f.write(json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2).encode() + b"\n")
+    tensors = {theirs: part for name, p in model.named_parameters()
+               for theirs, part in on_disk(name, p.detach(), model.cfg).items()}
+    kind = next(k for k, v in DTYPES.items() if v == dtype)
+    for name, (shape, w) in tensors.items():
+        end = at + w.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
+    with writing(folder / "model.safetensors") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for _, w in tensors.values():                  # one at a time in memory
+            f.write(w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())

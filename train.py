@@ -1,20 +1,17 @@
-"""Train with any loss of losses.py, from one CPU to many GPUs.
+"""Train with any loss of losses.py, on one CPU or many GPUs.
 
     python train.py --loss gdpo                         # the shipped world, minutes on a laptop
-    torchrun --nproc_per_node=4 train.py --loss gdpo    # the same run, four processes
+    torchrun --nproc_per_node=4 train.py --loss gdpo    # the same run on four processes
 
-Fourth in reading order. A run: rows -> items; the reference's log-probs, once, from the policy as
-it is before the first step (one model serves both); then steps of warm-up, accumulate, clip, step,
-log, with evaluation and checkpoints between. Losses other than SFT start from an SFT checkpoint,
-which is trained first if it is not there.
+Fourth in reading order. A run: rows -> items; the reference's log-probs, computed once with the
+policy as it is before the first step (so one model serves as both); then the loop. Every loss but
+SFT starts from an SFT checkpoint, which is trained first if it is missing.
 
-OUT holds config.json (the flags), metrics.jsonl (a JSON object per logged step), best/ and last/
-(checkpoint folders), state.pt (all that --resume needs) and reference.pt.
+OUT holds config.json (the flags), metrics.jsonl (one JSON object per logged step), best/ and last/
+(checkpoint folders) and state.pt (all that --resume needs).
 
-Left out on purpose: a resident reference model, dropout, float16.
+Left out on purpose: a second model in memory as the reference, dropout, float16.
 """
-import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -22,63 +19,93 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
-from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, alone, check_ranges, class_ids,
-                  collate, cost, dataset_name, encode_rows, epoch_batches, find_checkpoint,
-                  find_dataset, help_first, load_dataset, mismatch, progress, prompt_text,
-                  read_json, run, train_bpe, write)
+from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, class_ids, collate, cost,
+                  dataset_name, encode_rows, epoch_batches, find_checkpoint, help_first,
+                  load_dataset, mismatch, progress, prompt_text, read_json, run, train_bpe,
+                  write)
 
 
 @dataclass
 class Config:
-    loss: str = "gdpo"            # which method: see LOSSES in losses.py
-    pref: str = "dpo"             # GDPO's preference term: see PREFS in losses.py
-    data: str = "data/toy"        # dataset: folder or hub name; several, with commas, are mixed
-    form: str = ""                # of the prompt, "<G>{group}<Q>{prompt}<A>" say; empty: the data's
-    model: str = "scratch"        # what SFT starts from: scratch (a small GPT-2), folder, hub name
-    init: str = ""                # what the others start from; empty: the SFT run, made if missing
-    out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
-    seed: int = 0                 # of initialisation and order
-    epochs: float = -1.0          # passes over the training rows; -1, here and below: by PRESETS
-    batch_size: int = -1          # rows a step, over all processes
-    micro_batch: int = 0          # rows a forward pass of one process; 0: all of its share
-    lr: float = -1.0              # peak learning rate
-    warmup: int = -1              # steps of linear warm-up
-    schedule: str = ""            # after warm-up: constant or cosine (to zero)
-    optimizer: str = ""           # rmsprop or adamw
-    clip: float = 10.0            # largest gradient norm
-    beta: float = -1.0            # strength of the reference
-    label_smoothing: float = 0.0  # DPO: how likely a label is the wrong way round
+    # the method
+    loss: str = "gdpo"            # the method; {LOSSES}
+    beta: float = None            # strength of the reference; 0.01 (weak) to 1 (strong) is sane
+    alpha: float = 1.0            # H-DPO: strength of the policy's own log-probs
+    label_smoothing: float = 0.0  # DPO: chance that a label is the wrong way round
     gamma: float = 0.5            # SimPO: the margin it asks for
+    prior: float = 0.5            # PIPA: share of right answers
     lambda_d: float = 1.0         # KTO: weight of desirable answers
     lambda_u: float = 1.0         # KTO: weight of undesirable answers
-    w_kl: float = 1.0             # weight of GDPO's KL term
-    w_belief: float = 1.0         # weight of GDPO's belief likelihood
-    w_pref: float = 1.0           # weight of GDPO's preference term
-    w_anchor: float = 0.0         # weight of the accepted response's likelihood in GDPO
-    eval_every: int = -1          # examples between evaluations
-    select: str = "jsd"           # eval metric (lower is better) that picks OUT/best: jsd or loss
+    w_kl: float = 1.0             # weight of the KL term, in every loss that has it
+    w_belief: float = 1.0         # GDPO: weight of the belief's likelihood
+    w_pref: float = 1.0           # GDPO: weight of the preference term
+    w_anchor: float = 0.0         # GDPO: weight of the accepted response's likelihood
+    # data and model
+    data: str = "data/toy"        # dataset folder; give more than one, with commas, to mix them
+    form: str = ""                # of the prompt, as "<G>{group}<Q>{prompt}<A>"; empty: the data's
     max_length: int = 0           # longest row in tokens; 0: the model's context
-    overlong: str = "error"       # longer rows: error, drop or trim
+    overlong: Literal["error", "drop", "trim"] = "error"  # what happens to longer rows
+    model: str = "scratch"        # where SFT starts: scratch (a small GPT-2), a folder, a hub name
+    init: str = ""                # where the others start; empty: the SFT run, made if missing
     n_layer: int = 2              # scratch: layers
     n_head: int = 4               # scratch: heads
     n_embd: int = 96              # scratch: channels
-    vocab_size: int = 1024        # scratch: tokens learned from the training rows
-    device: str = "auto"          # auto, cpu or cuda
-    dtype: str = "auto"           # autocast: float32 or bfloat16; auto: bfloat16 on GPUs
-    compile: bool = False         # torch.compile the model
-    checkpointing: bool = False   # keep one activation a layer, run the layers again in backward
-    shard_optimizer: bool = False  # each process keeps its share of the optimizer's state alone
-    save_dtype: str = "float32"   # of the weights in OUT/best and OUT/last: float32 or bfloat16
-    dry_run: bool = False         # print the memory that the run would take, and stop
-    log_every: int = 10           # steps between lines of metrics.jsonl
+    vocab_size: int = 1024        # scratch: tokens, learned from the training rows
+    # optimization; None is filled in from PRESETS
+    epochs: float = None          # passes over the training rows
+    batch_size: int = None        # rows per step, over all processes
+    micro_batch: int = 0          # rows per forward pass of one process; 0: all of its share
+    optimizer: Literal["rmsprop", "adamw"] = None  # which
+    lr: float = None              # peak learning rate
+    warmup: int = None            # steps of linear warm-up
+    schedule: Literal["constant", "cosine"] = None  # after warm-up; cosine falls to zero
+    clip: float = 10.0            # largest gradient norm
+    # the run
+    out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
+    seed: int = 0                 # of initialisation and order
     resume: bool = False          # go on with the run in OUT
     overwrite: bool = False       # throw away the run in OUT
+    eval_every: int = None        # examples between evaluations
+    log_every: int = 10           # steps between lines of metrics.jsonl
+    select: Literal["jsd", "loss"] = "jsd"  # eval metric that picks OUT/best; lower is better
+    # the machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda
+    compile: bool = False         # torch.compile the model
+    checkpointing: bool = False   # keep one activation per layer, recompute the rest in backward
+    shard_optimizer: bool = False  # each process keeps only its share of the optimizer's state
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in best/ and last/
+
+
+# May change on --resume, and between runs that count as the same method
+VOLATILE = ("out", "resume", "overwrite", "device", "micro_batch", "log_every", "compile",
+            "checkpointing", "shard_optimizer")
+# A run shares these with the SFT run that it starts from
+SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
+          "vocab_size")
+POSITIVE = ("epochs", "batch_size", "lr", "clip", "eval_every", "log_every", "n_layer", "n_head",
+            "n_embd")
+# What None stands for. A checkpoint's values are the paper's (Appendix G; eval_every from the
+# authors' code); those of the shipped world were found by trying.
+PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
+    (True, False): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
+                        optimizer="adamw", beta=0.1, eval_every=8000),
+    (True, True): dict(epochs=2.0, batch_size=32, lr=4e-4, warmup=10, schedule="cosine",
+                       optimizer="rmsprop", beta=1.0, eval_every=1600),
+    (False, False): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150, schedule="constant",
+                         optimizer="rmsprop", beta=0.1, eval_every=10000),
+    (False, True): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150, schedule="constant",
+                        optimizer="rmsprop", beta=0.1, eval_every=10000),
+}
 
 
 def flags():
@@ -90,85 +117,39 @@ def flags():
 help_first(__name__, flags)                            # before torch, which takes a second
 
 import numpy as np
+import scipy.special
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import synth
-from evaluate import (VOLATILE, autocast, device_of, eval_metrics, gather, jsd, leave, load_torch,
-                      on_first_rank, rank_and_size, reference_distributions, score_rows, setup,
-                      to_tensors)
-from losses import CHUNK, LOSSES, PREFS, score
-from model import GPT, GPTConfig, fingerprint, load_model, read_config, save_model
-
-# What -1 and "" stand for. The checkpoints' rows are the paper's Appendix G (eval and clip from the
-# authors' code); the shipped world's were found by trying (README).
-PRESETS = {
-    ("scratch", "sft"): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
-                             optimizer="adamw", beta=0.1, eval_every=8000),
-    ("scratch", "preference"): dict(epochs=2.0, batch_size=32, lr=4e-4, warmup=10,
-                                    schedule="cosine", optimizer="rmsprop", beta=1.0,
-                                    eval_every=1600),
-    ("checkpoint", "sft"): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150,
-                                schedule="constant", optimizer="rmsprop", beta=0.1,
-                                eval_every=10000),
-    ("checkpoint", "preference"): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150,
-                                       schedule="constant", optimizer="rmsprop", beta=0.1,
-                                       eval_every=10000),
-}
-CHOICES = {"schedule": ["constant", "cosine"], "optimizer": ["rmsprop", "adamw"],
-           "select": ["jsd", "loss"], "overlong": ["error", "drop", "trim"],
-           "dtype": ["float32", "bfloat16"],
-           "save_dtype": ["float32", "bfloat16"]}
-
-TINY, HUGE = 1e-12, 1 << 40
-RANGES = {"seed": (0, HUGE), "epochs": (TINY, 1e6), "batch_size": (1, HUGE), "lr": (TINY, 1e3),
-          "micro_batch": (0, HUGE), "warmup": (0, HUGE), "clip": (TINY, 1e12), "beta": (TINY, 1e6),
-          "label_smoothing": (0, 0.5), "gamma": (0, 1e6), "lambda_d": (0, 1e6),
-          "lambda_u": (0, 1e6), "w_kl": (0, 1e6), "w_belief": (0, 1e6), "w_pref": (0, 1e6),
-          "w_anchor": (0, 1e6),
-          "eval_every": (1, HUGE),
-          "max_length": (0, 1 << 20), "n_layer": (1, 256), "n_head": (1, 256),
-          "n_embd": (1, 1 << 15), "vocab_size": (258, 1 << 18), "log_every": (1, HUGE)}
+from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
+from model import GPT, GPTConfig, fingerprint, load_model, save_model
 
 
 def resolve(o):
-    """Fill in what -1, "" and auto stand for; ValueError for a value that cannot be."""
-    for name, value, known in (("loss", o.loss, LOSSES), ("pref", o.pref, PREFS)):
-        if value not in known:
-            raise ValueError(f"--{name} {value!r} is unknown; there is: {', '.join(known)}")
-    inside = o.loss.removeprefix("gdpo-")
-    if o.pref != "dpo" and o.loss != "gdpo" and inside != o.pref:
-        raise ValueError(f"--pref {o.pref} is for --loss gdpo, not {o.loss}")
-    if o.loss == "gdpo" and o.pref != "dpo":           # two ways to say the same
-        o.loss = f"gdpo-{o.pref}"
-    elif o.loss != inside in PREFS:
-        o.pref = inside
-    if o.init and not LOSSES[o.loss].reference:
-        raise ValueError(f"--loss {o.loss} does not start from an SFT checkpoint: say --model "
-                         f"{o.init}, not --init")
+    """Fill in what None, "" and auto stand for. ValueError for a value that cannot be."""
+    if o.loss not in LOSSES:
+        raise ValueError(f"--loss {o.loss!r} is unknown; there is: {', '.join(LOSSES)}")
+    loss = LOSSES[o.loss]
+    if o.init and not loss.reference:
+        raise ValueError(f"--loss {o.loss} does not start from an SFT checkpoint: give --model "
+                         f"{o.init} instead of --init")
+    if o.resume and o.overwrite:
+        raise ValueError("--resume goes on with the run, --overwrite throws it away: give one")
     if o.init and o.model == "scratch":                # a run's weights, or a checkpoint as it is
         made = Path(o.init).parent / "config.json"
         o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
-    kind = ("scratch" if o.model == "scratch" else "checkpoint",
-            "preference" if LOSSES[o.loss].reference else "sft")
-    for name, value in PRESETS[kind].items():
-        if getattr(o, name) in (-1, ""):
+    for name, value in PRESETS[o.model == "scratch", loss.reference].items():
+        if getattr(o, name) is None:
             setattr(o, name, value)
-    o.device, o.model = device_of(o.device), o.model.rstrip("/")
-    o.data = ",".join(name and str(Path(name)) for name in o.data.split(","))
-    if o.dtype == "auto":
-        o.dtype = "bfloat16" if o.device == "cuda" else "float32"
-    if o.dtype in ("float16", "fp16", "half"):
-        raise ValueError("--dtype float16 overflows in the losses: use bfloat16 or float32")
-    for name, allowed in CHOICES.items():
-        if getattr(o, name) not in allowed:
-            raise ValueError(f"--{name} {getattr(o, name)!r} is unknown; there is: "
-                             f"{', '.join(allowed)}")
-    check_ranges(o, **RANGES)
-    if o.resume and o.overwrite:
-        raise ValueError("--resume goes on with the run, --overwrite throws it away: say one")
+    for name in POSITIVE:                              # the parser refuses less than 0
+        if not getattr(o, name) > 0:
+            raise ValueError(f"--{name} must be more than 0")
+    o.device = device_of(o.device)
+    o.dtype = {"auto": "bfloat16" if o.device == "cuda" else "float32"}.get(o.dtype, o.dtype)
+    o.model = o.model.rstrip("/")
+    o.data = ",".join(str(Path(name)) if name else "" for name in o.data.split(","))
     o.out = o.out or run_folder(o, o.loss)
     return o
 
@@ -179,90 +160,137 @@ def run_folder(o, loss):
 
 
 # ---------------------------------------------------------------------------------------------
-# Processes
+# Scoring rows without a gradient: the reference, evaluation, KTO's z0 (and evaluate.py)
 
-def sum_over_ranks(values, device):
-    """Sum of a list of numbers over the processes."""
-    if not dist.is_initialized():
-        return values                                  # a GPU need not be waited for
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def autocast(device, dtype):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def say(*words):
-    if rank_and_size()[0] == 0:
-        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
+def to_tensors(batch, device):
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def score_rows(model, items, branches, classes, dtype="float32", desc="scoring", tokens=16384):
+    """Scores of all items, in their order, on the CPU. Batches of like length, of about `tokens`
+    tokens, are dealt out over the processes and gathered: every row once."""
+    rank, size = rank_and_size()
+    lengths = [cost(i, branches) for i in items]
+    mine, parts = sorted(range(len(items)), key=lambda i: (lengths[i], i))[rank::size], []
+    with progress(total=len(mine), desc=desc, unit="row", leave=False, disable=rank > 0,
+                  delay=1) as bar:
+        while mine:
+            n = max(1, sum((k + 1) * lengths[i] <= tokens for k, i in enumerate(mine)))
+            index, mine = mine[:n], mine[n:]
+            batch = collate([items[i] for i in index], branches, classes)
+            with autocast(model.head.device, dtype):
+                s = score(model, model.head, to_tensors(batch, model.head.device))
+            parts.append((index, {k: v.float().cpu() for k, v in vars(s).items()
+                                  if v is not None}))
+            bar.update(n)
+    parts = gather(parts)
+    place = torch.tensor([i for index, _ in parts for i in index]).argsort()
+    return Scores(**{k: torch.cat([p[k] for _, p in parts])[place] for k in parts[0][1]})
+
+
+def mismatched_logratio(model, items, ref, classes, dtype):
+    """Mean log-ratio (3,), by piece, of each item's prompt with another row's answer: KTO's z0
+    (Eq. 10) before it is clamped. ref (B, 3): the same pairs' logps under the reference."""
+    s = score_rows(model, items, ("mismatch",), classes, dtype)
+    return (s.logps[:, 0] - ref).mean(0)
+
+
+def jsd(p, q):
+    """Jensen-Shannon distance of distributions along the last axis: the square root of the
+    divergence in nats, in float64, both normalised to 1. Between 0 and sqrt(log 2) = 0.8326."""
+    p, q = (np.asarray(x, np.float64) for x in (p, q))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    m = (p + q) / 2
+    divergence = (scipy.special.rel_entr(p, m) + scipy.special.rel_entr(q, m)).sum(-1) / 2
+    return np.sqrt(np.maximum(divergence, 0))          # scipy's own gives NaN where p is nearly q
+
+
+def belief_metrics(s):
+    """JSD of the model's class distribution to the group's, and its class mass: {name: (B,)}."""
+    q = s.class_logps.double().exp().numpy()
+    if not (np.isfinite(q).all() and q.sum(-1).all()):
+        raise FloatingPointError("the model gives no class any probability, or NaN: its training "
+                                 "diverged; train again with a lower --lr")
+    return {"jsd": jsd(q, s.target.numpy()), "class_mass": q.sum(-1)}
+
+
+KINDS = ("majority", "minority", "other")
+
+
+def margins(s, items, beta):
+    """Reward margins {name: (B,)} in nats, NaN on rows of another kind. "joint": belief and answer,
+    each answer with its own belief, as DPO trains them. "given": the answer after the accepted
+    belief, as GDPO trains it. s has EVAL_BRANCHES first, and a reference."""
+    joint, given = logratios(s, ANSWER), logratios(s, [RESPONSE])
+    both = {"joint": margin(joint[:, 0], joint[:, 1], beta),
+            "given": margin(given[:, 0], given[:, 2], beta)}
+    kinds = np.array([i.kind for i in items])
+    return {f"{name}_{kind}": np.where(kinds == kind, values.double().numpy(), np.nan)
+            for name, values in both.items() for kind in KINDS}
+
+
+def eval_metrics(s, items, loss, o):
+    """Means over the eval split: the loss and its parts, JSD, class mass, margins."""
+    at = [EVAL_BRANCHES.index(b) for b in loss.branches]
+    ref = None if s.ref is None else s.ref[:, at]
+    values, parts = loss.objective(
+        replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref), o)
+    rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
+    rows = {k: v.double().numpy() for k, v in rows.items()} | belief_metrics(s)
+    if s.ref is not None:
+        rows |= margins(s, items, o.beta)
+    rows = {k: v[~np.isnan(v)] for k, v in rows.items()}
+    return {k: float(v.mean()) if len(v) else None for k, v in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------
-# What a run starts from
+# One step
 
-def prepare_data(o):
-    """Make the shipped world, fetch a published set where it is missing; (meta, {split: rows})."""
-    if "data/toy" in o.data.split(","):
-        on_first_rank(make_toy)
-    on_first_rank(lambda: [str(find_dataset(name)) for name in o.data.split(",")])
-    meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
-    o.form = meta["form"]                              # the run's own, whatever becomes of the data
-    return meta, rows
-
-
-def make_toy():
-    with alone(Path("data/.lock")):
-        if not Path("data/toy").exists():
-            synth.toy(synth.Toy(out="data/toy"))
-
-
-SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
-          "vocab_size")                                # flags that a run has in common with its SFT
-
-
-def train_sft_first(o):
-    """The SFT checkpoint that o starts from: the run beside it, trained or finished if need be."""
-    folder = run_folder(o, "sft")
-    with alone(Path(folder, ".first")) if rank_and_size()[0] == 0 else nullcontext():
-        if not on_first_rank(lambda: Path(folder, "last").is_dir()):
-            say(f"no SFT checkpoint in {folder}: training SFT first")
-            keep = {k: getattr(o, k) for k in (*SHARED, "micro_batch", "device", "dtype", "compile",
-                                               "checkpointing", "shard_optimizer", "save_dtype",
-                                               "log_every")}
-            train(resolve(Config(loss="sft", resume=True, out=folder, **keep)))
-    sft = read_json(Path(folder) / "config.json")
-    other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
-             if sft.get(k) != getattr(o, k)]
-    if other:
-        raise ValueError(f"the SFT run in {folder} is another one: {', '.join(other)}; say --init "
-                         "with the checkpoint to start from, or move that run away")
-    return f"{folder}/best"
-
-
-def start_model(o, rows, form, device):
-    """(model, tokenizer) that the run starts from: a checkpoint, or a fresh small one."""
-    name = o.init if LOSSES[o.loss].reference else o.model
-    if name != "scratch":
-        folder = on_first_rank(lambda: str(find_checkpoint(name)))
-        return load_model(folder, device), Tokenizer.load(folder)
-    texts = [t for r in rows for t in (prompt_text(r, form), r["accept_response"],
-                                       r["reject_response"], *(f"<{c}>" for c in r["options"]))]
-    tokenizer = train_bpe(texts, o.vocab_size)
-    return GPT(scratch_config(o, tokenizer.n_tokens)).init_weights(o.seed).to(device), tokenizer
-
-
-def scratch_config(o, vocab_size):
-    return GPTConfig(vocab_size, o.max_length or 256, o.n_layer, o.n_head, o.n_embd, 4 * o.n_embd)
-
-
-def optimizer_of(o, model):
-    kind, options = torch.optim.RMSprop, {"lr": o.lr}
-    if o.optimizer == "adamw":
-        kind, options = torch.optim.AdamW, options | {"betas": (0.9, 0.99), "weight_decay": 0.01}
-    if not o.shard_optimizer or not dist.is_initialized():
-        return kind(model.parameters(), **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer   # here: slow to import
-    for p in model.parameters():                       # it sends them: no transposed views
-        p.data = p.data.contiguous()
-    return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
+def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
+    """Forward, backward and update on the rows `batch` (indices into items). Returns the sums of
+    the loss and its parts over the rows of all processes, and the gradient's norm. The loss is the
+    mean over all rows of the batch, in whatever micro-batches and processes they are.
+    model: raw, or raw in DDP. A loss that is not finite raises FloatingPointError, no update."""
+    rank, size = rank_and_size()
+    device, mine = raw.head.device, batch[rank::size]
+    n = o.micro_batch or len(mine) or 1
+    micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
+    z0 = None                          # KTO's baseline, the same for all micro-batches
+    if loss.mismatch:
+        z0 = mismatched_logratio(raw, [items[i] for i in batch], ref[batch, -1], classes,
+                                 o.dtype).to(device)
+    sums, losses = {}, []
+    optimizer.zero_grad(set_to_none=True)
+    for k, index in enumerate(micros):
+        # gradients travel between processes once a step, after the last micro-batch
+        with nullcontext() if k + 1 == len(micros) or size == 1 else model.no_sync():
+            rows = index or batch[:1]                  # a process without rows still has to join in
+            b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
+            with autocast(device, o.dtype):
+                s = score(model, raw.head, b)
+            s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
+            s.mismatch = z0
+            values, parts = loss.objective(s, o)       # (B,)
+            # DDP takes the mean over processes, this is to be the mean over rows
+            (values[:len(index)].sum() * size / len(batch)).backward()
+        losses.append(values.detach()[:len(index)])
+        for name, v in {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}.items():
+            sums[name] = sums.get(name, 0) + v.detach()[:len(index)].sum().double()
+    norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
+    totals = dict(zip(sums, sum_over_ranks(torch.stack([*sums.values()])).tolist()))
+    if not math.isfinite(totals["loss"] + norm):
+        bad = gather([items[i].row + 1 for i, v in zip(mine, torch.cat(losses).tolist())
+                      if not math.isfinite(v)])
+        at = f"rows {sorted(bad)[:5]}" if bad else f"a step of {len(batch)} rows"
+        raise FloatingPointError(f"the {'loss' if bad else 'gradient'} is not finite on {at} of "
+                                 "train.jsonl: lower --lr, or look at the rows")
+    optimizer.step()
+    return totals, norm
 
 
 def lr_at(o, step, total):
@@ -274,391 +302,462 @@ def lr_at(o, step, total):
     return o.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class Schedule:
-    """Which rows a step takes: a pure function of the seed, so that a resumed run goes on in the
-    very order, on any number of processes."""
-    def __init__(self, o, items, branches):
-        self.o, self.lengths = o, [cost(i, branches) for i in items]
-        self.per_epoch = math.ceil(len(items) / o.batch_size)
-        self.total = max(1, round(o.epochs * self.per_epoch))
-        self.epoch, self.batches = -1, []
+# ---------------------------------------------------------------------------------------------
+# The loop
 
-    def batch(self, step):
-        epoch, i = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.batches = epoch_batches(self.lengths, self.o.batch_size, self.o.seed, epoch)
-        return self.batches[i]
+def train(o):
+    """One run, from its first step or its last saved one to its end. Returns the Run."""
+    device, loss = setup(o.device), LOSSES[o.loss]
+    meta, rows = prepare_data(o)
+    own_sft = loss.reference and not o.init
+    if own_sft:
+        o.init = f"{run_folder(o, 'sft')}/best"
+    on_first_rank(lambda: can_resume(o))               # before hours of SFT
+    if own_sft:
+        train_sft_first(o)
+    model, tokenizer = start_model(o, rows["train"], device)
+    model.checkpointing = o.checkpointing
+    classes = class_ids(tokenizer, meta["classes"])
+    limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
+    items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
+             for s in rows}
+    same = {"rows": hash_of(items), "init": fingerprint(model)}
+    if loss.mismatch:
+        for s in items:
+            mismatch(items[s], limit, o.seed)
+    with lock(Path(o.out) / ".lock"):
+        resumed = on_first_rank(lambda: begin(o))
+        for folder in [Path(o.init).parent] * own_sft + [o.out] * resumed:
+            if first_line(folder).get("rows") != same["rows"]:
+                raise ValueError(f"the run in {folder} was trained on other rows than {o.data} "
+                                 "holds now: put them back, or move that run away")
+        r = Run(o, model, tokenizer, optimizer_of(o, model), items, classes)
+        if resumed:
+            r.load_state()
+        loop(r, loss, same)
+    return r
+
+
+def evaluate(r, loss, **values):
+    """Measure the policy on the eval split and log it."""
+    items, o = r.items["eval"], r.o
+    s = score_rows(r.model, items, EVAL_BRANCHES, r.classes, o.dtype, "evaluating")
+    if r.ref:
+        s.ref = r.ref["eval"][:, :len(EVAL_BRANCHES)]
+    if loss.mismatch:
+        s.mismatch = mismatched_logratio(r.model, items, r.ref["eval"][:, -1], r.classes, o.dtype)
+    r.after = eval_metrics(s, items, loss, o)
+    r.before = r.before or r.after
+    if not math.isfinite(r.after[o.select]):
+        raise FloatingPointError(f"the eval {o.select} is not finite at step {r.step}: lower --lr")
+    r.log(**values, eval=r.after)
+
+
+def loop(r, loss, same):
+    """same: {"rows", "init"}, what the log's first line says of the run."""
+    o, model, items = r.o, r.model, r.items
+    per_epoch = math.ceil(len(items["train"]) / o.batch_size)
+    total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
+    lengths = [cost(i, loss.branches) for i in items["train"]]
+    policy = torch.compile(model, dynamic=True) if o.compile else model
+    policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
+    say(f"{o.out}: {o.loss}, {len(items['train'])} rows, {total} steps of {o.batch_size}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {o.device}, {o.dtype}"
+        + (f", resumed at step {r.step}" if r.step else ""))
+
+    # 0) the reference is the policy before its first step: one forward pass over all rows, kept
+    if r.before is None:
+        branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
+        if loss.reference:
+            r.ref = {s: score_rows(model, items[s], branches[s] + ("mismatch",) * loss.mismatch,
+                                   r.classes, o.dtype, f"reference, {s}").logps for s in items}
+        evaluate(r, loss, **same)
+        r.save_state()
+    clock, epoch = time.time(), None
+    stop_device = model.head.device if dist.is_initialized() else "cpu"   # no GPU to wait for
+    with stop_signals() as stop, progress(total=total, initial=r.step, desc=o.loss, unit="step",
+                                          disable=rank_and_size()[0] > 0) as bar:
+        while r.step < total:
+            # 1) which rows, at which rate: pure functions of the step, so that --resume goes on
+            if epoch != r.step // per_epoch:
+                epoch = r.step // per_epoch
+                batches = epoch_batches(lengths, o.batch_size, o.seed, epoch)
+            batch, lr = batches[r.step % per_epoch], lr_at(o, r.step, total)
+            for group in r.optimizer.param_groups:
+                group["lr"] = lr
+
+            # 2) forward, backward, update
+            sums, norm = train_step(policy, model, r.optimizer, loss, items["train"],
+                                    r.ref.get("train"), batch, r.classes, o)
+            r.step += 1
+            r.rows += len(batch)
+            r.sums = {k: r.sums.get(k, 0) + v for k, v in sums.items()}
+            bar.update()
+
+            # 3) log the mean over the rows since the last line
+            if r.step % o.log_every == 0 or r.step == total:
+                means = {k: v / r.rows for k, v in r.sums.items()}
+                r.log(examples=r.step * o.batch_size, epoch=round(r.step / per_epoch, 4), lr=lr,
+                      grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
+                bar.set_postfix(loss=f"{means['loss']:.3f}", jsd=f"{r.after['jsd']:.3f}",
+                                refresh=False)
+                r.sums, r.rows, clock = {}, 0, time.time()
+
+            # 4) evaluate, keep the best weights, save the state
+            if r.step % every == 0 or r.step == total:
+                evaluate(r, loss)
+                if r.best is None or r.after[o.select] < r.best:
+                    r.best = r.after[o.select]
+                    r.save_weights("best")
+                r.save_state()
+
+            # 5) stop if asked to
+            if sum_over_ranks(torch.tensor(len(stop), device=stop_device)):
+                r.save_state()
+                bar.close()
+                say(f"stopped and saved at step {r.step}; the same command with --resume goes on")
+                sys.exit(130)
+    r.save_weights("last")
+
+
+# =============================================================================================
+# Plumbing: processes, where a run starts, its folder, its report
+
+# Under torchrun, every process runs this file and takes its share of each batch
+
+def rank_and_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def device_of(name):
+    """"auto", "cpu" or "cuda" -> the device that is there. ValueError if it is not."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use; give --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def setup(device):
+    """Join the process group under torchrun; returns this process's torch.device."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                timeout=timedelta(hours=3))   # ranks wait while one downloads
+    if device != "cuda":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def leave():
+    """Leave together and skip Python's teardown: torch's background threads sometimes abort it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def on_first_rank(action):
+    """Run action() on rank 0 while the others wait; all get its result, or raise its error."""
+    outcome = [None, None]
+    if rank_and_size()[0] == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as e:
+            outcome[1] = str(e)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def sum_over_ranks(values):
+    """A tensor's sum over the processes, on all of them."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather(values):
+    """The lists of all processes as one list, on every process."""
+    everyone = [values] * rank_and_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, values)
+    return sum(everyone, [])
+
+
+def say(*words):
+    if rank_and_size()[0] == 0:
+        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
+
+
+@contextmanager
+def lock(path, wait=0):
+    """Keep other runs away from `path` until the block, or this process, ends, however it ends:
+    sqlite's file lock does that on every platform. wait: seconds before giving up."""
+    held = []
+
+    def take():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.append(sqlite3.connect(path, timeout=wait))
+        try:
+            held[0].execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            raise ValueError(f"another process is at work in {path.parent}: wait for it, or give "
+                             "another --out") from None
+    try:
+        on_first_rank(take)
+        yield
+    finally:
+        for connection in held:
+            connection.close()
 
 
 # ---------------------------------------------------------------------------------------------
-# One step
+# What a run starts from
 
-def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
-    """Forward, backward and update on the rows `batch` (indices into items); returns the sums of
-    loss and parts over the rows of all processes, and the gradient's norm. The loss is the mean
-    over all rows of the batch, in whatever micro-batches and processes they are.
-
-    model: raw, or raw in DDP. A non-finite loss raises FloatingPointError before the update."""
-    rank, size = rank_and_size()
-    device, mine = raw.head.device, batch[rank::size]
-    n = o.micro_batch or len(mine) or 1
-    micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
-    sums, losses = {}, []
-    between = None if not loss.mismatch else mismatched_logratio(
-        raw, [items[i] for i in batch], ref[batch, -1], classes, o.dtype).to(device)
-    optimizer.zero_grad(set_to_none=True)
-    for k, index in enumerate(micros):
-        last = k + 1 == len(micros)
-        with nullcontext() if last or size == 1 else model.no_sync():
-            rows = index or batch[:1]                  # a process without rows still has to join in
-            b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
-            with autocast(device, o.dtype):
-                s = score(model, raw.head, b)
-            s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
-            s.mismatch = between
-            values, parts = loss.objective(s, o)
-            # DDP takes the mean over processes, this is to be the mean over rows
-            (values[:len(index)].sum() * size / len(batch)).backward()
-        losses.append(values.detach()[:len(index)])
-        for name, v in {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}.items():
-            sums[name] = sums.get(name, 0) + v.detach()[:len(index)].sum()
-    norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
-    bad = [items[i].row + 1 for i, v in zip(mine, torch.cat(losses).tolist())
-           if not math.isfinite(v)]
-    *totals, n_bad = sum_over_ranks([*torch.stack([*sums.values()]).tolist(), len(bad)], device)
-    if n_bad or not math.isfinite(norm):
-        what, rows = ("loss", gather(bad)) if n_bad else (
-            "gradient", [items[i].row + 1 for i in batch])
-        raise FloatingPointError(
-            f"the {what} is not finite on rows {sorted(rows)} of train.jsonl: look at them, or "
-            "lower --lr; the weights are those before this step")
-    optimizer.step()
-    return dict(zip(sums, totals)), norm
+def prepare_data(o):
+    """(meta, {split: rows}); the shipped world is made where it is missing."""
+    def make_toy():
+        import synth
+        if not Path("data/toy").exists():
+            synth.toy(synth.Toy(out="data/toy"))
+    if "data/toy" in o.data.split(","):
+        with lock(Path("data/.lock"), wait=600):
+            on_first_rank(make_toy)
+    meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
+    o.form = meta["form"]              # saved with the run, which then needs no meta.json for it
+    return meta, rows
 
 
-def mismatched_logratio(model, items, ref, classes, dtype):
-    """Mean log-ratio (3,), by piece, of each item's prompt with another row's answer: before it is
-    clamped, KTO's z0 (Eq. 10). Over all items, whatever the ranks and micro-batches; no gradient.
-    ref (B, 3): the same pairs' logps under the reference."""
-    s = score_rows(model, items, ("mismatch",), classes, dtype)
-    return (s.logps[:, 0] - ref).mean(0)
+def train_sft_first(o):
+    """Train the SFT run whose best/ is o.init, or finish its training, if need be."""
+    folder = Path(o.init).parent
+    with lock(folder / ".first", wait=7 * 86400):
+        if not on_first_rank(lambda: (folder / "last").is_dir()):
+            say(f"no finished SFT run in {folder}: training SFT first, with SFT's own defaults "
+                f"(the --epochs, --lr and so on given here are for {o.loss})")
+            keep = (*SHARED, "micro_batch", "device", "dtype", "compile", "checkpointing",
+                    "shard_optimizer", "save_dtype", "log_every")
+            train(resolve(Config(loss="sft", resume=True, out=str(folder),
+                                 **{k: getattr(o, k) for k in keep})))
+    sft = read_json(folder / "config.json")
+    other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
+             if sft.get(k) != getattr(o, k)]
+    if other:
+        raise ValueError(f"the SFT run in {folder} has other flags: {', '.join(other)}; give the "
+                         "checkpoint to start from with --init, or move that run away")
+
+
+def start_model(o, rows, device):
+    """(model, tokenizer): a checkpoint, or a fresh small model."""
+    name = o.init if LOSSES[o.loss].reference else o.model
+    if name != "scratch":
+        folder = on_first_rank(lambda: str(find_checkpoint(name)))
+        model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
+        if tokenizer.n_tokens > model.cfg.vocab_size:
+            raise ValueError(f"{name}: the tokenizer has {tokenizer.n_tokens} tokens, but the "
+                             f"model's embedding has {model.cfg.vocab_size} rows")
+        return model, tokenizer
+    texts = [t for r in rows for t in (prompt_text(r, o.form), r["accept_response"],
+                                       r["reject_response"], *(f"<{c}>" for c in r["options"]))]
+    tokenizer = train_bpe(texts, o.vocab_size)
+    cfg = GPTConfig(tokenizer.n_tokens, o.max_length or 256, o.n_layer, o.n_head, o.n_embd,
+                    4 * o.n_embd)
+    return GPT(cfg).init_weights(o.seed).to(device), tokenizer
+
+
+def optimizer_of(o, model):
+    kind, options = {"rmsprop": (torch.optim.RMSprop, {}), "adamw": (
+        torch.optim.AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.01})}[o.optimizer]
+    if not o.shard_optimizer or not dist.is_initialized():
+        return kind(model.parameters(), lr=o.lr, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer   # here: slow to import
+    for p in model.parameters():                       # it sends them, so no transposed views
+        p.data = p.data.contiguous()
+    return ZeroRedundancyOptimizer(model.parameters(), kind, lr=o.lr, **options)
 
 
 # ---------------------------------------------------------------------------------------------
-# A run
+# A run and its folder
 
+@dataclass
 class Run:
-    """The state of a run and its files. All that --resume needs lies in OUT/state.pt, which is
-    replaced in one rename; OUT/best and OUT/last are weights to use."""
-    def __init__(self, o, model, tokenizer, optimizer):
-        self.o, self.model, self.tokenizer, self.optimizer = o, model, tokenizer, optimizer
-        self.out, self.step, self.best = Path(o.out), 0, None
-        self.before, self.after = None, None           # eval metrics at step 0, and now
-        self.sums, self.rows = {}, 0                   # of the steps since the last logged line
-        self.items, self.lock = None, None             # hash of the rows as tokens; OUT/.lock
-        self.writes = rank_and_size()[0] == 0
+    """What the loop works on. The last fields, with model, optimizer and ref, make state.pt."""
+    o: Config
+    model: GPT
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    items: dict                        # {"train": [...], "eval": [...]}
+    classes: list                      # token ids of the class labels
+    ref: dict = field(default_factory=dict)   # {split: logps (B, S, 3)} of the reference
+    step: int = 0                      # steps done
+    best: float = None                 # lowest eval metric so far, of --select
+    before: dict = None                # eval metrics at step 0 ...
+    after: dict = None                 # ... and now
+    sums: dict = field(default_factory=dict)  # of the steps since the last logged line ...
+    rows: int = 0                      # ... over so many rows
+    STATE = ("ref", "step", "best", "before", "after", "sums", "rows")
 
-    STATE = ("step", "best", "before", "after", "sums", "rows", "items")
+    @property
+    def out(self):
+        return Path(self.o.out)
 
-    def save_state(self):
-        if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
-            self.optimizer.consolidate_state_dict()
-        if self.writes:
-            save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-                 | {k: getattr(self, k) for k in self.STATE}, self.out / "state.pt")
-
-    def load_state(self):
-        s = load_torch(self.out / "state.pt")
-        if s["items"] != self.items:
-            raise ValueError(f"the rows or the tokenizer are not those that {self.out} began with: "
-                             "put them back, or begin again with --overwrite")
-        self.model.load_state_dict(s["model"])
-        self.optimizer.load_state_dict(s["optimizer"])
-        for k in self.STATE:
-            setattr(self, k, s[k])
-        if self.writes:                                # forget what was logged after that
-            lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            write(self.out / "metrics.jsonl", "".join(line + "\n" for line in kept))
-            for half in self.out.rglob("*.tmp"):       # what a kill left half-written
-                half.unlink()
+    def log(self, **values):
+        if rank_and_size()[0] == 0:
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.step, **values}) + "\n")
 
     def save_weights(self, name):
-        if self.writes:
+        if rank_and_size()[0] == 0:
             self.tokenizer.save(self.out / name)
             save_model(self.model, self.out / name, self.tokenizer.eos,
                        getattr(torch, self.o.save_dtype))
 
-    def log(self, **values):
-        if self.writes:
-            with open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.step, **values}) + "\n")
+    def save_state(self):
+        """All that --resume needs, replaced in one rename."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
+            self.optimizer.consolidate_state_dict()
+        if rank_and_size()[0] > 0:
+            return
+        path, temporary = self.out / "state.pt", self.out / "state.pt.tmp"
+        try:
+            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+                       | {k: getattr(self, k) for k in self.STATE}, temporary)
+            os.replace(temporary, path)
+        except (RuntimeError, OSError) as e:           # RuntimeError: torch's word for a full disk
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path} ({str(e).splitlines()[0]:.80}): is the disk full? "
+                          "--resume goes on from the last saved state") from e
 
-    def record(self, metrics):
-        """An evaluation: log it, keep the weights if they are the best so far, save the state. The
-        untrained start is no candidate for best."""
-        self.log(eval=metrics)
-        self.before = self.before or metrics
-        self.after = metrics
-        if self.step and (self.best is None or metrics[self.o.select] < self.best):
-            self.best = metrics[self.o.select]
-            self.save_weights("best")
-        self.save_state()
-
-
-def save(thing, path):
-    temporary = f"{path}.tmp"
-    torch.save(thing, temporary)
-    os.replace(temporary, path)
+    def load_state(self):
+        path, log = self.out / "state.pt", self.out / "metrics.jsonl"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True,
+                               mmap=os.name != "nt")   # Windows cannot replace a mapped file
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for k in self.STATE:
+                setattr(self, k, saved[k])
+        except Exception as e:                         # of many kinds, depending on the damage
+            raise ValueError(f"{path} is damaged or of another version ({type(e).__name__}): begin "
+                             "the run again with --overwrite") from None
+        if rank_and_size()[0] == 0:                    # forget what was logged after that state
+            lines = log.read_text().split("\n")[:-1]
+            write(log, "".join(x + "\n" for x in lines if json.loads(x)["step"] <= self.step))
 
 
 def can_resume(o):
-    """True if OUT holds a state to go on from. ValueError if it holds a run that this one would
-    destroy, or one of other flags."""
-    out, config = Path(o.out), dataclasses.asdict(o)
-    if o.resume and not out.exists():
-        say(f"nothing to go on with in {out}: beginning")
-    if (out / "metrics.jsonl").exists() and not (o.overwrite or o.resume):
-        raise ValueError(f"{out} holds a run already: --resume to go on with it, --overwrite to "
-                         "throw it away, or another --out")
-    if not o.resume or not (out / "state.pt").is_file():
-        return False
-    old = read_json(out / "config.json")
-    changed = [f"--{k} {config[k]} (was {old.get(k)})" for k in config
-               if k not in VOLATILE and old.get(k) != config[k]]
-    if changed:
-        raise ValueError("cannot resume with other flags than the run began with: "
-                         + ", ".join(changed))
-    return True
+    """True if OUT holds a state to go on from. ValueError where this run would destroy another one,
+    or go on with one of other flags."""
+    out, config = Path(o.out), asdict(o)
+    made = [name for name in MADE if (out / name).exists()]
+    if o.resume and "state.pt" in made:
+        old = read_json(out / "config.json")
+        changed = [f"--{k} {v} (was {old.get(k)})" for k, v in config.items()
+                   if k not in VOLATILE and old.get(k) != v]
+        if changed:
+            raise ValueError(f"cannot resume with other flags than the run in {out} began with: "
+                             + ", ".join(changed))
+        return True
+    if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
+        raise ValueError(f"{out} holds a run already ({', '.join(made)}), " + (
+            "but no state.pt to go on from" if o.resume else "--resume goes on with it")
+            + "; --overwrite throws it away, --out gives another folder")
+    return False
 
 
-def claim_folder(r, resumed):
-    """Make OUT and keep other processes out of it (the lock goes with this one, however it ends);
-    unless the run goes on, clear what an earlier one left there."""
-    r.out.mkdir(parents=True, exist_ok=True)
-    r.lock = open(r.out / ".lock", "w")
-    try:
-        fcntl.flock(r.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process is at work in {r.out}: wait, or say --out") from None
-    if resumed:
-        return
-    for name in ("state.pt", "metrics.jsonl", "reference.pt", "eval.json", "samples.jsonl"):
-        (r.out / name).unlink(missing_ok=True)
-    for name in ("best", "last"):
-        shutil.rmtree(r.out / name, ignore_errors=True)
-    write(r.out / "config.json", json.dumps(dataclasses.asdict(r.o), indent=1) + "\n")
+MADE = ("metrics.jsonl", "best", "last", "state.pt")   # what is never lost without --overwrite
+
+
+def begin(o):
+    """Make OUT ready for this run; returns whether it goes on from a saved state."""
+    out = Path(o.out)
+    for half in out.rglob("*.tmp"):                    # what a kill left half-written
+        half.unlink()
+    if can_resume(o):
+        return True
+    for path in [out / name for name in (*MADE, "eval.json", "samples.jsonl")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write(out / "config.json", json.dumps(asdict(o), indent=1) + "\n")
+    return False
 
 
 def hash_of(items):
-    """The hash of all rows as tokens: tells whether a resumed run meets the same."""
+    """Tells whether two runs see the same rows, as tokens."""
     digest = hashlib.sha256()
-    for split in items.values():
-        for item in split:
-            digest.update(repr(item).encode())
-    return digest.hexdigest()
+    for item in items["train"] + items["eval"]:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()[:16]
 
 
-def reference_logps(r, items, branches, classes, resumed):
-    """Log-probs of the items' branches under the policy before the first step: computed once, kept
-    in OUT/reference.pt, for after a resume that policy is gone."""
-    path = r.out / "reference.pt"
-    if resumed:
-        return load_torch(path)
-    ref = {name: score_rows(r.model, items[name], branches[name], classes, r.o.dtype,
-                            f"reference, {name}").logps for name in items}
-    if r.writes:
-        save(ref | {"init": fingerprint(r.model)}, path)
-    return ref
+def first_line(out):
+    """The log's first line, which holds the hash of the rows and the fingerprint of the start."""
+    path = Path(out) / "metrics.jsonl"
+    return json.loads(path.read_text().split("\n")[0] or "{}") if path.is_file() else {}
 
 
-class StopFlag:
-    """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops it at once."""
-    def __init__(self):
-        self.asked = 0
-        self.old = {sig: signal.signal(sig, self.ask) for sig in (signal.SIGINT, signal.SIGTERM)}
+@contextmanager
+def stop_signals():
+    """A list that Ctrl-C or SIGTERM adds to, for the loop to read. A second one stops at once."""
+    asked = []
 
-    def ask(self, sig, frame):
-        self.asked = 1
-        self.release()
-
-    def release(self):
-        for sig, handler in self.old.items():
+    def restore(*_):
+        asked.append(1)
+        for sig, handler in old.items():
             signal.signal(sig, handler)
+    old = {sig: signal.signal(sig, restore) for sig in (signal.SIGINT, signal.SIGTERM)}
+    yield asked
+    restore()
 
 
-def train(o):
-    """One run from its first step, or its last saved one, to its end. Returns the Run."""
-    device = setup(o.device)
-    loss = LOSSES[o.loss]
-    meta, rows = prepare_data(o)
-    own_sft = loss.reference and not o.init
-    if own_sft:
-        o.init = train_sft_first(o)
-    resumed = on_first_rank(lambda: can_resume(o))
-    model, tokenizer = start_model(o, rows["train"], meta["form"], device)
-    model.checkpointing = o.checkpointing
-    ids = class_ids(tokenizer, meta["classes"])
-    limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
-    items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
-             for s in rows}
-    r = Run(o, model, tokenizer, optimizer_of(o, model))
-    r.items = hash_of(items)
-    state = Path(o.init).parent / "state.pt"
-    if own_sft and state.is_file() and load_torch(state)["items"] != r.items:
-        raise ValueError(f"the SFT run in {state.parent} was trained on other rows than {o.data} "
-                         "holds now: move it away, and it is trained again")
-    branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
-    if loss.mismatch:
-        for s in items:
-            mismatch(items[s], limit, o.seed)
-            branches[s] += ("mismatch",)
-    on_first_rank(lambda: claim_folder(r, resumed))
-    ref = reference_logps(r, items, branches, ids, resumed) if loss.reference else {}
-    if resumed:
-        r.load_state()
-    policy = torch.compile(model, dynamic=True) if o.compile else model
-    policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
-    loop(r, policy, loss, items, ref, ids)
-    if r.lock:
-        r.lock.close()
-    return r
+# ---------------------------------------------------------------------------------------------
+# The report, the command line
 
-
-def loop(r, policy, loss, items, ref, classes):
-    o, model = r.o, r.model
-    schedule = Schedule(o, items["train"], loss.branches)
-    every = max(1, o.eval_every // o.batch_size)
-
-    def evaluate():
-        s = score_rows(model, items["eval"], EVAL_BRANCHES, classes, o.dtype, "evaluating")
-        if ref:
-            s.ref = ref["eval"][:, :len(EVAL_BRANCHES)]
-        if loss.mismatch:
-            s.mismatch = mismatched_logratio(model, items["eval"], ref["eval"][:, -1], classes,
-                                             o.dtype)
-        r.record(eval_metrics(s, items["eval"], loss, o))
-
-    say(f"{o.out}: {o.loss}, {len(items['train'])} rows, {schedule.total} steps of {o.batch_size}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {o.device}, {o.dtype}"
-        + (f", resumed at step {r.step}" if r.step else ""))
-    if r.step == 0:
-        target = np.array([i.target for i in items["eval"]])
-        r.log(reference_jsd={name: float(jsd(q, target).mean())
-                             for name, q in reference_distributions(target).items()})
-        evaluate()
-    stop = StopFlag()
-    bar = progress(total=schedule.total, initial=r.step, desc=o.loss, unit="step",
-                   disable=not r.writes)
-    clock = time.time()
-    while r.step < schedule.total:
-        batch, lr = schedule.batch(r.step), lr_at(o, r.step, schedule.total)
-        for group in r.optimizer.param_groups:
-            group["lr"] = lr
-        sums, norm = train_step(policy, model, r.optimizer, loss, items["train"], ref.get("train"),
-                                batch, classes, o)
-        r.step += 1
-        bar.update()
-        r.sums = {k: r.sums.get(k, 0) + v for k, v in sums.items()}
-        r.rows += len(batch)
-        done = r.step == schedule.total
-        if r.step % o.log_every == 0 or done:
-            means = {k: v / r.rows for k, v in r.sums.items()}
-            r.log(examples=r.step * o.batch_size, epoch=round(r.step / schedule.per_epoch, 4),
-                  lr=lr, grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
-            bar.set_postfix(loss=f"{means['loss']:.3f}", jsd=f"{r.after['jsd']:.3f}", refresh=False)
-            r.sums, r.rows, clock = {}, 0, time.time()
-        if r.step % every == 0 or done:
-            evaluate()
-        if sum_over_ranks([stop.asked], model.head.device)[0]:
-            r.save_state()
-            bar.close()
-            say(f"stopped and saved at step {r.step}; go on with the same command and --resume")
-            sys.exit(130)
-    bar.close()
-    stop.release()
-    r.save_weights("last")
-
-
-def memory(cfg, o, tokens, processes=1):
-    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens, shared
-    beginnings counted with each branch: an upper bound."""
-    share = processes if o.shard_optimizer else 1
-    with torch.device("meta"):
-        n = sum(p.numel() for p in GPT(cfg).parameters())
-    half = 2 if o.dtype == "bfloat16" else 4           # bytes of what autocast computes in
-    # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where
-    # attention and MLP read the same) and, in `half`, their outputs, q, k, v, the attention's
-    # output by sequence and packed (rotary: q, k and that output once more), and the MLP's hidden
-    # layer before and after its GELU.
-    layer = (4 if cfg.parallel else 8) * cfg.n_embd + half * (
-        (9 if cfg.rotary else 7) * cfg.n_embd + 2 * cfg.n_inner)
-    last = 4 * cfg.n_embd
-    kept = last + (layer + (cfg.n_layer - 1) * last if o.checkpointing else layer * cfg.n_layer)
-    chunk = min(tokens, CHUNK) * cfg.vocab_size * (half + 3 * 4)
-    return {"weights": 4 * n, "gradients": 4 * n,
-            o.optimizer: 4 * n * (1 + (o.optimizer == "adamw")) / share,
-            "bf16 copies": 2 * n * (half == 2), "activations": tokens * kept, "logits": chunk,
-            "or update": 4 * n / share}                # the optimizer's temporaries, after backward
-
-
-def dry_run(o):
-    """The memory of a run as a table over micro-batches; needs config.json, no weights."""
-    name = o.init or o.model
-    cfg = scratch_config(o, o.vocab_size) if name == "scratch" else \
-        read_config(find_checkpoint(name, weights=False))
-    T = min(o.max_length or 512, cfg.n_ctx)
-    branches, processes = len(LOSSES[o.loss].branches), int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(f"{name}, {o.loss}: GB per process at its peak, "
-          f"rows of {branches} x {T} tokens (--max_length), "
-          f"{o.dtype}, {'with' if o.checkpointing else 'without'} --checkpointing"
-          + f", the optimizer shared by {processes} processes" * o.shard_optimizer + "\n")
-    for n in (1, 2, 4, 8, 16, 32):
-        need = memory(cfg, o, n * branches * T, processes)
-        *held, copies, activations, logits, update = need.values()
-        peak = sum(held) + max(copies + activations + logits, update)
-        if n == 1:
-            print("--micro_batch" + "".join(f"{k:>12}" for k in need) + f"{'peak':>8}  fits on")
-        print(f"{n:13}" + "".join(f"{v / 1e9:12.2f}" for v in need.values())
-              + f"{peak / 1e9:8.2f}  "
-              + " ".join(str(card) for card in (24, 48, 80, 141) if peak < 0.94e9 * card))
-
-
-def table(r):
-    """What the run did, in words for its owner."""
-    a, b, o = r.before, r.after, r.o
-    lines = [f"\n{o.loss} on {o.data}, held-out paraphrases (eval split):",
-             f"{'':46}{'before':>9}{'after':>9}"]
-    names = {"jsd": "JSD to the group's beliefs (0 to 0.833)",
-             "class_mass": "mass on the class tokens"}
-    for kind, text in (("joint", "belief and answer"), ("given", "answer given the belief")):
-        names |= {f"{kind}_{k}": f"margin of {text}, {k}" for k in ("majority", "minority")}
-    for key, text in names.items():
-        if a.get(key) is not None:
-            lines.append(f"{text:46}{a[key]:9.3f}{b[key]:9.3f}")
-    best = f"lowest {o.select} {r.best:.3f}"
-    lines += [f"\ncheckpoints: {o.out}/best ({best}), {o.out}/last; log: {o.out}/metrics.jsonl",
-              f"next: python evaluate.py {o.out}"]
-    return "\n".join(lines)
+def report(r):
+    """What the run did: first what the method trains, then one row as an example."""
+    o, loss = r.o, LOSSES[r.o.loss]
+    kinds = {"joint": "margin of belief and answer", "given": "margin of answer given the belief"}
+    if "given" in loss.branches:
+        kinds = dict(reversed(kinds.items()))
+    names = {"jsd": "JSD to the group's shares (0 to 0.833, lower is better)",
+             "class_mass": "probability of all classes together"}
+    names |= {f"{k}_{kind}": f"{text}, {kind}" for k, text in kinds.items() for kind in KINDS[:2]}
+    lines = [f"\n{o.loss} on {o.data}, eval split{'before':>44}{'after':>9}"]
+    lines += [f"  {text:58}{r.before[k]:9.3f}{r.after[k]:9.3f}" for k, text in names.items()
+              if r.after.get(k) is not None]
+    if loss.reference:
+        lines.append(f"  ({o.loss} does not train the {[*kinds.values()][1]}, which may fall)")
+    item, decode = r.items["eval"][0], r.tokenizer.decode
+    s = score_rows(r.model, [item], ("chosen",), r.classes, o.dtype)
+    lines += ["", f"For example, the shares of the classes: {decode(item.prompt):.500}",
+              "  " + " " * 8 + "".join(f"{decode([c]):>7}" for c in r.classes)]
+    for name, shares in (("group", s.target[0]), ("model", s.class_logps[0].exp())):
+        lines.append(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares.tolist()))
+    return "\n".join([*lines, "", f"weights: {o.out}/best (lowest {o.select}, {r.best:.3f}), "
+                      f"{o.out}/last; log: {o.out}/metrics.jsonl",
+                      f"next: python evaluate.py {o.out}, or ask it: --ask \"YOUR QUESTION\""])
 
 
 def main():
     o = resolve(Config(**vars(flags().parse_args())))
-    if o.dry_run:
-        return dry_run(o)
     try:
         r = train(o)
-    except RuntimeError as e:
-        if not dist.is_initialized() or not re.search("gloo|nccl|connection", str(e), re.I):
-            raise
-        sys.exit(f"train.py: error: another process of the run is gone ({str(e).splitlines()[0]}):"
-                 " look at its words; the same command with --resume goes on, on any number of "
-                 "processes")
-    if r.writes:
-        print(table(r))
+    except (RuntimeError, MemoryError) as e:
+        words = str(e).splitlines()[0] if str(e) else ""
+        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate", str(e), re.I):
+            raise OSError("out of memory: lower --micro_batch, or add --checkpointing; --resume "
+                          "goes on from the last saved state") from None
+        if dist.is_initialized() and re.search("gloo|nccl|connection", words, re.I):
+            raise OSError(f"another process of the run is gone ({words:.100}): see its message. "
+                          "The same command with --resume goes on, on any number of processes"
+                          ) from None
+        raise
+    text = report(r)                                   # every process scores its share of it
+    if rank_and_size()[0] == 0:
+        print(text)
     leave()
 
 

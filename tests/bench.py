@@ -4,6 +4,7 @@
     python tests/bench.py time           # processor time and peak memory of a step, in alternation
     python tests/bench.py speed          # whole steps: tokens/s and utilisation; on a GPU too
     python tests/bench.py all            # these three for all tasks and losses: an hour on a CPU
+    python tests/bench.py memory         # what a run needs, computed, at each --micro_batch
     python tests/bench.py sampling       # answers/s of model.generate and of transformers' generate
     python tests/bench.py rows           # reading 177,000 rows; --help
     python tests/bench.py loading        # a checkpoint, beside safetensors + torch
@@ -26,7 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,12 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from data import (Item, Tokenizer, collate, cost, encode_rows, epoch_batches,  # noqa: E402
-                  check_ranges, load_dataset, mismatch, run, sequence, train_bpe)
-from evaluate import autocast, batch_rows, to_tensors  # noqa: E402
-from losses import LOSSES, score  # noqa: E402
-from model import (GPT, GPTConfig, config_to_hf, hf_name, load_model, relayout,  # noqa: E402
-                   save_model)
+from data import (BRANCHES, Item, Tokenizer, collate, cost, encode_rows,  # noqa: E402
+                  epoch_batches, load_dataset, mismatch, run, train_bpe)
+from losses import CHUNK, LOSSES, score  # noqa: E402
+from model import GPT, GPTConfig, config_to_hf, load_model, on_disk, save_model  # noqa: E402
+from train import autocast, to_tensors  # noqa: E402
 
 neox = dict(vocab_size=50304, n_ctx=2048, rotary=0.25, parallel=True, tanh_gelu=False, tied=False)
 SHAPES = {
@@ -66,9 +68,14 @@ def some_items(task, n, vocab, seed=0):
     for row in range(n):
         beliefs, responses = (tuple(draw(m).tolist() for _ in range(2)) for m in (belief, response))
         items.append(Item(row, draw(prompt).tolist(), beliefs, responses, belief > 1, [1 / 6] * 6,
-                          0, 2, "other", "", ""))
+                          0, 1, 2, "other", "", ""))
     mismatch(items, 1024, 0)
     return items
+
+
+def sequence(item, branch):
+    belief, response = BRANCHES[branch]
+    return item.prompt + item.beliefs[belief] + item.responses[response]
 
 
 def floor(items, loss, cfg):
@@ -118,11 +125,9 @@ def their_step(cfg, items, name, device="cpu"):
     with torch.device(device):                         # eval: dropout is off, as in their code
         policy, reference = (AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
                              for _ in range(2))
-    sides = {"chosen": (0, 0), "own": (1, 1), "given": (0, 1), "mismatch": (2, 2)}
-
     def batch(branches):
-        rows = [(i.prompt, i.beliefs[sides[b][0]], i.responses[sides[b][1]]) for b in branches
-                for i in items]
+        rows = [(i.prompt, i.beliefs[BRANCHES[b][0]], i.responses[BRANCHES[b][1]])
+                for b in branches for i in items]
         T = max(sum(map(len, row)) for row in rows)
         ids, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T)
         for n, (prompt, belief, response) in enumerate(rows):
@@ -185,9 +190,10 @@ def trl_step(cfg, items):
 
 
 def count(steps):
-    """Operations of some steps (on the meta device); attention in its mathematical form, which the
-    counter knows whole."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Operations of some steps on the meta device, which knows no autocast; attention in its
+    mathematical form, which the counter knows whole."""
+    no_autocast = mock.patch.object(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    with no_autocast, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for step in steps:
             step()
     return counter.get_total_flops()
@@ -234,8 +240,42 @@ def child(what, o, *flags, launch=(sys.executable,)):
 # ---------------------------------------------------------------------------------------------
 # What is measured
 
+def memory(cfg, tokens, half=2, adam=False, checkpointing=False, processes=1):
+    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens, shared
+    beginnings counted with each branch: an upper bound. half: bytes of what autocast computes in.
+    Of GPT-2 and Pythia; a gated MLP or shared heads are not counted."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in GPT(cfg).parameters())
+    # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where
+    # attention and MLP read the same) and, in `half`, their outputs, q, k, v, the attention's
+    # output by sequence and packed (rotary: q, k and that output once more), and the MLP's hidden
+    # layer before and after its GELU.
+    layer = (4 if cfg.parallel else 8) * cfg.n_embd + half * (
+        (9 if cfg.rotary else 7) * cfg.n_embd + 2 * cfg.n_inner)
+    last = 4 * cfg.n_embd
+    kept = last + (layer + (cfg.n_layer - 1) * last if checkpointing else layer * cfg.n_layer)
+    return {"weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * n * (1 + adam) / processes,
+            "bf16 copies": 2 * n * (half == 2), "activations": tokens * kept,
+            "logits": min(tokens, CHUNK) * cfg.vocab_size * 16, "or update": 4 * n / processes}
+
+
+def memory_table(o, cfg):
+    """GB of one process, RMSprop and bfloat16 autocast, rows of two branches of 512 tokens."""
+    print(f"{o.shape}: GB per process at its peak, rows of 2 x 512 tokens, bfloat16 autocast, "
+          f"RMSprop, {'with' if o.checkpointing else 'without'} --checkpointing\n")
+    for n in (1, 2, 4, 8, 16, 32):
+        need = memory(cfg, n * 1024, checkpointing=o.checkpointing)
+        *fixed, copies, activations, logits, update = need.values()
+        peak = sum(fixed) + max(copies + activations + logits, update)
+        if n == 1:
+            print("--micro_batch" + "".join(f"{k:>12}" for k in need) + f"{'peak':>8}  fits on")
+        print(f"{n:13}" + "".join(f"{v / 1e9:12.2f}" for v in need.values())
+              + f"{peak / 1e9:8.2f}  "
+              + " ".join(str(card) for card in (24, 48, 80, 141) if peak < 0.94e9 * card))
+
+
 def batches_of(o, cfg, task, name):
-    """16 x rows items in batches: as train.Schedule makes them, and in random order."""
+    """16 x rows items in batches: as train.loop makes them, and in random order."""
     items = some_items(task, 16 * o.rows, cfg.vocab_size)
     costs = [cost(i, LOSSES[name].branches) for i in items]
     return ([[items[i] for i in index] for index in epoch_batches(costs, o.rows, 0, 0)],
@@ -268,15 +308,15 @@ def in_turns(o, cfg, task, name):
         pass
     t = alternate(steps, o.repeats)
     t["theirs"] *= floor(ours, loss, cfg) / floor(theirs, loss, cfg)
-    held = {who: child("memory", o, f"--task={task}", f"--loss={name}", f"--who={who}")[0]
+    peaks = {who: child("held", o, f"--task={task}", f"--loss={name}", f"--who={who}")[0]
             for who in ("ours", "theirs")}
     return (f"{t['ours']:6.2f} s; ours / " + "   ".join(
         f"{k} {t['ours'] / v:.2f}" for k, v in t.items() if k != "ours")
-        + f"   peak memory {held['ours'] / 1e9:.2f} GB / theirs "
-          f"{held['ours'] / held['theirs']:.2f}")
+        + f"   peak memory {peaks['ours'] / 1e9:.2f} GB / theirs "
+          f"{peaks['ours'] / peaks['theirs']:.2f}")
 
 
-def memory(o, cfg, task, name):
+def held(o, cfg, task, name):
     """A process that takes one step, and has loaded torch and the model."""
     items = batches_of(o, cfg, task, name)[0 if o.who == "ours" else 1]
     items = sorted(items, key=lambda b: floor(b, LOSSES[name], cfg))[8]
@@ -332,7 +372,8 @@ def sampling(o, cfg):
     ids, mask = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T, dtype=torch.long)
     for row, prompt in enumerate(four):
         ids[row, T - len(prompt):], mask[row, T - len(prompt):] = torch.tensor(prompt), 1
-    size = batch_rows(model, T + n, DTYPE)
+    room = torch.cuda.mem_get_info()[0] / 2 if CUDA else 4e9       # as evaluate.sample_rows
+    size = max(1, min(512, int(room / (8 * cfg.n_layer * cfg.n_embd * (T + n)))))
     jobs = [p for p in prompts for _ in range(8)]
     t = alternate({
         "ours": lambda: [model.generate(jobs[i:i + size], n) for i in range(0, len(jobs), size)],
@@ -383,11 +424,12 @@ def loading(o, cfg):
     def theirs():
         with torch.device("meta"):
             model = GPT(cfg)
-        state = load_file(Path(folder) / "model.safetensors")
-        state = {n: relayout(n, state[hf_name(n, cfg)], cfg, to_hf=False)
-                 for n, _ in model.named_parameters()}
-        model.load_state_dict({n: torch.empty_like(w).copy_(w) for n, w in state.items()},
-                              assign=True)
+        stored = load_file(Path(folder) / "model.safetensors")
+        state = {n: torch.empty(p.shape) for n, p in model.named_parameters()}
+        for n, w in state.items():
+            for name, (_, view) in on_disk(n, w, cfg).items():
+                view.copy_(stored[name].view(view.shape))
+        model.load_state_dict(state, assign=True)
 
     def clock(load):
         start = time.perf_counter()
@@ -405,7 +447,7 @@ def read(o, cfg):
     start = time.perf_counter()
     meta, found = load_dataset(o.folder, ("train",))
     items = encode_rows(found["train"], Tokenizer.load(o.folder), meta, 1024)
-    tokens = sum(i.length(("chosen",)) for i in items)
+    tokens = sum(cost(i, ("chosen",)) for i in items)
     print(json.dumps([time.perf_counter() - start, tokens, memory_peak()]))
 
 
@@ -441,10 +483,10 @@ def everything(o, cfg, task, name):
 
 
 STEPS = {"operations": operations, "time": in_turns, "speed": speed, "all": everything,
-         "memory": memory}
-INSIDE = ("memory", "read", "process")                 # what child() runs
-OTHERS = {"sampling": sampling, "rows": rows, "loading": loading, "processes": processes,
-          "read": read, "process": process}
+         "held": held}
+INSIDE = ("held", "read", "process")                   # what child() runs
+OTHERS = {"memory": memory_table, "sampling": sampling, "rows": rows, "loading": loading,
+          "processes": processes, "read": read, "process": process}
 
 
 def main():
@@ -465,13 +507,11 @@ def main():
     for hidden in ("who", "folder", "sharded"):        # what child() says
         parser.add_argument(f"--{hidden}", default="0", help=argparse.SUPPRESS)
     o = parser.parse_args()
-    check_ranges(o, rows=(1, 1 << 20), repeats=(1, 1 << 20), micro_batch=(0, 1 << 20),
-                 prompts=(2, 1 << 20), read=(1, 1 << 30))
     o.sharded, cfg = int(o.sharded), SHAPES[o.shape]
     if o.what in OTHERS:
         return OTHERS[o.what](o, cfg)
-    if o.what == "memory":
-        return print(memory(o, cfg, o.task, o.loss))
+    if o.what == "held":
+        return print(held(o, cfg, o.task, o.loss))
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     print(f"{o.shape}, {o.rows} pairs a step, {device}, torch {torch.__version__}")
     for task in [o.task] if o.task else TASKS:

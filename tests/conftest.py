@@ -94,7 +94,8 @@ def server():
             url, size = urlparse(self.path), int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(size)) if size else None
             query = {k: v[0] for k, v in parse_qs(url.query).items()}
-            r = SimpleNamespace(path=url.path, query=query, body=body, headers=self.headers)
+            r = SimpleNamespace(method=self.command, path=url.path, query=query, body=body,
+                                headers=self.headers)
             fake.requests.append(r)
             status, answer, *headers = fake.answer(r)
             data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()

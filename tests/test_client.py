@@ -1,13 +1,16 @@
 """python -m pytest tests/test_client.py: the chat client against a server that misbehaves."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from email.utils import formatdate
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, completion
 
@@ -18,9 +21,9 @@ import synth
 @pytest.fixture
 def client(server, tmp_path, monkeypatch):
     """client(**flags): a Client of the local server, impatient."""
-    monkeypatch.setattr(data, "PAUSE", 0.01)
+    monkeypatch.setattr(data, "PAUSE", 0.001)
     monkeypatch.setenv("API_KEY", "sk-very-secret")
-    server.answer = lambda r: (200, completion("said " + r.body["messages"][0]["content"]))
+    server.answer = lambda r: (200, completion("said " + question(r)))
 
     def make(**flags):
         flags = {"base_url": server.url + "/v1", "timeout": 0.5} | flags
@@ -28,17 +31,41 @@ def client(server, tmp_path, monkeypatch):
     return make
 
 
+def question(r):
+    return r.body["messages"][0]["content"]
+
+
 def ask(client, *prompts):
     return [text for text, _ in synth.chat(client, prompts, "asking")]
 
 
-def test_answers_come_in_order_with_the_papers_settings_and_the_key_in_the_header(client, server):
+def cached(client):
+    return client.cache.read_text() if client.cache.is_file() else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Order, cache, limits
+
+def test_answers_come_in_order_and_nothing_but_what_was_given_is_sent(client, server):
+    """The paper's settings (Appendix A) are the API's defaults."""
     assert ask(client(), *"abcdefghij") == [f"said {x}" for x in "abcdefghij"]
     r = server.requests[0]
     assert r.path == "/v1/chat/completions"
     assert r.headers["Authorization"] == "Bearer sk-very-secret"
-    assert {k: v for k, v in r.body.items() if k != "messages"} == {      # Appendix A
-        "model": "gpt-3.5-turbo-1106", "temperature": 1.0, "top_p": 1.0, "frequency_penalty": 0.0}
+    assert r.body.keys() == {"model", "messages"} and r.body["model"] == "gpt-3.5-turbo-1106"
+
+
+def test_flags_settings_schema_and_extra_fields_make_the_request(client, server):
+    c = client(temperature=0.5, max_tokens=9, extra='{"seed": 1, "top_p": null}', top_p=0.3)
+    synth.chat(c, [[{"role": "system", "content": "x"}]], "asking", schema={"type": "object"},
+               temperature=0.0, stop=["\n\n"], llm="m", max_tokens=5)
+    schema = {"name": "answer", "strict": True, "schema": {"type": "object"}}
+    assert server.requests[0].body == {
+        "model": "m", "temperature": 0.0, "max_tokens": 9, "stop": ["\n\n"], "seed": 1,
+        "response_format": {"type": "json_schema", "json_schema": schema},
+        "messages": [{"role": "system", "content": "x"}]}
+    with pytest.raises(ValueError, match="--extra must be a JSON object"):
+        client(extra="[1]")
 
 
 def test_a_second_run_costs_nothing_and_a_new_question_one_request(client, server):
@@ -52,172 +79,12 @@ def test_a_second_run_costs_nothing_and_a_new_question_one_request(client, serve
 def test_equal_questions_get_answers_of_their_own(client, server):
     server.answer = lambda r: (200, completion(str(len(server.requests))))
     first = ask(client(concurrency=1), "a", "a", "a")
-    assert len(set(first)) == 3
-    assert ask(client(), "a", "a", "a") == first
+    assert len(set(first)) == 3 and ask(client(), "a", "a", "a") == first
 
 
-def test_the_key_is_kept_nowhere(client, server, tmp_path, capsys):
-    ask(client(), "a")
-    server.answer = lambda r: (401, {"error": {"message": "wrong key sk-very-secret"}})
-    with pytest.raises(OSError, match=r"401 .*wrong key \*\*\*"):
-        ask(client(), "b")
-    server.answer = lambda r: (401, "x" * 450 + "sk-very-secret")        # where words are cut
-    with pytest.raises(OSError) as e:
-        ask(client(), "b")
-    assert "sk-" not in str(e.value)
-    assert "secret" not in (tmp_path / "c/answers.jsonl").read_text() + "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("bad", [
-    (429, "slow down"), (500, "oops"), (503, {"error": "busy"}), (200, "{not json"),
-    (200, '{"choices": [{"mess'), (200, {"error": "odd"}), (200, {"choices": []}),
-])
-def test_bad_moments_are_waited_out(client, server, bad):
-    times = Counter()
-
-    def answer(r):
-        text = r.body["messages"][0]["content"]
-        times[text] += 1
-        return bad if times[text] < 3 else (200, completion(text))
-    server.answer = answer
-    assert ask(client(), *"abcd") == list("abcd")
-    assert set(times.values()) == {3}
-
-
-@pytest.mark.parametrize("form", ["number", "date"])
-def test_retry_after_is_honoured(client, server, form):
-    value = "0.6" if form == "number" else formatdate(time.time() + 2, usegmt=True)
-    server.answer = lambda r: (429, "wait", ("Retry-After", value)) if len(server.requests) == 1 \
-        else (200, completion("ok"))
-    start = time.monotonic()
-    assert ask(client(), "a") == ["ok"] and time.monotonic() - start >= 0.6
-
-
-def test_a_hanging_server_is_asked_again(client, server):
-    def answer(r):
-        if len(server.requests) == 1:
-            time.sleep(2)
-        return 200, completion("ok")
-    server.answer = answer
-    assert ask(client(timeout=0.3), "a") == ["ok"] and len(server.requests) == 2
-
-
-def test_a_cut_answer_is_asked_for_again(client, server):
-    server.answer = lambda r: (200, completion("ok"), *[("Content-Length", "99999")]
-                               * (len(server.requests) == 1))
-    assert ask(client(), "a") == ["ok"] and len(server.requests) == 2
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-def test_another_4xx_stops_at_once_with_the_servers_words(client, server, status):
-    def answer(r):
-        if r.body["messages"][0]["content"] == "bad":
-            return status, {"error": {"message": "no such model"}}
-        return 200, completion("fine")
-    server.answer = answer
-    with pytest.raises(OSError, match=f"{status}.*no such model.*3 answers are kept"):
-        ask(client(concurrency=1), "a", "b", "c", "bad", "d", "e")
-    assert len(server.requests) == 4                        # nothing was sent after it
-    server.answer = lambda r: (200, completion("fine"))
-    ask(client(), "a", "b", "c", "bad", "d", "e")
-    assert len(server.requests) == 7
-
-
-def test_a_server_that_stays_down_ends_the_run_after_a_bounded_number_of_tries(client, server):
-    server.answer = lambda r: (500, "down")
-    with pytest.raises(OSError, match="500.*down, 8 times"):        # with the server's words
-        ask(client(), "a")
-    assert len(server.requests) == synth.Client.TRIES
-
-
-def test_a_server_out_of_reach_is_said_soon(client):
-    with pytest.raises(OSError, match="is the address right, and the server up.*4 times"):
-        ask(client(base_url="http://127.0.0.1:9"), "a")
-
-
-def test_a_prompt_that_the_servers_filter_stops_is_a_refusal(client, server):
-    """Azure answers 400 there; the others are asked, and nothing is asked twice."""
-    no = {"error": {"code": "content_filter", "message": "the prompt was filtered"}}
-    server.answer = lambda r: (
-        (400, no) if r.body["messages"][0]["content"] == "bad" else (200, completion("fine")))
-    for _ in range(2):
-        answers = synth.chat(client(), ["a", "bad", "b"], "asking")
-        assert [*map(tuple, answers)] == [("fine", "stop"), synth.REFUSED, ("fine", "stop")]
-    assert len(server.requests) == 3
-
-
-def test_an_empty_answer_is_asked_for_again_by_the_next_run(client, server):
-    server.answer = lambda r: (200, completion(None))
-    assert synth.chat(client(), ["a"], "asking") == [("", "stop")]
-    server.answer = lambda r: (200, completion("ok"))
-    assert synth.chat(client(), ["a"], "asking") == [("ok", "stop")]
-
-
-def test_text_in_parts_and_odd_usage_are_read_and_refusals_kept(client, server):
-    answers = {"parts": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-               "usage": "fine", "refusal": None, "surrogate": "\ud83d!"}
-
-    def answer(r):
-        what = r.body["messages"][0]["content"]
-        reply = completion(answers[what])
-        if what == "usage":
-            reply["usage"] = {"prompt_tokens": "12", "completion_tokens": None}
-        if what == "refusal":
-            reply["choices"][0]["message"]["refusal"] = "I won't."
-            reply["usage"] = ["x"]
-        return 200, reply
-    server.answer = answer
-    assert ask(client(), *answers) == ["ab", "fine", "I won't.", "\ud83d!"]
-    ended = [e for _, e in synth.chat(client(), list(answers), "asking")]
-    assert ended == ["stop", "stop", "refusal", "stop"]
-    assert ask(client(), *answers)[2] == "I won't." and len(server.requests) == 4
-
-
-def test_no_more_than_concurrency_requests_are_under_way(client, server):
-    now, most = [0], [0]
-
-    def answer(r):
-        now[0] += 1
-        most[0] = max(most[0], now[0])
-        time.sleep(0.03)
-        now[0] -= 1
-        return 200, completion("x")
-    server.answer = answer
-    ask(client(concurrency=3), *map(str, range(20)))
-    assert most[0] == 3
-
-
-def test_limit_and_max_usd_stop_before_more_is_spent(client, server):
-    with pytest.raises(OSError, match="--limit 2 requests are sent; 2 answers are kept"):
-        ask(client(concurrency=1, limit=2), *"abcde")
-    assert len(server.requests) == 2
-    price = {"usd_in": 1000.0, "usd_out": 10000.0}          # 100 and 10 tokens: 0.2 dollars each
-    with pytest.raises(OSError, match=r"--max_usd 0.7 is reached .*\$0.6000"):
-        ask(client(concurrency=1, max_usd=0.7, **price), *"abcde")
-    assert len(server.requests) == 3                        # the two that are kept count as spent
-    assert len(ask(client(max_usd=2.0, **price), *"abcde")) == 5
-
-
-def test_max_usd_holds_whatever_the_concurrency_and_needs_usage(client, server, tmp_path):
-    price = {"usd_in": 1000.0, "usd_out": 10000.0}
-    with pytest.raises(OSError, match="--max_usd 0.5 is reached"):
-        ask(client(max_usd=0.5, **price), *"abcdefghijkl")
-    assert len(server.requests) == 2
-    server.answer = lambda r: (200, completion("x") | {"usage": None})
-    with pytest.raises(OSError, match="tells no usage"):
-        ask(client(max_usd=0.5, cache=str(tmp_path / "other.jsonl"), **price), *"abcdefghijkl")
-    assert len(server.requests) == 3
-
-
-def test_tokens_and_cost_stand_beside_the_bar(client, capsys):
-    ask(client(usd_in=0.5, usd_out=1.5), *"abcd")
-    err = capsys.readouterr().err
-    assert "400 tokens in, 40 out, $0.0003" in err
-
-
-def test_a_half_last_line_of_the_cache_is_survived(client, server, tmp_path):
+def test_a_half_last_line_of_the_cache_is_survived(client, server):
     ask(client(), "a", "b")
-    path = tmp_path / "c/answers.jsonl"
+    path = client().cache
     lines = path.read_text().splitlines(keepends=True)
     for broken in (lines[1][:40], "nonsense\n", "[1, 2]\n", '{"key": 1}\n', "\udcff\udcfe"):
         path.write_bytes((lines[0] + broken).encode(errors="surrogateescape"))
@@ -227,27 +94,32 @@ def test_a_half_last_line_of_the_cache_is_survived(client, server, tmp_path):
         assert ask(client(), "a", "b") and len(server.requests) == sent + 1   # and mended
 
 
-def test_azure_has_its_own_url_and_header(client, server):
-    url = f"{server.url}/openai/deployments/gpt-4o?api-version=2024-05-13"
-    ask(client(base_url=url), "a")
-    r = server.requests[0]
-    assert r.path == "/openai/deployments/gpt-4o/chat/completions"
-    assert r.query == {"api-version": "2024-05-13"}
-    assert r.headers["api-key"] == "sk-very-secret" and not r.headers["Authorization"]
+def test_no_more_than_concurrency_requests_are_under_way(client, server):
+    now, most = [0], [0]
+
+    def answer(r):
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.02)
+        now[0] -= 1
+        return 200, completion("x")
+    server.answer = answer
+    ask(client(concurrency=3), *map(str, range(15)))
+    assert most[0] == 3
 
 
-def test_a_redirect_gets_no_key(client, server):
-    server.answer = lambda r: (307, "", ("Location", server.url + "/elsewhere"))
-    with pytest.raises(OSError, match="307"):
-        ask(client(base_url=f"{server.url}?api-version=1"), "a")
-    assert [r.path for r in server.requests] == ["/chat/completions"]
-
-
-def test_a_netrc_entry_does_not_replace_the_key(client, server, tmp_path, monkeypatch):
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    ask(client(), "a")
-    assert server.requests[0].headers["Authorization"] == "Bearer sk-very-secret"
+def test_limit_and_max_usd_stop_before_more_is_spent(client, server, capsys):
+    with pytest.raises(OSError, match="--limit 2 requests are sent; 2 answers are kept"):
+        ask(client(concurrency=1, limit=2), *"abcde")
+    price = {"usd_in": 1000.0, "usd_out": 10000.0}          # 100 and 10 tokens: 0.2 dollars each
+    with pytest.raises(OSError, match=r"--max_usd 0.7 is reached "):
+        ask(client(max_usd=0.7, **price), *"abcde")
+    assert len(server.requests) == 3                        # the two that are kept count as spent
+    assert len(ask(client(max_usd=2.0, **price), *"abcde")) == 5
+    assert "500 tokens in, 50 out, $1.0000" in capsys.readouterr().err
+    server.answer = lambda r: (200, completion("x") | {"usage": None})
+    with pytest.raises(OSError, match="tells no usage"):
+        ask(client(max_usd=5.0, **price), *"fghijkl")
 
 
 SCRIPT = """
@@ -275,7 +147,231 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, sig, code):
     kept = len([line for line in cache.read_text().splitlines() if json.loads(line)])
     sent = len(server.requests)
     assert sent - 2 <= kept <= sent < 30                    # lost: what was under way at a kill
-    if sig == signal.SIGINT:
-        assert kept == sent                                 # at Ctrl-C, not even that
+    assert kept == sent or sig == signal.SIGKILL            # at Ctrl-C, not even that
     p = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert p.stdout == "30\n" and len(server.requests) == sent + 30 - kept
+
+
+# ---------------------------------------------------------------------------------------------
+# Keys
+
+def test_keys_are_kept_and_shown_nowhere(client, server, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("API_KEY", "sk-very-secret\n")       # as mounted secrets are
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))    # does not replace the key
+    ask(client(), "a")
+    assert server.requests[0].headers["Authorization"] == "Bearer sk-very-secret"
+    said = cached(client())
+    for words in ("wrong key sk-very-secret", "x" * 490 + "sk-very-secret"):   # where words are cut
+        server.answer = lambda r: (401, {"error": words})
+        with pytest.raises(OSError, match="the server answered 401") as e:
+            ask(client(), "b")
+        said += str(e.value)
+    monkeypatch.setenv("API_KEY", "sk-very\nsecret")
+    with pytest.raises(ValueError, match="^API_KEY holds a line break") as e:
+        ask(client(), "c")
+    said += str(e.value) + "".join(capsys.readouterr())
+    with pytest.raises(ValueError, match="--base_url holds user:password@") as e:
+        client(base_url="http://me:very-secret@127.0.0.1/v1")
+    assert "secret" not in said + str(e.value)
+
+
+def test_azure_has_its_own_url_and_header_and_a_redirect_gets_no_key(client, server):
+    ask(client(base_url=f"{server.url}/openai/deployments/gpt-4o?api-version=2024-05-13"), "a")
+    r = server.requests.pop()
+    assert r.path == "/openai/deployments/gpt-4o/chat/completions"
+    assert r.query == {"api-version": "2024-05-13"}
+    assert r.headers["api-key"] == "sk-very-secret" and not r.headers["Authorization"]
+    server.answer = lambda r: (307, "", ("Location", server.url + "/elsewhere"))
+    with pytest.raises(OSError, match="307"):
+        ask(client(), "b")
+    assert [r.path for r in server.requests] == ["/v1/chat/completions"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is asked again, and what ends the run
+
+ERROR = {"message": "Provider returned error", "code": 502}
+
+
+@pytest.mark.parametrize("bad", [
+    (429, "slow down"), (500, "oops"), (503, {"error": "busy"}), (200, "{not json"),
+    (200, "<html>Just a moment"), (200, {"error": ERROR}), (200, completion("half", "error")),
+    (200, completion("", "network_error")), (200, completion(None, "tool_calls")),
+    (200, completion("a te", "abort")), (200, "cut", ("Content-Length", "999")), "hang",
+], ids=str)
+def test_bad_moments_are_asked_again_and_never_kept(client, server, bad):
+    times = Counter()
+
+    def answer(r):
+        times[question(r)] += 1
+        if bad == "hang" and times[question(r)] < 3:
+            time.sleep(0.5)
+        return bad if times[question(r)] < 3 and bad != "hang" else (200, completion(question(r)))
+    server.answer = answer
+    assert ask(client(timeout=0.2), *"ab") == list("ab") and set(times.values()) == {3}
+    server.answer = lambda r: bad if bad != "hang" else time.sleep(0.5) or (200, completion("x"))
+    with pytest.raises(ConnectionError, match="[38] times; 2 answers are kept"):
+        ask(client(timeout=0.1), "c")
+
+
+def test_a_timeout_names_the_flags_that_help(client, server):
+    server.answer = lambda r: time.sleep(0.3) or (200, completion("x"))
+    with pytest.raises(OSError, match="--timeout.*--concurrency, --styles or --max_tokens.*3 times"):
+        ask(client(timeout=0.1), "a")
+
+
+@pytest.mark.parametrize("headers, text, seconds", [
+    ({"Retry-After": "7"}, "", 7), ({"Retry-After": formatdate(time.time() + 500, usegmt=True)}, "", 455),
+    ({"ratelimit": '"api";r=0;t=40'}, "", 40), ({}, '{"retryDelay": "2.5s"}', 2.5),
+    ({"Retry-After": "soon"}, "", 0), ({}, "", 0), ({"Retry-After": "1e9"}, "", 0),
+    ({"Retry-After": "99999"}, "", 600),
+])
+def test_the_wait_that_a_server_names_is_read(headers, text, seconds):
+    assert seconds <= data.wait_of(SimpleNamespace(headers=headers, text=text)) <= seconds * 1.1
+
+
+@pytest.mark.parametrize("answer, times", [
+    ((400, {"error": "no such model"}), 1), ((401, "wrong key"), 1), ((404, "page not found"), 1),
+    ((501, "not implemented"), 1), ((429, {"error": {"code": "insufficient_quota"}}), 1),
+    ((200, {"error": "Unexpected endpoint"}), 2),
+    ((200, 'data: {"choices": []}', ("Content-Type", "text/event-stream")), 2),
+], ids=str)
+def test_what_will_not_change_ends_the_run_at_once_with_the_servers_words(client, server, answer,
+                                                                          times):
+    server.answer = lambda r: answer if question(r) == "bad" else (200, completion("fine"))
+    words = "event-stream" if len(answer) > 2 else json.dumps(answer[1])[2:-2].split('"')[-1]
+    with pytest.raises(OSError, match=f"{words}.*3 answers are kept"):
+        ask(client(concurrency=1), "a", "b", "c", "bad", "d", "e")
+    assert len(server.requests) == 3 + times                # nothing was sent after it
+    server.answer = lambda r: (200, completion("fine"))
+    ask(client(), "a", "b", "c", "bad", "d", "e")
+    assert len(server.requests) == 6 + times
+
+
+def test_a_server_out_of_reach_is_told_soon_and_one_that_had_answered_is_waited_for(client, server):
+    with pytest.raises(OSError, match="is the address right, and the server up.*4 times"):
+        ask(client(base_url="http://127.0.0.1:9"), "a")
+    data.ANSWERED.add("127.0.0.1:9")
+    with pytest.raises(OSError, match="8 times"):
+        ask(client(base_url="http://127.0.0.1:9"), "a")
+    data.ANSWERED.clear()
+
+
+def test_check_finds_a_wrong_server_with_one_request(client, server):
+    client().check(llm="m")
+    assert server.requests[0].body["max_tokens"] <= 64
+    for status in (400, 401):
+        server.answer = lambda r: (status, "please stream")
+        with pytest.raises((ValueError, OSError), match=f"{status}.*please stream"):
+            client(llm=str(status)).check()
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers, refusals, parameters
+
+def part(text, kind="text"):
+    return {"type": kind, kind: text}
+
+
+@pytest.mark.parametrize("content, text", [
+    ("<think>\nQ: a draft\n</think>\n\nthe answer", "the answer"),
+    ("<think></think>the answer", "the answer"), ("so it is </think> the answer", "the answer"),
+    ("<think>a</think> no <think>b</think> the answer", "the answer"),
+    ("[THINK]a[/THINK]the answer", "the answer"), ("\ud83dhm", "?hm"),
+    ("<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>the answer", "the answer"),
+    ([part("the "), part("hm", "thinking"), part("answer")], "the answer"),
+])
+def test_thinking_is_no_part_of_an_answer(client, server, content, text):
+    server.answer = lambda r: (200, completion(content))
+    assert ask(client(), "a") == [text]
+
+
+@pytest.mark.parametrize("finish, ended", [
+    *[(end, "stop") for end in ("stop", "eos", "eos_token", "end_turn", "STOP", "", None, "other")],
+    *[(cut, "length") for cut in ("length", "MAX_TOKENS", "model_context_window_exceeded")],
+    *[(no, "refused") for no in ("content_filter", "SAFETY", "refusal", "RECITATION")]])
+def test_an_answer_ends_cut_or_refused(client, server, finish, ended):
+    server.answer = lambda r: (200, completion("some text", finish))
+    [(text, how)] = synth.chat(client(), ["a"], "asking")
+    assert how == ended and (text == "some text") == (ended != "refused")
+
+
+NO = completion(None) | {"choices": [{"message": {"content": None, "refusal": "I won't."}}]}
+
+
+@pytest.mark.parametrize("answer, words, kept", [
+    ((400, {"error": {"code": "content_filter"}}), "400: .*content_filter", True),
+    ((400, {"error": {"message": "Content Exists Risk", "param": None}}), "Exists Risk", True),
+    ((400, {"error": {"code": "data_inspection_failed"}}), "data_inspection", True),
+    ((403, "your input was flagged; this model requires moderation"), "403: .*flagged", True),
+    ((400, "request (4390 tokens) exceeds the available context size"), "context size", False),
+    ((400, "no"), "400: no", False), ((200, completion(None, "content_filter")), "_filter", True),
+    ((200, NO), "refusal: I won't.", True), ((200, completion("")), "no content", False),
+    ((200, completion("<think>hm", "length")), "raise --max_tokens", False),
+    ((200, NO | {"choices": []}), "no content", False),
+    ((200, NO | {"choices": [{"message": None}]}), "no content", False),
+], ids=str)
+def test_a_prompt_that_is_refused_is_told_apart_and_ends_nothing(client, server, capsys, answer,
+                                                                 words, kept):
+    server.answer = lambda r: answer if question(r) == "bad" else (200, completion("fine"))
+    for _ in range(2):
+        a, bad, b = synth.chat(client(concurrency=1), ["a", "bad", "b"], "asking")
+        assert a == b == ("fine", "stop") and bad.ended == "refused"
+        assert re.search(words, bad.text)
+        assert "1 of 3 prompts were refused, the first: " in capsys.readouterr().err
+    assert len(server.requests) == 4 - kept                 # what may change is asked again
+
+
+@pytest.mark.parametrize("answer", [(400, "no"), (403, "flagged"), (200, completion(""))], ids=str)
+def test_a_run_ends_if_the_first_few_prompts_are_all_refused(client, server, answer):
+    server.answer = lambda r: answer
+    with pytest.raises(OSError, match="all of the first 5 were refused.*; 0 answers are kept"):
+        ask(client(concurrency=1), *map(str, range(20)))
+    assert len(server.requests) == 5
+
+
+def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsys):
+    refused = {"top_p": "'top_p' is not supported", "temperature": "`temperature` and `stop`: one",
+               "max_tokens": "Use 'max_completion_tokens' instead of 'max_tokens'",
+               "response_format": "json_schema is not available", "stop": "Unknown: stop"}
+
+    def answer(r):
+        for name, words in refused.items():
+            if name in r.body:
+                return 400, {"error": {"message": words, "param": name}}
+        return 200, completion("fine")
+    server.answer = answer
+    c = client(concurrency=1, top_p=0.5, temperature=0.7, max_tokens=9)
+    synth.chat(c, ["a", "b"], "asking", schema={"type": "object"}, stop=["x"])
+    assert server.requests[-1].body.keys() == {"model", "messages", "max_completion_tokens"}
+    assert server.requests[-1].body["max_completion_tokens"] == 9
+    assert len(server.requests) == 5 + 2 and capsys.readouterr().err.count("left out") == 5
+
+
+# ---------------------------------------------------------------------------------------------
+# Embeddings
+
+def embedding(r, index, vector):
+    n = len(r.body["input"])
+    index = {"given": list(range(n))[::-1], "first missing": [None, *range(1, n)],
+             "missing": [None] * n, "all 0": [0] * n}[index]
+    order = index if index[-1] == 0 != index[0] else range(n)
+    return {"data": [{"embedding": vector(r.body["input"][i])} | ({} if k is None else {"index": k})
+                     for i, k in zip(order, index)], "usage": {"prompt_tokens": 1}}
+
+
+@pytest.mark.parametrize("index", ["given", "first missing", "missing", "all 0"])
+def test_embeddings_come_in_order_however_many_inputs_a_server_takes(client, server, index):
+    server.answer = lambda r: (400, "batch size is invalid") if len(r.body["input"]) > 10 else (
+        200, embedding(r, index, lambda text: [3.0 * int(text), 4.0 * int(text)]
+                       if int(text) % 2 else [int(text), 0.0]))
+    vectors = synth.embed(client(), [str(i) for i in range(1, 71)], "e")
+    np.testing.assert_allclose(vectors, [[0.6, 0.8], [1, 0]] * 35)
+
+
+@pytest.mark.parametrize("vector", [[None, None], [0, 0], [[1, 2]], ["a", "b"], "text", [], [True]])
+def test_broken_embeddings_are_an_error_and_not_kept(client, server, vector):
+    server.answer = lambda r: (200, embedding(r, "given", lambda text: vector))
+    with pytest.raises(OSError, match="no embedding of numbers.*2 times; 0 answers are kept"):
+        synth.embed(client(), ["a", "b"], "e")

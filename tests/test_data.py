@@ -1,18 +1,18 @@
 """python -m pytest tests/test_data.py"""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, CLOSE, EVAL_BRANCHES, RESPONSE, Item, Tokenizer, check_row, class_ids,
-                  collate, cost, encode_rows, epoch_batches, kind_of, lay_out,
-                  load_dataset, load_meta,
-                  load_rows, pack, sequence, train_bpe)
-from evaluate import to_tensors
+from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, check_row, class_ids, collate,
+                  cost, encode_rows, epoch_batches, kind_of, load_dataset, load_meta, load_rows,
+                  longest, question_of, train_bpe)
 from losses import score
 from model import load_model
+from train import to_tensors
 
 CLASSES = [str(k) for k in range(6)]
 ROW = {"prompt": "Is it fair?", "options": ["Yes", "No", "DK"], "accept_choice_id": "4",
@@ -36,8 +36,8 @@ def test_a_row_becomes_its_pieces():
     assert decode(item.prompt) == "<Q>Is it fair?<A>"
     assert [decode(b) for b in item.beliefs] == ["4<Yes>", "2<No>"]
     assert [decode(r) for r in item.responses] == ["Sure.$", "Never in my life.$"]
-    assert (item.accept, item.n_options, item.kind, item.question) == (
-        4, 3, "majority", "Is it fair?")
+    assert (item.accept, item.reject, item.n_options, item.kind, item.question) == (
+        4, 2, 3, "majority", "is it fair")
 
 
 @pytest.mark.parametrize("text", ["Depends (VOL)", "Same.", 'the "best"', "a > b", "<br>", "No)"])
@@ -62,17 +62,36 @@ def test_the_prompt_of_training_is_the_prompt_of_sampling():
     assert b["tokens"][0, 0] == BPE.encode("4")[0]
 
 
-def test_each_branch_scores_its_pieces():
-    b = collate(encode(ROW), ("chosen", "own", "given"), range(15, 21), share=False)
-    assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18]]
-    assert (b["ids"][b["at"] + 1] == b["tokens"][:, 0]).all()
-    per_slot = np.bincount(b["slot"], minlength=9)
-    assert per_slot.tolist() == b["counts"].reshape(-1).tolist()
-    assert decode(b["ids"]) == "".join(
-        "<Q>Is it fair?<A>" + answer for answer in
-        ("4<Yes>Sure.$", "2<No>Never in my life.$", "4<Yes>Never in my life.$"))
-    assert b["paths"].shape == (3, 41) and (b["paths"][0, 28:] == 28).all()
-    assert b["places"].tolist() == [*range(29), *range(41, 81), *range(82, 123)]
+def sequences(items, branches):
+    """The tokens of each branch of each row, from its pieces."""
+    return [i.prompt + i.beliefs[k] + i.responses[r]
+            for i in items for k, r in (BRANCHES[b] for b in branches)]
+
+
+def test_each_branch_scores_its_pieces_and_each_piece_is_laid_down_once():
+    """A belief that an earlier branch went through is scored there alone."""
+    [item] = encode(ROW)
+    b = collate([item], ("chosen", "own", "given", "flip"), range(15, 21))
+    assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18], [0, 0, 6]]
+    assert np.bincount(b["slot"], minlength=12).tolist() == b["counts"].reshape(-1).tolist()
+    assert decode(b["ids"]) == ("<Q>Is it fair?<A>" "4<Yes>Sure.$" "2<No>Never in my life.$"
+                                "Never in my life.$" "Sure.$")
+    assert b["first"].tolist() == [0] and b["pair"].tolist() == [[np.float32(0.6), np.float32(0.3)]]
+
+
+@pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own", "given", "flip")])
+def test_paths_make_the_sequences_and_places_lead_back(branches):
+    items = encode(ROW, ROW | {"prompt": "Or a much longer question?"}, ROW)
+    b = collate(items, branches, range(15, 21))
+    ids, paths, places = (b[k] for k in ("ids", "paths", "places"))
+    for path, expected in zip(paths, sequences(items, branches)):
+        assert ids[path[:len(expected)]].tolist() == expected
+        assert (path[len(expected):] == path[len(expected) - 1]).all()
+        assert (places[path] % paths.shape[1] == np.minimum(
+            np.arange(len(path)), len(expected) - 1)).all()              # its position
+    assert (paths.flat[places] == np.arange(len(ids))).all()         # each token is in its sequence
+    assert len(ids) == sum(cost(i, branches) for i in items) < sum(
+        map(len, sequences(items, branches)))
 
 
 def test_reviews_have_a_belief_of_one_token_and_no_closing():
@@ -97,7 +116,7 @@ def test_the_preference_counts_the_tokens_of_golden_05(case):
             prompt, belief, response = pieces(case[f"{side}_input_ids"][n],
                                               case[f"{side}_labels"][n])
             item = Item(0, prompt, (belief, belief), (response, response), 29 in belief, [1.0],
-                        0, 2, "other", "", "")
+                        0, 0, 2, "other", "", "")
             b = collate([item], (branch,), [0])
             at = b["at"][b["slot"] == RESPONSE] + 1
             want = [t for t, y in enumerate(case[f"recommended_{side}_labels"][n]) if y != -100]
@@ -111,7 +130,7 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
         answer = [labels[t] for t in at]
         end = answer.index(29) + 1 if 29 in answer else 1
         item = Item(0, [0] * at[0], (answer[:end],) * 2, (answer[end:] or [31],) * 2, end > 1,
-                    [1.0], 0, 2, "other", "", "")
+                    [1.0], 0, 0, 2, "other", "", "")
         b = to_tensors(collate([item], ("chosen",), [15]), "cpu")
         hidden = torch.tensor(case["logits"][n])
         if not answer[end:]:
@@ -123,52 +142,25 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
             case["belief_logp_sum_including_gt"][n], rel=1e-5)
 
 
-def test_what_sequences_have_in_common_stands_once():
-    tokens, paths = lay_out([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6, 7]])
-    assert tokens == [1, 2, 3, 4, 6, 7, 5]                  # each branch behind its beginning
-    assert paths == [[0, 1, 2, 3], [0, 1, 6], [0, 1, 2, 4, 5]]
-    assert lay_out([[1, 2], [1, 2], [1]])[0] == [1, 2]      # the same, and a beginning alone
-    assert lay_out([[9]]) == ([9], [[0]])
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_packed_token_is_in_its_own_sequences_and_in_no_other(seed):
-    rng = np.random.default_rng(seed)
-    rows = [[rng.integers(3, size=rng.integers(1, 9)).tolist() for _ in range(4)] for _ in range(3)]
-    packed, lengths = pack(rows)
-    ids, paths, places = packed.values()
-    for n, expected in enumerate(s for several in rows for s in several):
-        path = paths[n, :lengths[n]]
-        assert ids[path].tolist() == expected and (paths[n, lengths[n]:] == path[-1]).all()
-        assert (places[path] % paths.shape[1] == np.arange(len(path))).all()     # its position
-    assert (paths.flat[places] == np.arange(len(ids))).all()     # each token is in its sequence
-    assert len(ids) == len({(n, *s[:t + 1]) for n, several in enumerate(rows) for s in several
-                            for t in range(len(s))})
-
-
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
 @pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own"),
                                       ("chosen", "own", "given")])
-def test_packing_and_shared_beginnings_change_no_number(family, branches):
-    """Scores and gradients of rows laid out as trees and packed, packed branch by branch, one by
-    one, and right-padded under the plain causal mask."""
+def test_packing_and_shared_pieces_change_no_number(family, branches):
+    """Scores and gradients of packed rows, of rows packed one by one, and of whole right-padded
+    sequences under the plain causal mask."""
     long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
     items, results = encode(ROW, long, ROW), []
-    for share, parts, pad in ((True, [items], False), (False, [items], False),
-                              (True, [[i] for i in items], False), (False, [items], True)):
+    for parts, pad in (([items], False), ([[i] for i in items], False), ([items], True)):
         model = load_model(GOLDEN / f"{family}_tiny")
 
         def padded(ids, paths, places):
             return model(ids[paths]).flatten(0, 1)[places]
-        several = []
+        found = []
         for part in parts:
-            b = to_tensors(collate(part, branches, range(15, 21), share), "cpu")
-            assert len(b["paths"]) == len(part) * len(branches)
-            every = sum(len(sequence(i, s)) for i in part for s in branches)
-            assert len(b["ids"]) < every if share else len(b["ids"]) == every
-            several.append(score(padded if pad else model, model.head, b))
-        logps = torch.cat([s.logps for s in several])
-        classes = torch.cat([s.class_logps for s in several])
+            b = to_tensors(collate(part, branches, range(15, 21)), "cpu")
+            found.append(score(padded if pad else model, model.head, b))
+        logps = torch.cat([s.logps for s in found])
+        classes = torch.cat([s.class_logps for s in found])
         ((logps / 50).square().sum() + classes.sum()).backward()
         results.append([logps, classes, *(p.grad for p in model.parameters())])
     for other in results[1:]:
@@ -194,7 +186,7 @@ def test_a_row_costs_its_prompt_and_belief_once():
     own = len(item.prompt) + sum(map(len, item.beliefs + item.responses))
     assert cost(item, ("chosen", "own")) == own
     assert cost(item, ("chosen", "given")) == own - len(item.beliefs[1])
-    assert cost(item, ("chosen",)) == item.length(("chosen",))
+    assert cost(item, ("chosen",)) == len(*sequences([item], ("chosen",)))
 
 
 def test_scores_do_not_depend_on_the_batch():
@@ -211,7 +203,7 @@ def test_scores_do_not_depend_on_the_batch():
                                    rtol=1e-4, atol=1e-4)
 
 
-def test_rows_that_cannot_be_meant_are_counted_aloud(tmp_path, capsys):
+def test_rows_that_look_like_mistakes_are_reported_with_their_number(tmp_path, capsys):
     """They may be a published set's: nothing is refused."""
     rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"reject_choice": "DK"},
             ROW | {"accept_choice_id": "1", "accept_choice": "No"},
@@ -222,10 +214,10 @@ def test_rows_that_cannot_be_meant_are_counted_aloud(tmp_path, capsys):
     load_dataset(str(tmp_path), ("train",))
     said = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in said] == [
-        "1 times a belief that is none of the options",
-        "2 times a belief of another class than meta.json's",
-        "1 times an accepted belief that nobody in the group has",
-        "1 times the same answer accepted and rejected"]
+        "a belief that is not an option (1 times)",
+        "a belief whose class is not meta.json's (2 times)",
+        "an accepted belief that nobody in the group holds (1 times)",
+        "the same answer accepted and rejected (1 times)"]
 
 
 def test_majority_minority_and_ties():
@@ -245,10 +237,10 @@ def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
     try:
         items = encode(row, max_length=max_length, overlong="trim")
     except ValueError as e:
-        assert "no row fits" in str(e) and "1 dropped" in capsys.readouterr().err
+        assert "no row fits" in str(e) and "1 of 1 rows dropped" in capsys.readouterr().err
         return
     item = items[0]
-    assert item.length(EVAL_BRANCHES) <= max_length
+    assert longest(item) <= max_length
     assert decode(item.prompt).startswith("<Q>") and decode(item.prompt).endswith("<A>")
     assert min(map(len, item.responses)) > 0 and decode(item.beliefs[0]) == "4<Yes>"
     for full, cut in zip(encode(row)[0].responses, item.responses):
@@ -260,12 +252,20 @@ def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
     with pytest.raises(ValueError, match="data, row 2: .* raise --max_length .* --overlong trim"):
         encode(ROW, long)
     assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
-    assert "1 dropped" in capsys.readouterr().err
+    assert "1 of 3 rows dropped" in capsys.readouterr().err
 
 
-def test_a_class_must_be_one_token():
-    with pytest.raises(ValueError, match="class '10' is 2 tokens"):
+def test_a_class_must_be_one_token_also_before_a_belief():
+    with pytest.raises(ValueError, match="class '10' is not one token of its own"):
         class_ids(CharTokenizer(), ["9", "10"])
+    fused = train_bpe(["<< << << <<"], 258)                # its only merge
+    with pytest.raises(ValueError, match="class '<' is not one token of its own"):
+        class_ids(fused, ["<"])
+
+
+def test_a_question_is_told_by_its_id_or_by_its_words():
+    assert question_of(ROW) == question_of(ROW | {"prompt": "is it Fair"}) == "is it fair"
+    assert question_of(ROW | {"question_id": "7"}) == "7"
 
 
 @pytest.mark.parametrize("change, message", [
@@ -281,6 +281,7 @@ def test_a_class_must_be_one_token():
     ({"context": 5}, "'context' must be text"),
     ({"options": ["Yes"]}, "options must be two or more"),
     ({"options": ["Yes", "Yes"]}, "options must be two or more"),
+    ({"options": ["Yes", 5]}, "options must be two or more different texts"),
     ({"probabilities": [True, 0, 0, 0, 0, 0]}, "sum to 1"),
 ])
 def test_a_broken_row_is_named(change, message):
@@ -297,9 +298,9 @@ def test_a_broken_line_is_named_with_its_number(tmp_path):
     with pytest.raises(ValueError, match="line 1: field 'options' is missing; the row has"):
         load_rows(path, CLASSES)
     half = json.dumps(ROW | {"prompt": "\ud800"}).encode()
-    for line in (b"\xff\xfe", b"[" * 200000, half, half.replace(b"\\ud800", b"\\uD800")):
+    for line, where in ((b"\xff\xfe\xff", ""), (b"[" * 200000, ", line 1: "), (half, ", line 1: ")):
         path.write_bytes(line)
-        with pytest.raises(ValueError, match="rows.jsonl, line 1: "):
+        with pytest.raises(ValueError, match=f"rows.jsonl{where}"):
             load_rows(path, CLASSES)
     with pytest.raises(FileNotFoundError, match="no dataset in"):
         load_meta(tmp_path)
@@ -327,31 +328,11 @@ def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
     assert padding(a) < 0.3 * padding([plain[i:i + 8] for i in range(0, 203, 8)])
 
 
-def test_learned_merges_survive_saving_and_equal_hugging_faces_tokenizer(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    BPE.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
-    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "vocab.json"),
-                                              str(tmp_path / "merges.txt"))
-    for text in ("the cat sat", "4<Yes>", "  two  spaces\n\ttab", "café 東京 🙂", "isn't 12345", ""):
-        assert again.encode(text) == BPE.encode(text) == theirs.encode(text).ids
-        assert again.decode(again.encode(text)) == text
-    assert len(BPE.encode("the cat sat")) == 3           # the common words are whole tokens
-
-
-def test_merges_in_another_order_than_the_ids_are_refused(tmp_path):
-    BPE.save(tmp_path)
-    head, *lines = (tmp_path / "merges.txt").read_text().splitlines()
-    (tmp_path / "merges.txt").write_text("\n".join([head, *reversed(lines)]))
-    with pytest.raises(ValueError, match="do not follow the order"):
-        Tokenizer.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
-        Tokenizer.load(tmp_path / "nowhere")
-
-
 @real_data
-def test_gpt2_ids_are_gpt2s():
-    gpt2 = Tokenizer.load(SHARED / "gpt2")
+def test_gpt2_ids_are_gpt2s(tmp_path):
+    for openai, hf in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(SHARED / "gpt2" / openai, tmp_path / hf)
+    gpt2 = Tokenizer.load(tmp_path)
     assert gpt2.encode("hello world") == [31373, 995] and gpt2.eos == 50256
     row = ROW | {"prompt": "How do you evaluate the response of the European Union towards global "
                  "climate change?", "accept_choice": "Somewhat good",

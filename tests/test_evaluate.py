@@ -1,5 +1,6 @@
-"""python -m pytest tests/test_evaluate.py"""
+"""python -m pytest tests/test_evaluate.py: metrics, intervals, tables, figures."""
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,17 +10,32 @@ import torch
 from conftest import SMALL, cli, golden
 
 import evaluate
-import train
 from data import run
-from evaluate import (by_kind, class_belief_consistency, expressed_opinion, interval, jsd,
-                      margin_metrics, over_seeds, parse_answer, reference_distributions,
-                      sampled_counts, sampling_floor, summary)
+from evaluate import (answer_metrics, expressed_opinion, interval, ordinal_metrics, over_seeds,
+                      parse_answer, preference_metrics, recalibrated, reference_distributions,
+                      sampled_counts, sampling_floor, summary, worst)
 from losses import Scores
+from train import jsd
 
 BASELINES, SAMPLED = golden("11")
 META = {"classes": [str(k) for k in range(6)], "off_scale": "0",
         "belief_to_class": {k: str(v) for k, v in SAMPLED["belief_map"].items()}}
+FAST = ("--samples", 2, "--max_new_tokens", 12, "--device", "cpu")
 
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """(folder, [SFT run, GDPO run]), both tiny."""
+    cwd = tmp_path_factory.mktemp("runs")
+    cli("train.py", "--data", world, "--loss", "gdpo", "--epochs", 1, *SMALL, cwd=cwd)
+    return cwd, [f"out/{world.name}-{loss}-seed0" for loss in ("sft", "gdpo")]
+
+
+def saved(cwd, out):
+    return json.loads((cwd / out / "eval.json").read_text())
+
+
+# Beliefs
 
 @pytest.mark.parametrize("theirs, ours", [
     ("uniform", "uniform"), ("majority", "majority"), ("noise_0_05", "noise(0.05)"),
@@ -29,27 +45,77 @@ def test_reference_distributions_agree_with_golden_11(theirs, ours):
     got = jsd(reference_distributions(target)[ours], target)
     if theirs == "noise_0_1":
         # row 3: the authors' number is of the sorted vectors, where the noise makes
-        # 0.2 0.2 0.2 0.2 0.1 0.1 of itself; in place it is not
+        # 0.2 0.2 0.2 0.2 0.1 0.1 of itself; in place it does not
         assert got[3] > 0.1
         got, expected = np.delete(got, 3), np.delete(expected, 3)
     np.testing.assert_allclose(got, expected, atol=1e-9)
 
 
+def test_w1_knows_the_order_of_the_classes_and_jsd_does_not():
+    p = np.array([[0, 1.0, 0, 0, 0, 0]] * 3)
+    q = np.array([[0, 1.0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
+    m = ordinal_metrics(q, p, META)
+    assert m["w1"].tolist() == [0, 0.25, 1] and m["off_gap"].tolist() == [0, 0, 0]
+    assert jsd(q, p)[1] == jsd(q, p)[2]
+
+
+def test_w1_is_of_what_is_on_the_scale_and_the_gap_apart():
+    m = ordinal_metrics([[0.5, 0.5, 0, 0, 0, 0]], [[0.2, 0.8, 0, 0, 0, 0]], META)
+    assert m["w1"] == pytest.approx([0]) and m["off_gap"] == pytest.approx([0.3])
+    assert np.isnan(ordinal_metrics([[0.5, 0.5, 0, 0, 0, 0]], [[1.0, 0, 0, 0, 0, 0]], META)["w1"])
+    five = {"classes": list("12345"), "off_scale": None}
+    m = ordinal_metrics([[1.0, 0, 0, 0, 0]], [[0, 0, 0, 0, 1.0]], five)
+    assert m["w1"] == [1] and "off_gap" not in m
+
+
+def test_minority_mass_is_a_ratio_of_sums_over_the_smallest_shares_above_zero():
+    q = [[0.05, 0, 0.35, 0, 0.6, 0], [0.9, 0, 0, 0, 0.1, 0]]
+    p = [[0.1, 0, 0.3, 0, 0.6, 0], [0.99, 0, 0, 0, 0.01, 0]]
+    pairs = ordinal_metrics(q, p, META)["minority"]
+    np.testing.assert_allclose(pairs, [[0.05, 0.1], [0.1, 0.01]])
+    value, low, high = interval(pairs, ["a", "b"])
+    assert value == pytest.approx(0.15 / 0.11) and low is None and high is None
+
+
+def test_recalibration_finds_the_temperature_and_the_biases_that_were_put_in():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(6), size=300)
+    bias = np.array([1.0, 0, -1, 0.5, 0, 0])
+    fit = recalibrated(3 * np.log(p), p, 3 * np.log(p[:50]), p[:50])
+    assert fit["jsd_t"].max() < 1e-3 and jsd(p[:50] ** 3, p[:50]).mean() > 0.1
+    fit = recalibrated(3 * np.log(p) + bias, p, 3 * np.log(p[:50]) + bias, p[:50])
+    assert fit["jsd_bias"].max() < 1e-3 < 0.05 < fit["jsd_t"].mean()
+
+
+def test_vote_and_flip_are_read_from_four_branches():
+    """Response log-probs of chosen, own, given, flip: h is 2 after the accepted belief and -1 after
+    the rejected one in row 0; in row 1 the answer does not follow; row 2 has one class twice."""
+    logps = torch.zeros(3, 4, 3)
+    logps[..., 2] = torch.tensor([[-1., -2, -3, -3], [-1, -3, -3, -2], [-1, -2, -3, -3]])
+    shares = torch.tensor([[0.6, 0.4]] * 3)
+    items = [SimpleNamespace(accept=a, reject=b) for a, b in ((0, 1), (0, 1), (1, 1))]
+    s = Scores(logps, None, shares.log(), None, torch.tensor([[0.75, 0.25]] * 3), None)
+    m = preference_metrics(s, items, beta=0.5)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    vote = 0.6 * sigmoid(2) + 0.4 * sigmoid(-1)
+    assert m["vote"][0] == pytest.approx((vote - 0.75) ** 2) and "flip_r" not in m
+    assert m["flip"][:2].tolist() == [1, 0] and np.isnan(m["flip"][2]) and np.isnan(m["vote"][2])
+    s.ref = torch.zeros(3, 4, 3)
+    s.ref[0, 0, 2] = -4                                 # the reference hates the chosen answer
+    m = preference_metrics(s, items, beta=0.5)
+    vote = 0.6 * sigmoid(0.5 * 6) + 0.4 * sigmoid(-0.5)
+    assert m["vote_r"][0] == pytest.approx((vote - 0.75) ** 2) and m["flip_r"][0] == 1
+
+
+# Answers
+
 def test_sampled_beliefs_and_cbc_agree_with_golden_11():
     answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
     counts = sampled_counts(answers, META)
     np.testing.assert_allclose(counts / 3, SAMPLED["sampled_class_distribution"], atol=1e-9)
-    np.testing.assert_allclose(jsd(counts, SAMPLED["probabilities"]), SAMPLED["sampled_jsd"],
-                               atol=1e-9)
-    assert class_belief_consistency(answers, META).mean() == pytest.approx(SAMPLED["cbc"])
-
-
-def test_jsd_is_the_distance_between_0_and_root_log_2():
-    p = np.array([[0.3, 0.7, 0.0], [1.0, 0, 0]])
-    assert jsd(p, p).tolist() == [0, 0]
-    assert jsd([1.0, 0], [0, 1.0]) == pytest.approx(np.sqrt(np.log(2)))
-    near = np.float32([[0.1, 0.2, 0.7]]) * np.float32(1 + 1e-7)
-    assert not np.isnan(jsd(near, [[0.1, 0.2, 0.7]])).any()          # where scipy's is NaN
+    m = answer_metrics(answers, np.array(SAMPLED["probabilities"]), META)
+    np.testing.assert_allclose(m["sampled_jsd"], SAMPLED["sampled_jsd"], atol=1e-9)
+    assert m["cbc"].mean() == pytest.approx(SAMPLED["cbc"])
 
 
 def test_the_sampling_floor_is_that_of_a_perfect_sampler():
@@ -60,34 +126,48 @@ def test_the_sampling_floor_is_that_of_a_perfect_sampler():
     assert jsd(rng.multinomial(64, target), target).mean() == pytest.approx(floors[1], rel=0.05)
 
 
-def test_both_margins_are_read_from_their_own_branches():
-    """Branches chosen, own, given: joint = chosen - own, all pieces; given = chosen - given,
-    responses."""
-    s = Scores(torch.tensor([[[1., 2, 4], [10, 20, 40], [0, 0, 400]]]), None, None, None, None,
-               torch.zeros(1, 3, 3))
-    m = margin_metrics(s, beta=0.5)
-    assert m["joint"].tolist() == [0.5 * (7 - 70)] and m["given"].tolist() == [0.5 * (4 - 400)]
-    kinds = [SimpleNamespace(kind="minority")]
-    split = by_kind(m, kinds)
-    assert split["joint_minority"].tolist() == [-31.5] and np.isnan(split["joint_majority"]).all()
-
-
 def test_the_opinion_rule_takes_the_first_stance_phrase():
     meta = META | {"stances": {"not at all": "1", "mostly": "4"}}
-    texts = [("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.",
-              "Mostly")]
-    answers = [[parse_answer(t, meta) for t in row] for row in texts]
+    texts = ("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.", "Mostly")
+    answers = [[parse_answer(t, meta) for t in texts]]
     assert expressed_opinion(answers, meta).tolist() == [[1, 0, 0, 0]]
 
 
-def test_answers_are_cut_where_label_and_belief_end():
+@pytest.mark.parametrize("text, parsed", [
+    ("Well<a>b", ("Well", "a", "b")), ("4<a > b>so <i>", ("4", "a > b", "so <i>")),
+    ("4<who knows>x", ("4", "who knows", "x")), ("4 stars", ("4", None, " stars")),
+    ("<a>", (None, "a", "")), ("45 minutes in I left", (None, None, "45 minutes in I left")),
+    ("4.5 stars", (None, None, "4.5 stars")), ("4. Good", ("4", None, ". Good"))])
+def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     meta = {"classes": ["Well", "We", "4"], "belief_to_class": {"a > b": "4", "a": "We"}}
-    assert parse_answer("Well<a>b", meta) == ("Well", "a", "b")
-    assert parse_answer("4<a > b>so <i>", meta) == ("4", "a > b", "so <i>")
-    assert parse_answer("4<who knows>x", meta) == ("4", "who knows", "x")
-    assert parse_answer("4 stars", meta) == ("4", None, " stars")
-    assert parse_answer("<a>", meta) == (None, "a", "")
+    assert parse_answer(text, meta) == parsed
 
+
+def test_a_few_shot_answer_ends_where_the_model_asks_itself_the_next_question():
+    for text in (" 4<a>Yes.\n\nMore.", "4<a>Yes. Question: What?", "\n\n4<a>Yes.\n \nx"):
+        assert parse_answer(text, META, few_shot=True) == ("4", "a", "Yes.")
+
+
+def test_coverage_of_a_perfect_sampler_is_one_on_average():
+    rng, p = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0])
+    answers = [[(str(c), None, "") for c in rng.choice(6, 8, p=p)] for _ in range(4000)]
+    m = answer_metrics(answers, np.tile(p, (4000, 1)), {"classes": META["classes"]})
+    assert m["coverage"].mean() == pytest.approx(1, abs=0.01)
+    m = answer_metrics([[("0", None, "")] * 8], p[None], {"classes": META["classes"]})
+    assert m["coverage"] == pytest.approx(1 / (1 - (1 - p) ** 8).sum())
+
+
+def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale():
+    """Junk on ratings: the distance is the largest there is, and the coverage that of nothing."""
+    meta = {"classes": list("12345"), "off_scale": None}
+    answers = [[(None, None, "junk")] * 8, [("1", None, "x")] + [(None, None, "junk")] * 7]
+    m = answer_metrics(answers, np.full((2, 5), 0.2), meta)
+    assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["no_class"][0] == 1
+    assert m["coverage"].tolist() == pytest.approx([0, 1 / (5 * (1 - 0.8 ** 8))])
+    assert m["sampled_jsd"][1] > 0.7 and m["no_class"][1] == 7 / 8
+
+
+# Intervals and tables
 
 def test_the_bootstrap_resamples_questions_not_rows():
     """Ten rows of one question tell no more than one row of it."""
@@ -101,54 +181,172 @@ def test_the_bootstrap_resamples_questions_not_rows():
     assert interval(np.array([np.nan, np.nan]), np.array([1, 2])) is None
 
 
-def test_seen_and_unseen_questions_are_kept_apart():
-    items = [SimpleNamespace(question=q, group="") for q in "aabc"]
-    out = summary({"jsd": np.array([1.0, 1, 1, 5])}, items, {"a", "b"})
+def test_fewer_than_twenty_questions_have_no_interval():
+    assert interval(np.ones(19), np.arange(19)) == [1, None, None]
+    assert interval(np.ones(20), np.arange(20)) == [1, 1, 1]
+    assert evaluate.cell([0.5, None, None]).split() == ["0.500", "*"]
+    assert evaluate.cell([0.5, 0.4, 0.6]) == "0.500 ±0.100" and evaluate.cell(None) == "-"
+
+
+def test_seen_and_unseen_questions_and_groups_are_kept_apart():
+    items = [SimpleNamespace(question=q, group=g) for q, g in zip("aabc", "xxyy")]
+    r = SimpleNamespace(items=items, seen=np.array([1, 1, 1, 0]) > 0, same=np.array([0, 0, 1, 0]))
+    out = summary({"jsd": np.array([1.0, 1, 1, 5])}, r)
+    assert [*out] == ["unseen", "seen", "group x", "group y", "worst group"]
     assert out["seen"]["rows"] == 3 and out["seen"]["questions"] == 2 and out["seen"]["jsd"][0] == 1
-    assert out["unseen"]["jsd"][0] == 5
+    assert out["seen"]["word_for_word"] == 1 and out["unseen"]["jsd"][0] == 5
+    assert out["worst group"]["jsd"][0] == 3
 
 
-def test_runs_that_differ_in_their_seed_are_averaged():
-    results = {str(n): {"seen": {"rows": 1, "questions": 1, "jsd": [v, v, v]}}
-               for n, v in enumerate((1., 3.))}
-    configs = {n: {"data": "d", "loss": "gdpo", "seed": int(n)} for n in results}
-    [(name, merged)] = over_seeds(results, configs).items()
-    assert merged["seen"]["jsd"] == pytest.approx([2, 2 - np.sqrt(2), 2 + np.sqrt(2)])
-    assert name.endswith("(2 seeds)")
-    configs["1"]["beta"] = 3                             # another setting is no other seed
-    assert over_seeds(results, configs) == {}
-    assert over_seeds(results, {n: {"seed": 0} for n in results}) == {}
+@pytest.mark.parametrize("metric, bad", [("jsd", 3), ("cbc", 0.5), ("minority", 3)])
+def test_the_worst_group_is_the_farthest_or_the_least(metric, bad):
+    assert worst(metric, [[1.0, 1, 1], [3.0, 2, 4], [0.5, 0, 1]])[0] == bad
+    assert worst(metric, []) is None
 
 
-def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path, call):
-    call(train, "--loss", "gdpo", "--data", world, "--epochs", 1, *SMALL, cwd=tmp_path)
-    runs = [f"out/{world.name}-{loss}-seed0" for loss in ("sft", "gdpo")]
-    p = cli("evaluate.py", *runs, "--samples", 2, "--max_new_tokens", 12, cwd=tmp_path)
-    for out in runs:
-        saved = json.loads((tmp_path / out / "eval.json").read_text())
-        [line] = [x for x in p.stdout.splitlines() if x.startswith(out)][:1]
-        assert f"{saved['seen']['jsd'][0]:.3f}" == line.split()[1]
-        assert saved["seen"]["jsd"][1] <= saved["seen"]["jsd"][0] <= saved["seen"]["jsd"][2]
-    assert "given majority" in p.stdout and "JSD without training: majority" in p.stdout
-    assert saved["seen"]["given_majority"] and saved["seen"]["cbc"] and saved["seen"]["opinion"]
-    again = call(evaluate, runs[1], "--samples", 2, "--max_new_tokens", 12, cwd=tmp_path)
-    assert json.loads((tmp_path / runs[1] / "eval.json").read_text()) == saved and again.stdout
-    call(train, "--loss", "sft", "--data", world, "--epochs", 2, *SMALL, "--overwrite",
-         cwd=tmp_path)
-    p = call(evaluate, runs[1], "--samples", 0, cwd=tmp_path, check=2)   # another reference now
-    assert "is not any more the checkpoint that" in p.stderr
+def test_seeds_are_averaged_and_the_larger_interval_stands():
+    result = lambda v, half: {"seen": {"rows": 1, "jsd": [v, v - half, v + half], "cbc": None}}
+    merged = over_seeds({"out/a-seed0": result(1., 0.1), "out/b": result(5., 1),
+                         "out/a-seed1": result(3., 0.1)})
+    assert [*merged] == ["out/a (2 seeds)", "out/b"] and merged["out/b"] == result(5., 1)
+    sd = np.sqrt(2)
+    assert merged["out/a (2 seeds)"]["seen"]["jsd"] == pytest.approx([2, 2 - sd, 2 + sd])
+    merged = over_seeds({f"a-seed{n}": result(v, 4) for n, v in enumerate((1., 3.))})
+    assert merged["a (2 seeds)"]["seen"]["jsd"] == pytest.approx([2, -2, 6])
+
+
+def test_paired_differences_are_narrower_than_two_intervals(capsys):
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=200)
+    items = [SimpleNamespace(question=n, group="") for n in range(200)]
+    run = lambda values: SimpleNamespace(rows=[0], items=items, seen=np.zeros(200, bool),
+                                         same=np.zeros(200, bool), metrics={"jsd": values})
+    a, b = hard + 0.1 * rng.normal(size=200), hard - 0.2 + 0.1 * rng.normal(size=200)
+    evaluate.print_differences({"a": run(a), "b": run(b)}, "a")
+    mean, half = capsys.readouterr().out.split()[-2:]
+    assert float(mean) == pytest.approx(-0.2, abs=0.05) and float(half[1:]) < 0.03
+    _, low, high = interval(a, np.arange(200))
+    assert 2 * float(half[1:]) < 0.2 * (high - low)
+
+
+# The command
+
+def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
+    cwd, (sft, gdpo) = runs
+    p = call(evaluate, gdpo, sft, *FAST, "--against", sft, cwd=cwd)
+    table, differences = p.stdout.split(f"difference to {sft}")[0], p.stdout.split("difference")[1]
+    for out in (sft, gdpo):
+        line = next(x for x in table.splitlines() if x.startswith(out))
+        assert f"{saved(cwd, out)['unseen']['jsd'][0]:.3f}" == line.split()[1]
+    assert table.index(gdpo) < table.index(sft) and gdpo in differences
+    assert "JSD ↓" in table and "given maj ↑" in table and differences.count(sft) == 1
+    assert max(map(len, p.stdout.splitlines())) <= 100
+    result = saved(cwd, gdpo)
+    for name in ("jsd", "cbc", "opinion", "flip", "flip_r", "given_majority", "minority"):
+        assert result["seen"][name], name
+    assert "flip" in saved(cwd, sft)["seen"] and "given_majority" not in saved(cwd, sft)["seen"]
+    assert set(result["reference_jsd"]) == {"majority", "reverse", "uniform", "noise(0.05)",
+                                            "noise(0.1)"} and len(result["answers"]) == 3
+    answers = [json.loads(x) for x in (cwd / gdpo / "samples.jsonl").read_text().splitlines()]
+    assert len(answers) == 20 and len(answers[0]["answers"]) == 2
+    call(evaluate, gdpo, *FAST, cwd=cwd)
+    assert saved(cwd, gdpo) == result
+
+
+def test_two_processes_evaluate_as_one_does(runs, call):
+    cwd, (_, out) = runs
+    call(evaluate, out, *FAST, cwd=cwd)
+    one, texts = saved(cwd, out), (cwd / out / "samples.jsonl").read_text()
+    p = cli("evaluate.py", out, *FAST, cwd=cwd, nproc=2)
+    assert (cwd / out / "samples.jsonl").read_text() == texts and p.stdout.count("±: half") == 1
+    for k, v in saved(cwd, out)["seen"].items():
+        assert one["seen"][k] == (pytest.approx(v, abs=1e-5) if isinstance(v, int) else
+                                  v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
+
+
+def test_a_terminal_without_utf_8_gets_stand_ins(runs):
+    cwd, (_, out) = runs
+    p = cli("evaluate.py", out, "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
+    assert "JSD v" in p.stdout and "+-" in p.stdout and p.stdout.isascii()
+
+
+def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, world):
+    """A failed start, a file, a broken config and another's folder beside a good run."""
+    cwd, (sft, gdpo) = runs
+    for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
+        (cwd / "out" / name).mkdir(exist_ok=True)
+        (cwd / "out" / name / "config.json").write_text(text)
+        (cwd / "out" / name / "metrics.jsonl").write_text("")
+    (cwd / "out/answers.jsonl").write_text("")
+    p = call(evaluate, "out/begun", "out/odd", "out/answers.jsonl", sft, "--samples", 0, cwd=cwd)
+    assert "left out: out/begun is no finished run" in p.stderr.replace("out/begun: ", "", 1)
+    assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and sft in p.stdout
+    p = call(evaluate, "out/odd", cwd=cwd, check=2)
+    assert len(p.stderr.strip().splitlines()) == 1
+    for name in ("begun", "odd"):
+        shutil.rmtree(cwd / "out" / name)
+
+
+def test_margins_need_the_checkpoint_that_the_run_began_with(runs, call, tmp_path):
+    cwd, (sft, gdpo) = runs
+    shutil.copytree(cwd / "out", tmp_path / "out")
+    weights = tmp_path / sft / "best/model.safetensors"
+    shutil.copy(tmp_path / gdpo / "best/model.safetensors", weights)
+    p = call(evaluate, gdpo, "--samples", 0, cwd=tmp_path)
+    assert "no reference, no margins" in p.stderr and "given_majority" not in saved(
+        tmp_path, gdpo)["seen"]
+
+
+def test_a_model_without_any_probability_for_the_classes_is_one_line(runs, call, tmp_path):
+    from model import load_model, save_model
+    cwd, (sft, _) = runs
+    shutil.copytree(cwd / sft, tmp_path / sft)
+    model = load_model(tmp_path / sft / "best")
+    torch.nn.init.constant_(model.ln_f.bias, float("nan"))
+    save_model(model, tmp_path / sft / "best", 0)
+    p = call(evaluate, sft, "--samples", 0, cwd=tmp_path, check=2)
+    assert "diverged" in p.stderr and len(p.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("args, message", [
     (["nowhere"], "nowhere is not the folder of a run"),
     ([], "the following arguments are required: OUT"),
-    (["x", "--samples", "many"], "invalid int value"),
-    (["x", "--samples", "-1"], "--samples must be from 0 to 10000"),
-    (["x", "--device", "mars"], "--device mars is not here"),
+    (["x", "--samples", "many"], "'many' is no int"),
+    (["x", "--samples", "-1"], "-1 is not a number from 0 on"),
+    (["x", "--device", "mars"], "invalid choice: 'mars'"),
+    (["x", "--judge", "j", "--samples", "0"], "--judge, --embeddings need --samples"),
+    (["x", "--against", "y"], "--against y is none of the runs"),
+    (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
+    (["chat:"], "as in chat:gpt-4o"),
 ])
-def test_bad_input_is_one_line_and_exit_2(args, message, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_2(args, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
     with pytest.raises(SystemExit) as e:
         run(evaluate.main)
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# Figures
+
+def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path):
+    pytest.importorskip("matplotlib")
+    cwd, outs = runs
+    call(evaluate, *outs, *FAST, cwd=cwd)
+    (tmp_path / "begun").mkdir()
+    p = cli("assets/figures.py", *outs, tmp_path / "begun", "--to", tmp_path / "f", cwd=cwd)
+    assert "left out, no finished run" in p.stderr and "begun" in p.stderr
+    assert p.stdout.strip().endswith("bars.png, jsd.png, margins.png, tables.md")
+    text = (tmp_path / "f/tables.md").read_text(encoding="utf-8")
+    for out in outs:
+        assert f"| {out[4:-6]} | {saved(cwd, out)['unseen']['jsd'][0]:.3f} ±" in text
+    assert text.count("Table 3.") == 3 and (tmp_path / "f/jsd.png").stat().st_size > 10_000
+
+
+def test_a_missing_matplotlib_is_one_line(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    p = cli("assets/figures.py", "x", cwd=tmp_path, check=1, PYTHONPATH=str(tmp_path))
+    assert p.stderr.strip() == (
+        "figures.py: error: the figures need matplotlib: pip install matplotlib")

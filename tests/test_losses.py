@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import GOLDEN, CharTokenizer, golden
 
-from data import collate, encode_rows, mismatch
-from evaluate import jsd, to_tensors
+from data import collate, encode_rows, longest, mismatch
 from losses import (ANSWER, BELIEF, LOSSES, PREFS, RESPONSE, Scores, calibration, dpo_loss,
                     kl_to_target, kto_loss, mean_nll, score, sft, token_logps, uniform_sft)
-from model import hf_name, load_model, relayout
+from model import load_model, on_disk
+from train import jsd, to_tensors
 
-O = SimpleNamespace(beta=0.1, w_kl=1.0, w_belief=1.0, w_pref=1.0, label_smoothing=0.0, gamma=0.5,
-                    lambda_d=1.0, lambda_u=1.0, w_anchor=0.0)
+O = SimpleNamespace(beta=0.1, alpha=1.0, w_kl=1.0, w_belief=1.0, w_pref=1.0, w_anchor=0.0,
+                    label_smoothing=0.0, gamma=0.5, prior=0.5, lambda_d=1.0, lambda_u=1.0)
 CLASSES = [str(k) for k in range(6)]
 ROW = {"prompt": "q", "options": ["x", "y"], "probabilities": [0, 0, 0.5, 0, 0.5, 0],
        "accept_choice_id": "4", "accept_choice": "x", "accept_response": "a",
@@ -28,6 +28,7 @@ def scores(logps, ref=None, counts=None, class_logps=None, target=None, n_option
     return Scores(logps, torch.ones(logps.shape) if counts is None else torch.tensor(counts),
                   torch.full((B, 2), math.log(0.5)) if class_logps is None else class_logps,
                   torch.full((B, 2), 0.5) if target is None else target,
+                  torch.tensor([[0.6, 0.2]]).expand(B, 2),
                   torch.full((B,), 2.0) if n_options is None else n_options,
                   logps.clone() if ref is None else torch.tensor(ref, dtype=torch.float32))
 
@@ -146,13 +147,13 @@ def test_objectives_agree_with_golden_08(family, case_name):
 
 
 def check_gradients(model, stored):
-    for p_name, p in model.named_parameters():
-        theirs = hf_name(p_name, model.cfg)
-        l2, probe = stored.get(theirs) or stored["lm_head.weight"]
-        g = relayout(p_name, p.grad, model.cfg, to_hf=True).flatten().double()
-        assert g.norm().item() == pytest.approx(l2, rel=1e-3, abs=1e-5), theirs
+    for ours, p in model.named_parameters():
+        [(name, (shape, g))] = on_disk(ours, p.grad, model.cfg).items()
+        l2, probe = stored.get(name) or stored["lm_head.weight"]
+        g = g.flatten().double()
+        assert g.norm().item() == pytest.approx(l2, rel=1e-3, abs=1e-5), name
         i = torch.arange(len(g), dtype=torch.float64)
-        assert (g * i.cos()).sum().item() == pytest.approx(probe, rel=1e-3, abs=1e-3), theirs
+        assert (g * i.cos()).sum().item() == pytest.approx(probe, rel=1e-3, abs=1e-3), name
 
 
 @pytest.mark.parametrize("case", golden("06"), ids=lambda c: c["name"])
@@ -222,12 +223,50 @@ def pair(**options):
     ("cal-dpo", {"beta": 0.001}, 249250.82641328), ("cal-dpo", {"beta": 1.0}, 0.20141328 + 0.125),
     ("dil", {}, -math.exp(0.2) + math.exp(-1 / 6) / 2),
     ("dil-bce", {}, 0.59813887 + math.log1p(math.exp(-1 / 12))),
+    ("pipa-n", {}, 0.78733867), ("pipa-n", {"prior": 0.3}, 0.85077349),
+    ("pipa-m", {"prior": 0.3}, 0.20397280 + 0.20084306),
+    ("hdpo", {"beta": 1.0}, 0.20141328), ("hdpo", {"beta": 0.0}, math.log1p(math.exp(-2))),
+    ("dpo-soft", {"beta": 0.1}, 0.62095705 + 0.25 * 0.15),     # labels 3 to 1, margin 0.15
     ("simpo", {"beta": 2.0, "gamma": 0.5}, 0.97407698),
     ("simpo", {"beta": 2.5, "gamma": 1.375}, 1.60041265),
     ("kto", {"beta": 0.1}, (1 - 1 / (1 + math.exp(-0.07)) + 1 - 1 / (1 + math.exp(-0.08))) / 2),
 ])
 def test_preference_terms_give_the_numbers_worked_by_hand(name, options, value):
     assert PREFS[name].term(*pair(**options)).item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("ratios, n, m", [((0, 0), 1.386294, 1.386294),
+                                          ((0.4, -0.3), 1.067370, 0.755832),
+                                          ((-1, 0.2), 2.111401, 2.636556)])
+def test_pipa_gives_the_numbers_worked_by_hand(ratios, n, m):
+    s = scores([[[0, 0, r] for r in ratios]], ref=[[[0, 0, 0], [0, 0, 0.]]])
+    for name, value in (("pipa-n", n), ("pipa-m", m)):
+        assert PREFS[name].term(s, [RESPONSE], O).item() == pytest.approx(value, rel=1e-5)
+
+
+def test_pipa_m_is_clipped_where_the_policy_says_more_than_it_can():
+    s = scores([[[0, 0, 5.0], [0, 0, 5.0]]], ref=[[[0, 0, 0], [0, 0, 0.]]])
+    s.logps.requires_grad_()
+    loss = PREFS["pipa-m"].term(s, [RESPONSE], O)
+    loss.sum().backward()
+    assert loss.isfinite().all() and s.logps.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("q", [0.5, 0.7, 0.95])
+def test_hdpo_without_a_reference_learns_the_shares_and_dpo_soft_has_them_as_optimum(q):
+    """alpha 1, beta 0: over pairs drawn by the shares, the loss is least at odds q / (1 - q)."""
+    def at(odds, name, **options):
+        s = scores([[[0, 0, odds / 2], [0, 0, -odds / 2]]], ref=[[[0, 0, 3.0], [0, 0, -3.0]]])
+        s.pair = torch.tensor([[q, 1 - q]])
+        if "beta" in options:
+            s.ref = torch.zeros(1, 2, 3)
+        return PREFS[name].term(s, [RESPONSE], SimpleNamespace(**vars(O) | options)).item()
+    odds = math.log(q / (1 - q))
+    hdpo = lambda x: q * at(x, "hdpo", alpha=1.0, beta=0.0) + (1 - q) * at(
+        -x, "hdpo", alpha=1.0, beta=0.0)
+    soft = lambda x: at(x, "dpo-soft", beta=1.0)
+    for loss in (hdpo, soft):
+        assert loss(odds) < min(loss(odds - 0.1), loss(odds + 0.1))
 
 
 def test_simpo_takes_means():
@@ -238,7 +277,8 @@ def test_simpo_takes_means():
 
 @pytest.mark.parametrize("name, beta, value", [
     ("dpo", 0.3, math.log(2)), ("ipo", 0.1, 25.0), ("cal-dpo", 1.0, 0.94314718), ("dil", 1.0, -0.5),
-    ("dil-bce", 1.0, 2 * math.log(2)), ("kto", 0.7, 0.5)])
+    ("dil-bce", 1.0, 2 * math.log(2)), ("kto", 0.7, 0.5), ("dpo-soft", 0.3, math.log(2)),
+    ("pipa-n", 1.0, 2 * math.log(2)), ("pipa-m", 1.0, 2 * math.log(2))])
 def test_preference_terms_at_the_reference(name, beta, value):
     s, pieces, o = pair(beta=beta)
     s.ref, s.mismatch = s.logps.clone(), torch.zeros(3)
@@ -247,8 +287,8 @@ def test_preference_terms_at_the_reference(name, beta, value):
 
 @pytest.mark.parametrize("name", PREFS)
 def test_every_preference_term_raises_chosen_lowers_rejected_and_reads_no_belief(name):
-    """Cal-DPO and IPO turn around past their targets, so near the reference."""
-    s, pieces, o = pair(beta=0.05)
+    """Cal-DPO, IPO and PIPA-M stop or turn around past their targets, so near the reference."""
+    s, pieces, o = pair(beta=0.05, prior=0.3)
     s.logps.requires_grad_()
     PREFS[name].term(s, pieces, o).sum().backward()
     assert (s.logps.grad[0, 0, RESPONSE] < 0) and (s.logps.grad[0, 1, RESPONSE] > 0)
@@ -261,6 +301,14 @@ def test_the_anchor_is_the_likelihood_of_the_accepted_response():
     assert parts["response_nll"].item() == pytest.approx(10 / 5)
     anchored, _ = gdpo(s, SimpleNamespace(**vars(o) | {"w_anchor": 0.5}))
     assert (anchored - plain).item() == pytest.approx(0.5 * 10 / 5)
+
+
+def test_sft_kl_is_sft_and_the_kl_term_and_both_kl_adds_the_rejected_response():
+    s, _, o = pair(w_kl=5.0)
+    kl = kl_to_target(s.class_logps, s.target)
+    loss, parts = LOSSES["sft-kl"].objective(s, o)
+    assert loss.item() == pytest.approx((sft(s, o)[0] + 5 * kl).item()) and parts["kl"] == kl
+    assert (LOSSES["both-kl"].objective(s, o)[0] - loss).item() == pytest.approx(12 / 6)
 
 
 def test_dil_stays_finite_far_from_the_reference():
@@ -313,7 +361,7 @@ def test_a_mismatched_pair_fits_the_context_and_one_prompt_alone_is_refused():
     rows = [ROW | {"prompt": "p" * 20}, ROW | {"accept_response": "a" * 60}]
     items = encode_rows(rows, CharTokenizer(), {"classes": CLASSES}, 80)
     mismatch(items, 80, 0)
-    assert items[0].length(("mismatch",)) == 80 and len(items[0].responses[2]) < 61
+    assert longest(items[0]) == 80 and len(items[0].responses[2]) < 61
     items = encode_rows([ROW, ROW], CharTokenizer(), {"classes": CLASSES}, 80)
     with pytest.raises(ValueError, match="2 of 2 rows have the same prompt"):
         mismatch(items, 80, 0)
@@ -396,6 +444,25 @@ def test_chunks_give_the_values_and_gradients_of_the_whole():
         results.append((out.detach(), hidden.grad, head.grad))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, -60, -100])
+def test_the_class_distribution_is_float32_under_bfloat16_autocast(offset):
+    """GPT-2's logits lie at -60 to -110, where bfloat16 steps by half a nat."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(200, 33), torch.randn(50, 33)
+    hidden[:, -1], head[:, -1] = 1, offset
+    batch = {"at": torch.arange(200), "tokens": torch.arange(7).expand(200, 7),
+             "first": torch.arange(200), "slot": torch.zeros(200, dtype=torch.long),
+             "counts": torch.zeros(1, 1, 3), "ids": 0, "paths": 0, "places": 0,
+             "target": 0, "pair": 0, "n_options": 0}
+    model = lambda *where: hidden
+    want = score(model, head, batch).class_logps
+    with torch.autocast("cpu", torch.bfloat16):
+        got = score(model, head, batch).class_logps
+        naive = torch.nn.functional.linear(hidden, head).float().log_softmax(-1)[:, :6]
+    assert jsd(got.exp(), want.exp()).max() < 1e-3
+    assert offset == 0 or jsd(naive.exp(), want.exp()).mean() > 0.02     # what it would be
 
 
 def test_every_objective_returns_a_loss_per_row_and_leaves_the_scores_alone():

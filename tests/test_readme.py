@@ -17,6 +17,7 @@ def fork(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
+    shutil.copytree(ROOT / "assets", folder / "assets")
     [snippet] = [code for code in re.findall(r"```python\n(.*?)```", README, re.S)
                  if "PREFS[" in code]
     source = (folder / "losses.py").read_text()
@@ -27,7 +28,7 @@ def fork(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, out, branch", [
-    (["--loss", "hinge"], "hinge", "own"), (["--pref", "hinge"], "gdpo-hinge", "given")])
+    (["--loss", "hinge"], "hinge", "own"), (["--loss", "gdpo-hinge"], "gdpo-hinge", "given")])
 def test_the_new_loss_of_the_readme_trains_alone_and_inside_gdpo(fork, world, flags, out, branch):
     p = subprocess.run([sys.executable, "train.py", *flags, "--data", str(world), "--epochs", "1",
                         *map(str, SMALL)], cwd=fork, capture_output=True, text=True)
@@ -39,10 +40,50 @@ def test_the_new_loss_of_the_readme_trains_alone_and_inside_gdpo(fork, world, fl
 
 
 def test_every_flag_and_command_that_the_readme_names_is_there():
-    """A --flag in a code block or in `code` belongs to one of the three scripts, or to others."""
-    known = set("--nproc_per_node --help --no-deps --nnodes --rdzv_backend --rdzv_endpoint".split())
+    """A --flag in a code block or in `code` belongs to one of the scripts, or to others."""
+    known = set("--nproc_per_node --help --no-deps --shape --to --ask".split())
     for script in ("train.py", "evaluate.py", "synth.py"):
         known |= set(re.findall(r"^    (\w+): .*?  #", (ROOT / script).read_text(), re.M))
     named = set(re.findall(r"(--[a-z][a-z_-]*)", "".join(re.findall(r"```\n.*?```|`[^`]+`", README,
                                                              re.S))))
     assert {f for f in named if f[2:] not in known and f not in known} == set()
+
+
+def core_and_all(name):
+    """Lines of a file above its ruled line (===), and all."""
+    lines = (ROOT / name).read_text().splitlines()
+    rule = next((n for n, line in enumerate(lines) if line.startswith("# =====")), len(lines))
+    return rule, len(lines)
+
+
+def test_the_readme_counts_the_lines_of_core_and_files_truly():
+    row = r"^\| \[(\w+\.py)\]\(\w+\.py\) \| *([\d,]* *\| *[\d,]+) \|"
+    counted = dict(re.findall(row, README, re.M))
+    assert set(counted) == {f"{x}.py" for x in "model data losses train evaluate synth".split()}
+    core = 0
+    for name, cell in counted.items():
+        above, total = core_and_all(name)
+        said_core, said_all = (int(x.strip().replace(",", "") or 0) for x in cell.split("|"))
+        assert said_all == total and said_core in (0, above), name
+        core += said_core
+    assert f"{core:,} lines in this order" in README
+
+
+OURS = {"model", "data", "losses", "train", "evaluate", "synth"}
+
+
+@pytest.mark.parametrize("name, may", [
+    ("model", set()), ("data", set()), ("losses", set()), ("synth", {"data"}),
+    ("train", {"model", "data", "losses", "synth"}),
+    ("evaluate", {"model", "data", "losses", "train", "synth"})])
+def test_imports_run_one_way(name, may):
+    source = (ROOT / f"{name}.py").read_text()
+    found = set(re.findall(r"^ *(?:from|import) (\w+)", source, re.M)) & OURS
+    assert found <= may
+    if name == "train":                                # only to make the shipped world
+        assert re.findall(r"^.*import synth$", source, re.M) == ["        import synth"]
+
+
+def test_the_six_files_and_the_readme_stay_small():
+    assert all(core_and_all(f"{name}.py")[1] <= 1500 for name in OURS)
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 16384

@@ -16,7 +16,6 @@ import torch
 from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli, golden
 from test_losses import rows_of
 
-import evaluate
 import synth
 import train
 from data import encode_rows, mismatch, run
@@ -128,7 +127,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
     ref[5, 0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError,
-                       match=r"loss is not finite on rows \[6\] of train.jsonl"):
+                       match=r"loss is not finite on rows \[6\] of train.jsonl: lower --lr"):
         train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"],
                    items, ref, list(range(8)), range(15, 21), o)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -152,16 +151,14 @@ def test_defaults_are_the_papers_for_checkpoints():
     assert resolve(Config(loss="gdpo", lr=1.0)).lr == 1.0             # a flag wins over the preset
 
 
-def test_an_init_tells_whose_defaults_are_meant(sft, world, call, tmp_path):
-    """--init without --model: a run of the small model keeps its own, a checkpoint has the paper's,
-    and --dry_run speaks of that model."""
+def test_an_init_tells_whose_defaults_are_meant(sft, world, tmp_path):
+    """--init without --model: a run of the small model keeps its own, a checkpoint has the
+    paper's."""
     init = sft / f"out/{world.name}-sft-seed0/best"
     assert resolve(Config(loss="gdpo", init=str(init))).beta == 1.0
     shutil.copytree(init, tmp_path / "checkpoint")
     o = resolve(Config(loss="gdpo", init=str(tmp_path / "checkpoint")))
     assert (o.beta, o.lr) == (0.1, 5e-7) and o.out.endswith("toy-checkpoint-gdpo-seed0")
-    p = call(train, "--init", init, "--dry_run", cwd=tmp_path)
-    assert f"{init}, gdpo: GB per process" in p.stdout
 
 
 @pytest.mark.parametrize("loss, dtype, tolerance", [
@@ -175,25 +172,26 @@ def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
         if name.startswith(("joint_", "given_")) and value is not None:
             assert value == pytest.approx(0, abs=tolerance)
     assert first["pref"] == pytest.approx(0.693147, abs=tolerance)
-    for text in ("JSD to the group's beliefs", "before", "next: python evaluate.py"):
+    for text in ("JSD to the group's shares", "before", "which may fall",
+                 "the shares of the classes", "next: python evaluate.py"):
         assert text in p.stdout
 
 
-@pytest.mark.parametrize("pref, more", [("dpo", ["--shard_optimizer"]), ("kto", [])])
-def test_two_processes_give_the_run_of_one(sft, world, call, pref, more):
+@pytest.mark.parametrize("loss, more", [("gdpo", ["--shard_optimizer"]), ("gdpo-kto", [])])
+def test_two_processes_give_the_run_of_one(sft, world, call, loss, more):
     """Batches of 13 leave a last batch of 1 row: one process has none, and still joins in. KTO's z0
     is of the whole batch. A sharded optimizer changes nothing, and one process goes on with it."""
-    flags = argv(world, "--pref", pref, "--epochs", 2, "--batch_size", 13)
-    call(train, *flags, "--out", f"one-{pref}", cwd=sft)
-    cli("train.py", *flags, *more, "--out", f"two-{pref}", "--micro_batch", 3, cwd=sft, nproc=2)
-    one, two = lines(sft / f"one-{pref}"), lines(sft / f"two-{pref}")
-    assert len(one) == len(two) and len(evals(sft / f"one-{pref}")) > 2
+    flags = argv(world, "--loss", loss, "--epochs", 2, "--batch_size", 13)
+    call(train, *flags, "--out", f"one-{loss}", cwd=sft)
+    cli("train.py", *flags, *more, "--out", f"two-{loss}", "--micro_batch", 3, cwd=sft, nproc=2)
+    one, two = lines(sft / f"one-{loss}"), lines(sft / f"two-{loss}")
+    assert len(one) == len(two) and len(evals(sft / f"one-{loss}")) > 2
     for a, b in zip(one, two):
         a, b = a.get("eval", a), b.get("eval", b)
         assert a.keys() == b.keys()
         for k in a:
             assert b[k] == (a[k] if a[k] is None else pytest.approx(a[k], rel=2e-3, abs=2e-3)), k
-    names = [torch.load(sft / f"{n}-{pref}/state.pt")["optimizer"]["state"] for n in ("one", "two")]
+    names = [torch.load(sft / f"{n}-{loss}/state.pt")["optimizer"]["state"] for n in ("one", "two")]
     assert names[0].keys() == names[1].keys()
     for k in names[0]:
         torch.testing.assert_close(names[0][k]["square_avg"], names[1][k]["square_avg"],
@@ -256,12 +254,12 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     assert lines(sft / "part") == lines(sft / "whole")
     for name in ("best", "last"):
         a, b = (read_safetensors(sft / x / name / "model.safetensors") for x in ("part", "whole"))
-        assert all(torch.equal(a[k](), b[k]()) for k in b)
+        assert all(torch.equal(a[k], b[k]) for k in b)
     assert not list((sft / "part").glob("**/*.tmp"))
     p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
-    assert "JSD to the group's beliefs" in p.stdout
+    assert "JSD to the group's shares" in p.stdout
     p = call(train, *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
-    assert "other flags than the run began with: --beta 0.3 (was 1.0)" in p.stderr
+    assert "other flags than the run in part began with: --beta 0.3 (was 1.0)" in p.stderr
 
 
 def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp_path, call):
@@ -272,7 +270,7 @@ def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp
     path = tmp_path / "d/train.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "the rows or the tokenizer are not those that o began with" in p.stderr
+    assert "the run in o was trained on other rows than d holds now" in p.stderr
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     state = (tmp_path / "o/state.pt").read_bytes()
     (tmp_path / "o/state.pt").write_bytes(state[:5000])
@@ -301,7 +299,7 @@ def test_the_sft_run_made_first_fits_the_same_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", stop)
     told = dict(shard_optimizer=True, checkpointing=True, save_dtype="bfloat16", micro_batch=3)
     with pytest.raises(KeyboardInterrupt):
-        train.train_sft_first(resolve(Config(loss="gdpo", model="gpt2", **told)))
+        train.train_sft_first(resolve(Config(loss="gdpo", model="gpt2", init="a/best", **told)))
     assert {k: getattr(asked[0], k) for k in told} == told and asked[0].loss == "sft"
 
 
@@ -318,7 +316,7 @@ def test_two_runs_that_need_an_sft_run_train_it_once(world, tmp_path):
 def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world, call):
     p = call(train, *argv(world, "--loss", "dpo", "--n_layer", 2, "--out", "other"), cwd=sft,
             check=2)
-    assert "is another one: --n_layer 1 (here: 2)" in p.stderr and not (sft / "other").exists()
+    assert "has other flags: --n_layer 1 (here: 2)" in p.stderr and not (sft / "other").exists()
 
 
 def test_two_commands_do_not_write_into_one_folder(sft, world, call):
@@ -338,40 +336,93 @@ def test_two_commands_do_not_write_into_one_folder(sft, world, call):
 def test_a_run_that_is_there_is_not_lost(sft, world, call):
     flags = argv(world, "--loss", "sft", "--epochs", 1)
     p = call(train, *flags, cwd=sft, check=2)
-    assert "holds a run already: --resume to go on" in p.stderr
+    assert "holds a run already (metrics.jsonl, best, last, state.pt), --resume goes on" in p.stderr
     assert len(evals(sft / f"out/{world.name}-sft-seed0")) > 5
+
+
+def test_resume_never_throws_a_run_away(sft, world, tmp_path, call):
+    """A finished run without state.pt stays as it is; one that was killed before its first state
+    begins again; --overwrite alone replaces it."""
+    out = tmp_path / "run"
+    shutil.copytree(sft / f"out/{world.name}-sft-seed0", out)
+    (out / "state.pt").unlink()
+    flags = argv(world, "--loss", "sft", "--epochs", 1, "--out", out)
+    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
+    assert "but no state.pt to go on from; --overwrite throws it away" in p.stderr
+    assert len(evals(out)) > 5 and (out / "best/model.safetensors").is_file()
+    call(train, *flags, "--overwrite", cwd=tmp_path)
+    assert len(evals(out)) < 5
+    shutil.rmtree(out / "best"), shutil.rmtree(out / "last")
+    (out / "state.pt").unlink()
+    call(train, *flags, "--resume", cwd=tmp_path)
+    assert (out / "last").is_dir()
+
+
+@pytest.mark.parametrize("error, message", [
+    (MemoryError(), "out of memory: lower --micro_batch, or add --checkpointing"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+     "out of memory: lower --micro_batch"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory")])
+def test_out_of_memory_is_one_line(sft, world, call, monkeypatch, tmp_path, error, message):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(train, "train_step", fail)
+    p = call(train, *argv(world, "--loss", "sft", "--out", tmp_path / "x"), cwd=sft, check=2)
+    assert message in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, monkeypatch, tmp_path):
+    flags = argv(world, "--loss", "sft", "--epochs", 2, "--out", tmp_path / "x")
+    save = torch.save
+
+    def full(state, path):
+        save(state, path)
+        if state["step"]:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64")
+    monkeypatch.setattr(torch, "save", full)
+    p = call(train, *flags, cwd=sft, check=2)
+    assert "is the disk full? --resume goes on" in p.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert call(train, *flags, "--resume", cwd=sft).stdout
+
+
+def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_path):
+    p = call(train, *argv(world, "--loss", "sft", "--lr", 1e30, "--clip", 1e30, "--warmup", 0,
+                          "--out", tmp_path / "x"), cwd=sft, check=2)
+    assert "lower --lr" in p.stderr.splitlines()[-1] or "lower --lr" in p.stderr
+    assert not (tmp_path / "x/best").exists() and "Traceback" not in p.stderr
 
 
 def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
     p = call(train, *argv(world, "--epochs", 1), cwd=tmp_path)
-    assert "no SFT checkpoint" in p.stderr and "training SFT first" in p.stderr
+    assert "training SFT first, with SFT's own defaults" in p.stderr
     assert {x.name for x in (tmp_path / "out").iterdir()} == {
         f"{world.name}-{x}-seed0" for x in ("sft", "gdpo")}
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, gdpo"),
-    (["--pref", "kpo"], "--pref 'kpo' is unknown; there is: dpo, ipo, kto"),
-    (["--pref", "kto", "--loss", "sft"], "--pref kto is for --loss gdpo, not sft"),
-    (["--label_smoothing", "0.6"], "--label_smoothing must be from 0 to 0.5"),
+    (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, sft-kl, both-kl"),
+    (["--pref", "kto"], "unrecognized arguments: --pref kto"),
     (["--los", "gdpo"], "unrecognized arguments: --los gdpo"),
-    (["--beta", "big"], "argument --beta: invalid float value: 'big'"),
-    (["--beta", "-3"], "--beta must be from"),
-    (["--epochs", "nan"], "--epochs must be from"),
-    (["--lr", "inf"], "--lr must be from"),
-    (["--micro_batch", "-1"], "--micro_batch must be from 0"),
-    (["--warmup", "-5"], "--warmup must be from 0"),
-    (["--seed", "-1"], "--seed must be from 0"),
-    (["--n_layer", "0"], "--n_layer must be from 1"),
+    (["--beta", "big"], "argument --beta: 'big' is no float"),
+    (["--beta", "-3"], "argument --beta: -3 is not a number from 0 on"),
+    (["--epochs", "nan"], "argument --epochs: nan is not a number from 0 on"),
+    (["--lr", "inf"], "argument --lr: inf is not a number from 0 on"),
+    (["--micro_batch", "-1"], "argument --micro_batch: -1 is not a number from 0 on"),
+    (["--warmup", "-5"], "argument --warmup: -5 is not a number from 0 on"),
+    (["--seed", "-1"], "argument --seed: -1 is not a number from 0 on"),
+    (["--n_layer", "0"], "--n_layer must be more than 0"),
     (["--resume", "--overwrite"], "--resume goes on with the run, --overwrite throws it away"),
-    (["--dtype", "float16"], "use bfloat16 or float32"),
+    (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
-    (["--init", "no/where/"], "no folder no/where/, and that is no name on the hub"),
-    (["--data", "x,"], "a name in --data is empty"),
-    (["--loss", "sft", "--init", "x"], "does not start from an SFT checkpoint: say --model x"),
-    (["--loss", "sft", "--model", "nowhere"], "give a local folder, or check the network"),
+    (["--init", "no/where/"], "no/where"),
+    (["--data", "x,"], "has an empty name"),
+    (["--loss", "sft", "--init", "x"], "does not start from an SFT checkpoint: give --model x"),
+    (["--loss", "sft", "--model", "nowhere"], "nowhere"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
-    (["--loss", "sft", "--n_head", "5"], "does not divide into 5 heads"),
+    (["--loss", "sft", "--n_head", "5"], "n_embd must divide into n_head"),
 ])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
         world, tmp_path, flags, message, monkeypatch, capsys):
@@ -390,7 +441,7 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
     (lambda rows, meta: rows[1].update(accept_response=""),
      "train.jsonl, line 2: accept_response is empty"),
     (lambda rows, meta: rows[0].update(accept_choice_id="7"), "line 1: accept_choice_id '7' is"),
-    (lambda rows, meta: meta.update(classes="012345"), "'classes' must list the class labels"),
+    (lambda rows, meta: meta.update(classes="012345"), "'classes' must list two or more class"),
 ])
 def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, message, call):
     rows = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()]
@@ -411,33 +462,24 @@ def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path, call):
         text = (world / name).read_text().replace('"5"', '"10"')
         (tmp_path / "d" / name).write_text(text)
     p = call(train, "--data", "d", "--loss", "sft", *SMALL, cwd=tmp_path, check=2)
-    assert "class '10' is 2 tokens" in p.stderr and not (tmp_path / "out").exists()
+    assert "class '10' is not one token" in p.stderr and not (tmp_path / "out").exists()
 
 
-def test_several_groups_in_one_model(tmp_path, call):
-    """Two countries mixed, the group in the prompt; evaluate.py reports each and the worst."""
+def test_more_than_one_group_in_one_model(tmp_path, call):
+    """Two countries mixed, the group in the prompt. The SFT run keeps the form in effect."""
     for name, country in (("a", "Avalon"), ("b", "Borduria")):
         synth.toy(synth.Toy(out=str(tmp_path / name), country=country, paraphrases=3,
                             holdout_questions=200))
     form = "<G>{group}<Q>{prompt}<A>"
-    call(train, "--data", "a,b", "--form", form, "--epochs", 1, "--loss", "gdpo", *SMALL,
+    call(train, "--data", "a,b", "--form", form, "--epochs", 1, "--loss", "sft", *SMALL,
          "--eval_every", 1000, "--log_every", 10, cwd=tmp_path)
-    out = tmp_path / "out/a+b-gdpo-seed0"
+    out = tmp_path / "out/a+b-sft-seed0"
     assert json.loads((out / "config.json").read_text())["form"] == form
-    p = call(evaluate, out, "--samples", 0, "--device", "cpu", cwd=tmp_path)
-    for part in ("in the training split): 200", "unseen questions: 800", "group Avalon: 500",
-                 "group Borduria: 500", "worst group, metric by metric"):
-        assert part in p.stdout
-    saved = json.loads((out / "eval.json").read_text())
-    several = [saved[f"group {g}"] for g in ("Avalon", "Borduria")]
-    assert saved["worst group"]["jsd"] == max((g["jsd"] for g in several), key=lambda v: v[0])
-    assert saved["worst group"]["class_mass"] == min((g["class_mass"] for g in several),
-                                                     key=lambda v: v[0])
     p = call(train, "--data", "a,b", "--loss", "gdpo", "--out", "x", *SMALL, cwd=tmp_path, check=2)
-    assert "is another one: --form" in p.stderr                        # its SFT run had the form
-    assert "2 groups whose prompts do not tell them apart" in p.stderr
+    assert "has other flags: --form" in p.stderr
+    assert "2 groups, but the prompts do not say which" in p.stderr
     synth.toy(synth.Toy(out=str(tmp_path / "c"), country="Avalon,Borduria", paraphrases=3))
     call(train, "--data", "c", "--epochs", 1, "--loss", "sft", *SMALL, "--eval_every", 10000,
          cwd=tmp_path)
     config = json.loads((tmp_path / "out/c-sft-seed0/config.json").read_text())
-    assert config["form"] == form                                     # the one in effect
+    assert config["form"] == form

@@ -1,0 +1,155 @@
+"""python -m pytest tests/test_hub.py: checkpoints and files from a hub that misbehaves."""
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+import data
+from data import find_checkpoint, hub_file
+
+WEIGHTS = "".join(chr(33 + i * i % 90) for i in range(200_000))
+FILES = {"config.json": "{}", "vocab.json": "{}", "merges.txt": "#", "model.safetensors": WEIGHTS}
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """A server in the hub's form: the first answer names commit, size and sha256 and redirects to
+    the storage. .faults {file: what to do wrong, once each}; .log the GETs at the storage."""
+    hub = SimpleNamespace(files=dict(FILES), faults={}, log=[], commit="c0ffee", url=server.url)
+
+    def answer(r):
+        file, text = r.path.rsplit("/", 1)[1], hub.files.get(r.path.rsplit("/", 1)[1])
+        if text is None or not r.path.startswith(("/org/tiny/", "/datasets/org/set/", "/storage/")):
+            return 404, ""
+        if not r.path.startswith("/storage/"):
+            revision = r.path.split("/resolve/")[1].split("/")[0]
+            return (302, "", ("Location", f"/storage/{file}"), ("X-Linked-Size", len(text)),
+                    ("X-Repo-Commit", hub.commit if revision == "main" else revision),
+                    ("X-Linked-ETag", f'"{hashlib.sha256(text.encode()).hexdigest()}"'))
+        start = int(r.headers.get("Range", "bytes=0-")[6:-1])
+        if r.method == "HEAD":
+            return 200, "", ("Content-Length", len(text))
+        hub.log.append((file, start, r.headers.get("Authorization")))
+        fault = hub.faults.get(file) and hub.faults[file].pop(0)
+        start = 0 if fault == "no ranges" else start
+        whole = ("Content-Length", len(text) - start)
+        if fault == "cut":
+            return 206 if start else 200, text[start:start + (len(text) - start) // 2], whole
+        text = "?" + text[1:] if fault == "lie" else text
+        return (500, "oops") if fault == "500" else (206 if start else 200, text[start:], whole)
+    server.answer = answer
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "PAUSE", 0.001)
+    return hub
+
+
+def came_right(folder):
+    return {p.name: p.read_text() for p in Path(folder).iterdir()} == FILES
+
+
+def starts(hub):
+    return [start for file, start, _ in hub.log if file == "model.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["HF_TOKEN", "file"])
+def test_a_checkpoint_comes_once_with_the_token_and_then_from_the_cache(hub, server, tmp_path,
+                                                                        monkeypatch, where):
+    if where == "file":                                    # what `hf auth login` writes
+        data.write(tmp_path / "cache/token", "secret\n")
+    else:
+        monkeypatch.setenv("HF_TOKEN", " secret\n")        # as mounted secrets are
+    folder = find_checkpoint("org/tiny")
+    assert folder == tmp_path / "cache/hub/models--org--tiny/snapshots/c0ffee"
+    assert came_right(folder) and sorted(f for f, *_ in hub.log) == sorted(FILES)
+    assert {key for *_, key in hub.log} == {"Bearer secret"}
+    sent = len(server.requests)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_checkpoint("org/tiny") == folder and len(server.requests) == sent
+    assert not any("secret" in p.read_text() for p in (tmp_path / "cache/hub").rglob("*")
+                   if p.is_file())
+
+
+@pytest.mark.parametrize("faults", [["cut"], ["500"], ["cut", "no ranges"], ["cut", "500", "cut"]])
+def test_a_download_goes_on_where_it_broke_off(hub, faults):
+    hub.faults = {"model.safetensors": list(faults)}
+    assert came_right(find_checkpoint("org/tiny"))
+    assert starts(hub)[0] == 0 and (starts(hub)[-1] > 0) == ("cut" in faults)
+
+
+def test_a_server_that_always_cuts_ends_in_one_line_and_keeps_what_came(hub, tmp_path):
+    hub.faults = {"model.safetensors": ["cut"] * data.TRIES}
+    with pytest.raises(ConnectionError, match="what came is kept, run the command again"):
+        find_checkpoint("org/tiny")
+    hub.commit = "beef"                                    # the hub has moved on in between
+    folder = find_checkpoint("org/tiny")
+    assert came_right(folder) and folder.name == "c0ffee" and starts(hub)[-1] > 0
+
+
+def test_a_file_that_is_not_what_was_announced_is_thrown_away(hub, tmp_path):
+    hub.faults = {"model.safetensors": ["lie"]}
+    with pytest.raises(ValueError, match="not the file that the hub announced"):
+        find_checkpoint("org/tiny")
+    assert not list(tmp_path.rglob("*.incomplete")) and came_right(find_checkpoint("org/tiny"))
+
+
+def test_processes_that_fetch_the_same_file_do_not_disturb_each_other(hub):
+    code = "import data; print(data.find_checkpoint('org/tiny'))"
+    several = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE) for _ in range(3)]
+    folders = {p.communicate(timeout=60)[0].strip() for p in several}
+    assert [p.returncode for p in several] == [0, 0, 0] and came_right(*folders)
+
+
+def test_shards_come_with_their_index(hub):
+    del hub.files["model.safetensors"]
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    index = json.dumps({"weight_map": dict(zip("ab", names))})
+    hub.files |= {"model.safetensors.index.json": index} | dict.fromkeys(names, WEIGHTS)
+    assert {p.name for p in find_checkpoint("org/tiny").iterdir()} == set(hub.files)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": {"a": 5}}',
+                                   '{"weight_map": {"a": "../../x"}}'])
+def test_a_broken_index_is_one_line(hub, index):
+    hub.files |= {"model.safetensors": None, "model.safetensors.index.json": index}
+    with pytest.raises(ValueError, match="index.json"):
+        find_checkpoint("org/tiny")
+
+
+def test_a_file_of_a_dataset_is_fetched_by_its_path(hub):
+    hub.files["table.csv"] = "a,b"
+    assert hub_file("datasets/org/set", "data/table.csv").read_text() == "a,b"
+    with pytest.raises(FileNotFoundError, match="on the hub has no none.csv"):
+        hub_file("datasets/org/set", "none.csv")
+
+
+@pytest.mark.parametrize("name", ["./x", "../x", "a/b/c", "a\\b", "", "here/x", "/x"])
+def test_what_looks_like_a_folder_is_not_asked_of_the_hub(hub, server, tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        find_checkpoint(name)
+    assert not server.requests
+
+
+def test_what_cannot_be_had_is_one_line(hub, server, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="org/none on the hub has no .*config.json"):
+        find_checkpoint("org/none")
+    server.answer = lambda r: (401, "")
+    with pytest.raises(ValueError, match="401.*it wants an HF_TOKEN"):
+        find_checkpoint("org/gated")
+    server.answer = lambda r: (200, "a page")
+    with pytest.raises(ValueError, match="is HF_ENDPOINT right"):
+        find_checkpoint("org/tiny")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="is the address right, and the server up.*4 times"):
+        find_checkpoint("gpt2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
+        find_checkpoint("gpt2")
