@@ -1,0 +1,107 @@
+"""python -m pytest tests/test_boundary.py: text files, flags, one-line errors."""
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import requests
+from conftest import ROOT
+
+import data
+from data import Parser, add_flags, progress, read_json, read_text, run, write
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-16-le"])
+def test_text_is_utf8_with_or_without_a_mark_and_anything_else_is_one_line(tmp_path, encoding):
+    path = tmp_path / "t.csv"
+    path.write_bytes("Qué?\r\nx\n".encode(encoding))
+    if encoding.startswith("utf-8"):
+        assert read_text(path) == "Qué?\r\nx\n"
+    else:
+        with pytest.raises(ValueError, match="t.csv is not UTF-8 text"):
+            read_text(path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write(tmp_path / "new/a.json", '["é"]\n')
+    assert read_json(tmp_path / "new/a.json", list) == ["é"]
+    with pytest.raises(ValueError, match="must hold a JSON dict, not a list"):
+        read_json(tmp_path / "new/a.json")
+    full = OSError(28, "No space left on device")           # as it comes from a flush: no file name
+    monkeypatch.setattr(data.Path, "write_bytes", lambda *args: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError) as e:
+        write(tmp_path / "new/a.json", "longer")
+    assert e.value.filename == str(tmp_path / "new/a.json")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+@dataclass
+class Flags:
+    rows: int = 8                # how many; 100% of them
+    lr: float | None = None      # peak
+    order: Literal["up", "down"] | None = None  # which way
+    name: str = ""               # {LOSSES}
+    quick: bool = False          # or slow
+
+
+def parse(*args):
+    parser = Parser()
+    add_flags(parser, Flags)
+    return Flags(**vars(parser.parse_args(args)))
+
+
+def test_flags_are_the_fields_of_a_dataclass(capsys):
+    assert parse() == Flags()
+    assert parse("--rows", "3", "--lr", "1e-3", "--order", "up", "--quick") == Flags(
+        3, 1e-3, "up", quick=True)
+    with pytest.raises(SystemExit):
+        parse("--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "how many; 100% of them [8]" in told and "or slow [False]" in told
+    from losses import LOSSES
+    assert set(data.loss_names().split(", ")) == set(LOSSES) and "sft-kl," in told
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--rows", "x"], "'x' is no int"), (["--rows", "-1"], "-1 is not a number from 0 on"),
+    (["--lr", "nan"], "nan is not a number"), (["--lr", "inf"], "inf is not"),
+    (["--order", "left"], "invalid choice: 'left'"), (["--row", "3"], "unrecognized arguments")])
+def test_a_mistyped_flag_is_one_line(args, words):
+    with pytest.raises(ValueError, match=f"{words}.*see --help"):
+        parse(*args)
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("no\nsuch  thing"), "no such thing"), (FloatingPointError("nan"), "nan"),
+    (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: Not a directory"),
+    (requests.exceptions.InvalidHeader("Bearer secret"), "InvalidHeader")])
+def test_an_error_is_one_line_below_the_bar(monkeypatch, capsys, error, line):
+    def main():
+        for _ in progress(range(9), desc="bar"):
+            raise error
+    monkeypatch.setattr(sys, "argv", ["x/train.py"])
+    monkeypatch.setenv("RANK", "1")                         # left over from something else
+    with pytest.raises(SystemExit) as e:
+        run(main)
+    assert e.value.code == 2 and capsys.readouterr().err.endswith(f"\ntrain.py: error: {line}\n")
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_under_torchrun_the_first_process_speaks(rank, lines):
+    code = "import data\n@data.run\ndef main():\n    raise ValueError('±')"
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={
+        **os.environ, "TORCHELASTIC_RUN_ID": "x", "RANK": rank, "PYTHONIOENCODING": "ascii"})
+    assert p.returncode == 2 and p.stderr.splitlines() == ["-c: error: ?"] * lines
+
+
+def test_ctrl_c_during_imports_is_no_traceback():
+    code = ("import data, time; data.help_first('__main__', None); print(1, flush=True); "
+            "time.sleep(9)")
+    p = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE)
+    p.stdout.readline()
+    p.send_signal(signal.SIGINT)
+    assert p.communicate(timeout=9)[1] == "" and p.returncode == -signal.SIGINT
