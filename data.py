@@ -29,7 +29,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-import regex
+import regex                           # comes with tiktoken
 import requests
 import tiktoken
 from tqdm import tqdm
