@@ -135,9 +135,11 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.checkpointing = cfg, False
-        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        # Given its weights: nn.Embedding's own init imports a second of torch on the meta device
+        table = nn.Embedding.from_pretrained
+        self.wte = table(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)
         if not cfg.rotary:
-            self.wpe = nn.Embedding(cfg.n_ctx, cfg.n_embd)
+            self.wpe = table(torch.empty(cfg.n_ctx, cfg.n_embd), freeze=False)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = (nn.RMSNorm if cfg.rms_norm else nn.LayerNorm)(cfg.n_embd, cfg.eps)
         if not cfg.tied:
