@@ -646,7 +646,7 @@ def llm_writer(client, questions, group, o, rng):
             country=group, n=n, k=len(q.options), question=q.wordings[0],
             choices=json.dumps(q.options, ensure_ascii=False)) for q, n in part]
         replies = chat(client, prompts, f"dialogues, {group}", STYLES,
-                       max_tokens=client.o.max_tokens or 4096)
+                       max_tokens=4096)
         before = read
         for (q, _), reply in zip(part, replies):
             found, failed = parse_dialogues(reply.text, q.options, reply.ended)
@@ -814,7 +814,7 @@ def classify(client, asked_in):
     """({option: class index}, problems) by an LLM. asked_in: {option: its question}."""
     prompts = [PROMPTS["classify"].format(question=q, option=t) for t, q in asked_in.items()]
     replies = chat(client, prompts, "classes of options", closed(answer={"enum": CLASSES}),
-                   temperature=0.0, max_tokens=client.o.max_tokens or 50)
+                   temperature=0.0, max_tokens=50)
     found = {t: read_label(r.text, CLASSES) for t, r in zip(asked_in, replies) if r.ended == "stop"}
     return {t: int(k) for t, k in found.items() if k}, [
         {"problem": "an option that the LLM gave no class", "option": t, "text": r.text}
@@ -1223,7 +1223,7 @@ def group_statements(client, statements, most, size=200):
         prompts = [PROMPTS["groups"].format(most=most, statements="\n".join(
             f"{n}. {s}" for n, s in enumerate(chunk, 1))) for chunk in chunks]
         replies = chat(client, prompts, "groups", GROUPS, temperature=0.0,
-                       max_tokens=client.o.max_tokens or 4096)
+                       max_tokens=4096)
         named = {chunk[n - 1]: name for chunk, reply in zip(chunks, replies)
                  for name, numbers in reversed(read_groups(reply.text)) for n in numbers
                  if 1 <= n <= len(chunk) and name}     # reversed: the first group named counts
@@ -1279,7 +1279,7 @@ def mine(o, flags):
                          else what, "text": reply.text})
 
     replies = chat(client, [PROMPTS["statement"].format(**x) for x in shown], "statements",
-                   max_tokens=client.o.max_tokens or 100)
+                   max_tokens=100)
     for i, reply in enumerate(replies):
         lines = [line.strip(" *\"“”") for line in reply.text.split("\n") if line.strip()]
         if reply.ended == "stop" and len(lines) == 1 and len(lines[0]) <= 200:
@@ -1290,7 +1290,7 @@ def mine(o, flags):
     asked = {i: of[s] for i, s in statements.items() if s in of}
     prompts = [PROMPTS["stances"].format(statement=s, **shown[i]) for i, s in asked.items()]
     replies = chat(client, prompts, "stances", TWO_STANCES, temperature=0.0,
-                   max_tokens=client.o.max_tokens or 60)
+                   max_tokens=60)
     for i, reply in zip(asked, replies):
         stances = parse_stances(reply.text)
         if stances and stances[0] != stances[1]:
