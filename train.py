@@ -180,7 +180,8 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
     with progress(total=len(mine), desc=desc, unit="row", leave=False, disable=rank > 0,
                   delay=1) as bar:
         while mine:
-            n = max(1, sum((k + 1) * lengths[i] <= tokens for k, i in enumerate(mine)))
+            full = (k for k, i in enumerate(mine) if (k + 1) * lengths[i] > tokens)
+            n = next(full, len(mine)) or 1             # rows come shortest first
             index, mine = mine[:n], mine[n:]
             batch = collate([items[i] for i in index], branches, classes)
             with autocast(model.head.device, dtype):
