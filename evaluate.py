@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from data import (FORM, SPLITS, Parser, Tokenizer, add_flags, class_ids, dataset_name, encode_rows,
+from data import (FORM, SPLITS, Parser, add_flags, class_ids, dataset_name, encode_rows,
                   find_checkpoint, help_first, load_dataset, make_item, normal, progress,
                   prompt_text, question_of, read_json, read_text, run, write)
 from synth import PROMPTS, Chat, Client, chat, closed, embed, read_label
@@ -67,9 +67,9 @@ import torch
 import torch.nn.functional as F
 
 from losses import RESPONSE
-from model import fingerprint, load_model, read_weights
-from train import (autocast, belief_metrics, device_of, gather, jsd, leave, margins,
-                   on_first_rank, rank_and_size, say, score_rows, setup)
+from model import fingerprint, read_weights
+from train import (autocast, belief_metrics, device_of, gather, jsd, leave, load_checkpoint,
+                   margins, on_first_rank, rank_and_size, say, score_rows, setup)
 
 BRANCHES = ("chosen", "own", "given", "flip")
 
@@ -337,8 +337,8 @@ def open_model(out, o):
     if o.group and rows and o.group not in groups or "{group}" in meta["form"] and not o.group:
         raise ValueError(f"--group must be one that {out} knows: {', '.join(sorted(groups))}")
     speak = beliefs_to_speak(meta["classes"], meta, o)
-    folder = find_checkpoint(str(Path(out) / o.checkpoint if config["loss"] else out))
-    return load_model(folder, device_of(o.device)), Tokenizer.load(folder), meta, rows, speak
+    checkpoint = Path(out) / o.checkpoint if config["loss"] else out
+    return *load_checkpoint(checkpoint, device_of(o.device)), meta, rows, speak
 
 
 def beliefs_to_speak(classes, meta, o):
@@ -509,10 +509,6 @@ def wording(row):
 
 def measure_weights(out, data, meta, splits, config, o, device):
     """({metric: values}, items, texts) of a run, or of a checkpoint as it is."""
-    def load(name):
-        folder = on_first_rank(lambda: str(find_checkpoint(str(name))))
-        return load_model(folder, device), Tokenizer.load(folder)
-
     def scored(model, tokenizer, split, branches):
         limit = min(config["max_length"] or model.cfg.n_ctx, model.cfg.n_ctx)
         items = encode_rows(splits[split], tokenizer, meta, limit, config["overlong"],
@@ -520,7 +516,8 @@ def measure_weights(out, data, meta, splits, config, o, device):
         classes = class_ids(tokenizer, meta["classes"])
         return items, score_rows(model, items, branches, classes, config["dtype"])
 
-    model, tokenizer = load(Path(out) / o.checkpoint if config["loss"] else out)
+    model, tokenizer = load_checkpoint(
+        Path(out) / o.checkpoint if config["loss"] else out, device)
     _, fit = scored(model, tokenizer, "eval", ("chosen",))
     items, s = scored(model, tokenizer, o.split, BRANCHES)
     metrics = belief_metrics(s) | ordinal_metrics(s.class_logps.double().exp(), s.target, meta)
@@ -529,7 +526,7 @@ def measure_weights(out, data, meta, splits, config, o, device):
     texts = sample_rows(model, items, tokenizer, o, config["dtype"]) if o.samples else []
     if config["init"]:
         try:
-            reference = load(config["init"])
+            reference = load_checkpoint(config["init"], device)
             if fingerprint(reference[0]) != config["began"]:
                 raise ValueError(f"{config['init']} was trained again since")
             s.ref = scored(*reference, o.split, BRANCHES)[1].logps

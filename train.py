@@ -552,16 +552,21 @@ def train_sft_first(o):
                          "checkpoint to start from with --init, or move that run away")
 
 
+def load_checkpoint(name, device):
+    """(model, tokenizer) of a checkpoint folder or hub name, which rank 0 fetches first."""
+    folder = on_first_rank(lambda: str(find_checkpoint(str(name))))
+    model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
+    if tokenizer.n_tokens > model.cfg.vocab_size:
+        raise ValueError(f"{name}: the tokenizer has {tokenizer.n_tokens} tokens, but the "
+                         f"model's embedding has {model.cfg.vocab_size} rows")
+    return model, tokenizer
+
+
 def start_model(o, rows, device):
     """(model, tokenizer): a checkpoint, or a fresh small model."""
     name = o.init if LOSSES[o.loss].reference else o.model
     if name != "scratch":
-        folder = on_first_rank(lambda: str(find_checkpoint(name)))
-        model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
-        if tokenizer.n_tokens > model.cfg.vocab_size:
-            raise ValueError(f"{name}: the tokenizer has {tokenizer.n_tokens} tokens, but the "
-                             f"model's embedding has {model.cfg.vocab_size} rows")
-        return model, tokenizer
+        return load_checkpoint(name, device)
     texts = [t for r in rows for t in (prompt_text(r, o.form), r["accept_response"],
                                        r["reject_response"], *(f"<{c}>" for c in r["options"]))]
     tokenizer = train_bpe(texts, o.vocab_size)
