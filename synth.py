@@ -111,6 +111,8 @@ def write_surveys(groups, o, writer, problems=(), **meta):
                 for i in range(max(1, n)):
                     (ask, answers), (_, others) = part[i % len(part)], part[i % len(part) - 1]
                     splits[split].append(make_row(q, ask, answers, others, group, rng, o.noise))
+        if o.shares == "counted":
+            count_shares(splits["train"] + splits["eval"], splits["train"])
         if not any(written):           # nothing for this group: ask no server for the next
             splits = dict.fromkeys(SPLITS)
             break
@@ -118,6 +120,17 @@ def write_surveys(groups, o, writer, problems=(), **meta):
     belief_to_class = {t: CLASSES[k] for q in every for t, k in zip(q.options, q.classes)}
     save_dataset(o, splits, problems, classes=CLASSES, off_scale="0", form=form,
                  groups=list(groups), belief_to_class=belief_to_class, **meta)
+
+
+def count_shares(rows, trained):
+    """Replace the target of rows, in place, by what the training rows of a question tell: how often
+    each class is accepted."""
+    counts = defaultdict(Counter)
+    for row in trained:
+        counts[row["group"], row["question_id"]][row["accept_choice_id"]] += 1
+    for row in rows:
+        n = counts[row["group"], row["question_id"]]
+        row["probabilities"] = [round(n[c] / n.total(), 6) for c in CLASSES]
 
 
 def holdout(ids, o):
@@ -220,6 +233,7 @@ class Toy:
     paraphrases: int = 20        # dialogues a question: 8 of 10 to train on, 1 for eval, 1 for test
     pairs_per_question: int = 0  # rows a question; 0: one for each paraphrase
     noise: float = 0.15          # share of answers that express another option than their belief
+    shares: Literal["known", "counted"] = "known"  # target: the group's, or counted from train rows
     holdout_questions: int = 50  # questions of which no paraphrase is trained on
     seed: int = 0                # of the whole world
 
@@ -759,6 +773,7 @@ class Opinions:
     pairs_per_question: int = 0  # rows a question (paper: 38 small, 472 large); 0: one a paraphrase
     noise: float = 0.0           # share of answers that express another option than their belief
     max_questions: int = 0       # of each country, the first of the table; 0: all
+    shares: Literal["known", "counted"] = "known"  # target: the group's, or counted from train rows
     holdout_questions: int = 50  # questions of which no paraphrase is trained on
     seed: int = 0                # of paraphrases, pairs and split
 

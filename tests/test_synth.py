@@ -230,3 +230,13 @@ def test_the_real_table_gives_the_known_numbers_of_questions(tmp_path, call):
     ids = {c: {q for g, q in found if g == c} for c in ("United States", "Pakistan", "S. Africa")}
     us = ids["United States"]
     assert (len(us), len(us & ids["Pakistan"]), len(us & ids["S. Africa"])) == (668, 283, 261)
+
+
+def test_counted_shares_are_those_of_the_training_rows_and_test_keeps_the_known(whole, tmp_path):
+    synth.toy(synth.Toy(out=str(tmp_path / "counted"), shares="counted"))
+    counted = {s: load_rows(tmp_path / f"counted/{s}.jsonl", CLASSES) for s in ("train", "test")}
+    assert counted["test"] == whole[2]["test"]
+    rows = [r for r in counted["train"] if r["question_id"] == counted["train"][0]["question_id"]]
+    shares = [sum(r["accept_choice_id"] == c for r in rows) / len(rows) for c in CLASSES]
+    assert rows[0]["probabilities"] == pytest.approx(shares, abs=1e-6)
+    assert rows[0]["probabilities"] != whole[2]["train"][0]["probabilities"]
