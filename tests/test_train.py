@@ -30,6 +30,15 @@ ROW = {"prompt": "How good is tea?", "options": ["Yes", "No", "DK"], "accept_cho
        "reject_response": "Never in my life."}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the child processes have: tiny models are quicker so, and runs equal bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def lines(out):
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
@@ -40,14 +49,34 @@ def evals(out):
 
 
 def argv(world, *more):
-    return ["--data", world, *SMALL, *more]
+    return list(map(str, ["--data", world, *SMALL, *more]))
+
+
+def start(flags, cwd, *launch):
+    """The real command in a process of its own."""
+    return subprocess.Popen([sys.executable, *launch, str(ROOT / "train.py"), *flags], cwd=cwd,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_lines(out, n, *processes):
+    deadline = time.time() + 60
+    while time.time() < deadline and all(p.poll() is None for p in processes):
+        if (out / "metrics.jsonl").exists() and len(
+                (out / "metrics.jsonl").read_text().splitlines()) >= n:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{out} has no {n} lines: {[p.communicate() for p in processes]}")
 
 
 @pytest.fixture(scope="module")
 def sft(world, tmp_path_factory):
     """A folder with a finished SFT run of the tiny world."""
     cwd = tmp_path_factory.mktemp("runs")
-    cli("train.py", *argv(world, "--loss", "sft", "--epochs", 8), cwd=cwd)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        train.train(resolve(Config(**vars(train.flags().parse_args(
+            argv(world, "--loss", "sft", "--epochs", 8))))))
     return cwd
 
 
@@ -72,12 +101,10 @@ def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float3
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_batch_of_eight_is_eight_of_one(loss):
-    """Gradients are those of the mean over rows, however the batch is cut (unequal lengths)."""
-    (a, sums_a, norm_a), (b, sums_b, norm_b), (c, _, norm_c) = (
-        one_step(loss, n) for n in (0, 1, 3))
+def test_a_batch_is_the_same_however_it_is_cut(loss):
+    """Gradients are those of the mean over rows (8 of unequal lengths: at once, or 3 + 3 + 2)."""
+    (a, sums_a, norm_a), (b, sums_b, norm_b) = (one_step(loss, n) for n in (0, 3))
     assert sums_a == pytest.approx(sums_b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-4)
-    assert norm_a == pytest.approx(norm_c, rel=1e-4)
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
@@ -107,16 +134,13 @@ def test_a_few_steps_agree_with_golden_09(case):
         assert whole.item() == pytest.approx(l2, rel=1e-5)
 
 
-def test_a_step_at_5e_7_changes_float32_weights_under_bf16():
-    model, _, _ = one_step("gdpo", 0, torch.optim.RMSprop, lr=5e-7, dtype="bfloat16")
+def test_a_step_under_bf16_changes_float32_weights_and_takes_log_probs_in_float32():
+    """A step of 5e-7 would vanish in bfloat16 weights; the loss is nearly that of float32."""
+    model, a, _ = one_step("gdpo", 0, torch.optim.RMSprop, lr=5e-7, dtype="bfloat16")
     before = load_model(GOLDEN / "gpt2_tiny")
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not torch.equal(model.h[0].attn.c_attn.weight, before.h[0].attn.c_attn.weight)
-
-
-def test_bf16_gives_the_loss_of_float32_nearly():
-    """Log-probs are taken in float32 whatever the matrices are in."""
-    (_, a, _), (_, b, _) = (one_step("gdpo", 0, dtype=d) for d in ("float32", "bfloat16"))
+    _, b, _ = one_step("gdpo", 0)
     assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["loss"] != b["loss"]
 
 
@@ -157,8 +181,8 @@ def test_an_init_tells_whose_defaults_are_meant(sft, world, tmp_path):
     init = sft / f"out/{world.name}-sft-seed0/best"
     assert resolve(Config(loss="gdpo", init=str(init))).beta == 1.0
     shutil.copytree(init, tmp_path / "checkpoint")
-    o = resolve(Config(loss="gdpo", init=str(tmp_path / "checkpoint")))
-    assert (o.beta, o.lr) == (0.1, 5e-7) and o.out.endswith("toy-checkpoint-gdpo-seed0")
+    o = resolve(Config(loss="gdpo", data="x/a,b/", init=str(tmp_path / "checkpoint")))
+    assert (o.beta, o.lr, o.out) == (0.1, 5e-7, "out/a+b-checkpoint-gdpo-seed0")
 
 
 @pytest.mark.parametrize("loss, dtype, tolerance", [
@@ -166,90 +190,78 @@ def test_an_init_tells_whose_defaults_are_meant(sft, world, tmp_path):
 def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
         sft, world, loss, dtype, tolerance, call):
     p = call(train, *argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype,
-                              "--out", loss + dtype), cwd=sft)
+                          "--out", loss + dtype), cwd=sft)
     first, *_ = evals(sft / (loss + dtype))
     for name, value in first.items():
         if name.startswith(("joint_", "given_")) and value is not None:
             assert value == pytest.approx(0, abs=tolerance)
     assert first["pref"] == pytest.approx(0.693147, abs=tolerance)
-    for text in ("JSD to the group's shares", "before", "which may fall",
+    trained = {"dpo": "belief and answer", "gdpo": "the answer given the belief"}[loss]
+    for text in ("JSD to the group's shares", "before", f"margin of {trained}, majority",
                  "the shares of the classes", "next: python evaluate.py"):
         assert text in p.stdout
 
 
-@pytest.mark.parametrize("loss, more", [("gdpo", ["--shard_optimizer"]), ("gdpo-kto", [])])
-def test_two_processes_give_the_run_of_one(sft, world, call, loss, more):
+def test_two_processes_give_the_run_of_one(sft, world, call):
     """Batches of 13 leave a last batch of 1 row: one process has none, and still joins in. KTO's z0
-    is of the whole batch. A sharded optimizer changes nothing, and one process goes on with it."""
-    flags = argv(world, "--loss", loss, "--epochs", 2, "--batch_size", 13)
-    call(train, *flags, "--out", f"one-{loss}", cwd=sft)
-    cli("train.py", *flags, *more, "--out", f"two-{loss}", "--micro_batch", 3, cwd=sft, nproc=2)
-    one, two = lines(sft / f"one-{loss}"), lines(sft / f"two-{loss}")
-    assert len(one) == len(two) and len(evals(sft / f"one-{loss}")) > 2
+    is of the whole batch. A sharded optimizer changes nothing."""
+    flags = argv(world, "--loss", "gdpo-kto", "--epochs", 2, "--batch_size", 13)
+    call(train, *flags, "--out", "one", cwd=sft)
+    cli("train.py", *flags, "--shard_optimizer", "--micro_batch", 3, "--out", "two", cwd=sft,
+        nproc=2)
+    one, two = lines(sft / "one"), lines(sft / "two")
+    assert len(one) == len(two) and len(evals(sft / "one")) > 2
     for a, b in zip(one, two):
         a, b = a.get("eval", a), b.get("eval", b)
         assert a.keys() == b.keys()
         for k in a:
             assert b[k] == (a[k] if a[k] is None else pytest.approx(a[k], rel=2e-3, abs=2e-3)), k
-    names = [torch.load(sft / f"{n}-{loss}/state.pt")["optimizer"]["state"] for n in ("one", "two")]
-    assert names[0].keys() == names[1].keys()
-    for k in names[0]:
-        torch.testing.assert_close(names[0][k]["square_avg"], names[1][k]["square_avg"],
-                                   rtol=5e-2, atol=1e-6)
+    one, two = (torch.load(sft / f"{n}/state.pt")["optimizer"]["state"] for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for k in one:
+        torch.testing.assert_close(one[k]["square_avg"], two[k]["square_avg"], rtol=5e-2, atol=1e-6)
 
 
-def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world):
+def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world, call):
     """torchrun's rendezvous on one machine. The other node says so in one line, and one process
     goes on from the last evaluation."""
-    flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--out", "nodes")
+    flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--shard_optimizer", "--out", "nodes")
     with socket.socket() as s:
         s.bind(("localhost", 0))
         endpoint = f"localhost:{s.getsockname()[1]}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-              "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", str(ROOT / "train.py")]
-    nodes = [subprocess.Popen([*launch, *map(str, flags)], cwd=sft, text=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    log, deadline = sft / "nodes/metrics.jsonl", time.time() + 60
-    while not (log.exists() and len(evals(sft / "nodes")) > 2) and time.time() < deadline:
-        time.sleep(0.05)
+    nodes = [start(flags, sft, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                   "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}") for _ in range(2)]
+    wait_for_lines(sft / "nodes", 10, *nodes)
     child = f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children"
     os.kill(int(Path(child).read_text().split()[0]), signal.SIGKILL)
     errors = [p.communicate(timeout=60)[1] for p in nodes]
     assert all(p.returncode for p in nodes)
     assert any("another process of the run is gone" in e for e in errors), errors
-    p = cli("train.py", *flags, "--resume", cwd=sft)
+    p = call(train, *flags, "--resume", cwd=sft)
     assert re.search(r"resumed at step \d+", p.stderr) and (sft / "nodes/last").is_dir()
-
-
-def start_and_signal(flags, cwd, out, sig, after_lines):
-    """Start the real command, send it a signal once it has logged some lines; its exit code."""
-    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd,
-                         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log, deadline = cwd / out / "metrics.jsonl", time.time() + 60
-    while p.poll() is None and time.time() < deadline:
-        if log.exists() and len(log.read_text().splitlines()) >= after_lines:
-            p.send_signal(sig)
-            break
-        time.sleep(0.005)
-    _, err = p.communicate(timeout=60)
-    return p.returncode, err
 
 
 def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, call):
     """Bit for bit: weights, losses, data order. kill -9 loses what came after the last evaluation,
-    Ctrl-C loses nothing."""
+    Ctrl-C loses nothing. While a run is at work, no other one may write into its folder."""
     flags = argv(world, "--loss", "gdpo", "--epochs", 16, "--log_every", 3)
-    cli("train.py", *flags, "--out", "whole", cwd=sft)
+    call(train, *flags, "--out", "whole", cwd=sft)
     part = [*flags, "--out", "part"]
-    code, _ = start_and_signal(part, sft, "part", signal.SIGKILL, 15)
-    assert code == -signal.SIGKILL
-    killed = len(lines(sft / "part"))
-    code, err = start_and_signal([*part, "--resume"], sft, "part", signal.SIGINT, killed + 15)
+    p = start(part, sft)
+    wait_for_lines(sft / "part", 1, p)
+    second = call(train, *part, "--overwrite", cwd=sft, check=2)
+    assert "another process is at work in part" in second.stderr
+    wait_for_lines(sft / "part", 15, p)
+    p.kill()
+    p.communicate()
+    assert p.returncode == -signal.SIGKILL and not (sft / "part/last").exists()
+    p = start([*part, "--resume"], sft)
+    wait_for_lines(sft / "part", len(lines(sft / "part")) + 10, p)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
     stopped = re.search(r"stopped and saved at step (\d+)", err)
-    assert code == 130 and stopped, err
-    p = cli("train.py", *part, "--resume", cwd=sft)
+    assert p.returncode == 130 and stopped, err
+    p = call(train, *part, "--resume", cwd=sft)
     assert f"resumed at step {stopped[1]}" in p.stderr
     assert lines(sft / "part") == lines(sft / "whole")
     for name in ("best", "last"):
@@ -258,101 +270,63 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     assert not list((sft / "part").glob("**/*.tmp"))
     p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
     assert "JSD to the group's shares" in p.stdout
-    p = call(train, *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
-    assert "other flags than the run in part began with: --beta 0.3 (was 1.0)" in p.stderr
 
 
-def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp_path, call):
+def test_a_run_goes_on_only_with_its_own_flags_rows_and_state(world, tmp_path, call):
+    """And it starts only from an SFT run with its own flags and rows, which is trained first."""
     shutil.copytree(world, tmp_path / "d")
-    init = sft / f"out/{world.name}-sft-seed0/best"
-    flags = ["--loss", "gdpo", "--init", init, "--data", "d", *SMALL, "--epochs", 1, "--out", "o"]
-    call(train, *flags, cwd=tmp_path)
-    path = tmp_path / "d/train.jsonl"
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "the run in o was trained on other rows than d holds now" in p.stderr
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    path, flags = tmp_path / "d/train.jsonl", argv("d", "--epochs", 1, "--out", "o")
+    p = call(train, *flags, cwd=tmp_path)
+    assert "training SFT first, with SFT's own defaults" in p.stderr
+    again = [*flags, "--resume", "--init", "out/d-sft-seed0/best"]
+    p = call(train, *again, "--beta", 0.3, cwd=tmp_path, check=2)
+    assert "the run in o differs from this one: beta 1.0 (here: 0.3); use the same" in p.stderr
+    p = call(train, *flags, "--out", "o2", "--n_layer", 2, cwd=tmp_path, check=2)
+    assert "the run in out/d-sft-seed0 differs from this one: n_layer 1 (here: 2)" in p.stderr
+    rows = path.read_text()
+    path.write_text("".join(reversed(rows.splitlines(keepends=True))))
+    for more, folder in ((again, "o"), (flags, "out/d-sft-seed0")):
+        p = call(train, *more, cwd=tmp_path, check=2)
+        assert f"the run in {folder} differs from this one: hash_of_rows" in p.stderr
+    path.write_text(rows)
     state = (tmp_path / "o/state.pt").read_bytes()
     (tmp_path / "o/state.pt").write_bytes(state[:5000])
-    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "o/state.pt is damaged" in p.stderr and "Traceback" not in p.stderr
-
-
-def test_an_sft_run_on_other_rows_is_not_taken_for_this_ones(sft, world, call, tmp_path):
-    shutil.copytree(sft / f"out/{world.name}-sft-seed0", tmp_path / f"out/{world.name}-sft-seed0")
-    rows = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    shutil.copytree(world, tmp_path / world.name)
-    (tmp_path / world.name / "train.jsonl").write_text("".join(rows[1:]))
-    config = tmp_path / f"out/{world.name}-sft-seed0/config.json"
-    config.write_text(config.read_text().replace(str(world), world.name))     # made here before
-    p = call(train, "--data", world.name, *SMALL, "--loss", "dpo", cwd=tmp_path, check=2)
-    assert f"out/{world.name}-sft-seed0 was trained on other rows than {world.name}" in p.stderr
+    p = call(train, *again, cwd=tmp_path, check=2)
+    assert "o/state.pt is damaged" in p.stderr and not (tmp_path / "o2").exists()
 
 
 def test_the_sft_run_made_first_fits_the_same_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
-
-    def stop(o):
-        asked.append(o)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "train", stop)
-    told = dict(shard_optimizer=True, checkpointing=True, save_dtype="bfloat16", micro_batch=3)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_sft_first(resolve(Config(loss="gdpo", model="gpt2", init="a/best", **told)))
-    assert {k: getattr(asked[0], k) for k in told} == told and asked[0].loss == "sft"
+    monkeypatch.setattr(train, "train", lambda o, wait: asked.append(o))
+    given = dict(shard_optimizer=True, checkpointing=True, micro_batch=3)
+    train.train_sft_first(resolve(Config(loss="gdpo", model="gpt2", **given)), "a")
+    assert {k: getattr(asked[0], k) for k in given} == given and asked[0].loss == "sft"
 
 
 def test_two_runs_that_need_an_sft_run_train_it_once(world, tmp_path):
-    launch = [sys.executable, str(ROOT / "train.py"), *map(str, argv(world, "--epochs", 1))]
-    several = [subprocess.Popen([*launch, "--out", name], cwd=tmp_path, text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}) for name in "ab"]
-    errors = [p.communicate(timeout=100)[1] for p in several]
-    assert [p.returncode for p in several] == [0, 0], errors
-    assert sum("training SFT first" in e for e in errors) == 1
+    both = [start(argv(world, "--epochs", 1, "--out", name), tmp_path) for name in "ab"]
+    errors = [p.communicate(timeout=100)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], errors
+    steps = [r["step"] for r in lines(tmp_path / f"out/{world.name}-sft-seed0") if "lr" in r]
+    assert len(steps) == 10 and steps == sorted(set(steps))
 
 
-def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world, call):
-    p = call(train, *argv(world, "--loss", "dpo", "--n_layer", 2, "--out", "other"), cwd=sft,
-            check=2)
-    assert "has other flags: --n_layer 1 (here: 2)" in p.stderr and not (sft / "other").exists()
-
-
-def test_two_commands_do_not_write_into_one_folder(sft, world, call):
-    flags = argv(world, "--loss", "gdpo", "--epochs", 300, "--out", "both")
-    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=sft,
-                         stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        while not (sft / "both/metrics.jsonl").exists() and p.poll() is None:
-            time.sleep(0.05)
-        second = call(train, *flags, "--overwrite", cwd=sft, check=2)
-        assert "another process is at work in both" in second.stderr
-    finally:
-        p.kill()
-        p.communicate()
-
-
-def test_a_run_that_is_there_is_not_lost(sft, world, call):
-    flags = argv(world, "--loss", "sft", "--epochs", 1)
-    p = call(train, *flags, cwd=sft, check=2)
-    assert "holds a run already (metrics.jsonl, best, last, state.pt), --resume goes on" in p.stderr
-    assert len(evals(sft / f"out/{world.name}-sft-seed0")) > 5
-
-
-def test_resume_never_throws_a_run_away(sft, world, tmp_path, call):
-    """A finished run without state.pt stays as it is; one that was killed before its first state
-    begins again; --overwrite alone replaces it."""
+def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
+    """A run that was killed before its first state begins again with --resume."""
     out = tmp_path / "run"
     shutil.copytree(sft / f"out/{world.name}-sft-seed0", out)
-    (out / "state.pt").unlink()
     flags = argv(world, "--loss", "sft", "--epochs", 1, "--out", out)
+    p = call(train, *flags, cwd=tmp_path, check=2)
+    assert "holds a run already (metrics.jsonl, best, last, state.pt): --resume goes" in p.stderr
+    (out / "state.pt").unlink()
     p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "but no state.pt to go on from; --overwrite throws it away" in p.stderr
+    assert "holds a run already (metrics.jsonl, best, last)" in p.stderr
     assert len(evals(out)) > 5 and (out / "best/model.safetensors").is_file()
     call(train, *flags, "--overwrite", cwd=tmp_path)
     assert len(evals(out)) < 5
-    shutil.rmtree(out / "best"), shutil.rmtree(out / "last")
+    for name in ("best", "last"):
+        shutil.rmtree(out / name)
     (out / "state.pt").unlink()
     call(train, *flags, "--resume", cwd=tmp_path)
     assert (out / "last").is_dir()
@@ -362,13 +336,15 @@ def test_resume_never_throws_a_run_away(sft, world, tmp_path, call):
     (MemoryError(), "out of memory: lower --micro_batch, or add --checkpointing"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
      "out of memory: lower --micro_batch"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory")])
-def test_out_of_memory_is_one_line(sft, world, call, monkeypatch, tmp_path, error, message):
-    def fail(*args):
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer"),
+     "another process of the run is gone")])
+def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
+    def fail(o):
         raise error
-    monkeypatch.setattr(train, "train_step", fail)
-    p = call(train, *argv(world, "--loss", "sft", "--out", tmp_path / "x"), cwd=sft, check=2)
-    assert message in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr
+    monkeypatch.setattr(train, "train", fail)
+    p = call(train, cwd=tmp_path, check=2)
+    assert message in p.stderr and "--resume goes on" in p.stderr and p.stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, monkeypatch, tmp_path):
@@ -382,7 +358,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
             raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64")
     monkeypatch.setattr(torch, "save", full)
     p = call(train, *flags, cwd=sft, check=2)
-    assert "is the disk full? --resume goes on" in p.stderr.splitlines()[-1]
+    assert "is the disk full? --resume goes on" in p.stderr.splitlines()[-1].replace(";", "")
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     assert call(train, *flags, "--resume", cwd=sft).stdout
@@ -391,15 +367,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
 def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_path):
     p = call(train, *argv(world, "--loss", "sft", "--lr", 1e30, "--clip", 1e30, "--warmup", 0,
                           "--out", tmp_path / "x"), cwd=sft, check=2)
-    assert "lower --lr" in p.stderr.splitlines()[-1] or "lower --lr" in p.stderr
+    assert "lower --lr" in p.stderr.splitlines()[-1]
     assert not (tmp_path / "x/best").exists() and "Traceback" not in p.stderr
-
-
-def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
-    p = call(train, *argv(world, "--epochs", 1), cwd=tmp_path)
-    assert "training SFT first, with SFT's own defaults" in p.stderr
-    assert {x.name for x in (tmp_path / "out").iterdir()} == {
-        f"{world.name}-{x}-seed0" for x in ("sft", "gdpo")}
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -410,16 +379,11 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
     (["--beta", "-3"], "argument --beta: -3 is not a number from 0 on"),
     (["--epochs", "nan"], "argument --epochs: nan is not a number from 0 on"),
     (["--lr", "inf"], "argument --lr: inf is not a number from 0 on"),
-    (["--micro_batch", "-1"], "argument --micro_batch: -1 is not a number from 0 on"),
-    (["--warmup", "-5"], "argument --warmup: -5 is not a number from 0 on"),
-    (["--seed", "-1"], "argument --seed: -1 is not a number from 0 on"),
-    (["--n_layer", "0"], "--n_layer must be more than 0"),
-    (["--resume", "--overwrite"], "--resume goes on with the run, --overwrite throws it away"),
+    (["--n_layer", "0"], "--n_... must be more than 0"),
     (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no/where"),
     (["--data", "x,"], "has an empty name"),
-    (["--loss", "sft", "--init", "x"], "does not start from an SFT checkpoint: give --model x"),
     (["--loss", "sft", "--model", "nowhere"], "nowhere"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
     (["--loss", "sft", "--n_head", "5"], "n_embd must divide into n_head"),
@@ -427,8 +391,8 @@ def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
         world, tmp_path, flags, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")          # nobody answers there
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(world), *map(str, SMALL), *flags])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv(world), *flags])
     with pytest.raises(SystemExit) as e:
         run(train.main)
     err = capsys.readouterr().err.strip().splitlines()
@@ -436,50 +400,29 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda rows, meta: rows[2].pop("options"), "train.jsonl, line 3: field 'options' is missing"),
-    (lambda rows, meta: rows[1].update(accept_response=""),
-     "train.jsonl, line 2: accept_response is empty"),
-    (lambda rows, meta: rows[0].update(accept_choice_id="7"), "line 1: accept_choice_id '7' is"),
-    (lambda rows, meta: meta.update(classes="012345"), "'classes' must list two or more class"),
+@pytest.mark.parametrize("file, old, new, message", [
+    ("train.jsonl", '"options"', '"opinions"', "train.jsonl, line 1: field 'options' is missing"),
+    ("meta.json", '"classes"', '"kinds"', "classes"),
+    ("*.json*", '"5"', '"10"', "class '10' is not one token"),
 ])
-def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, message, call):
-    rows = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()]
-    meta = json.loads((world / "meta.json").read_text())
-    change(rows, meta)
-    (tmp_path / "d").mkdir()
-    for s in ("train", "eval"):
-        (tmp_path / f"d/{s}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "d/meta.json").write_text(json.dumps(meta))
-    p = call(train, "--data", "d", "--loss", "sft", cwd=tmp_path, check=2)
-    assert message in p.stderr and len(p.stderr.strip().splitlines()) == 1
+def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, call, file, old, new, message):
+    shutil.copytree(world, tmp_path / "d")
+    for path in (tmp_path / "d").glob(file):
+        path.write_text(path.read_text().replace(old, new))
+    p = call(train, *argv("d", "--loss", "sft"), cwd=tmp_path, check=2)
+    assert message in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path, call):
-    (tmp_path / "d").mkdir()
-    for name in ("train.jsonl", "eval.jsonl", "meta.json"):
-        text = (world / name).read_text().replace('"5"', '"10"')
-        (tmp_path / "d" / name).write_text(text)
-    p = call(train, "--data", "d", "--loss", "sft", *SMALL, cwd=tmp_path, check=2)
-    assert "class '10' is not one token" in p.stderr and not (tmp_path / "out").exists()
-
-
 def test_more_than_one_group_in_one_model(tmp_path, call):
-    """Two countries mixed, the group in the prompt. The SFT run keeps the form in effect."""
-    for name, country in (("a", "Avalon"), ("b", "Borduria")):
-        synth.toy(synth.Toy(out=str(tmp_path / name), country=country, paraphrases=3,
-                            holdout_questions=200))
-    form = "<G>{group}<Q>{prompt}<A>"
-    call(train, "--data", "a,b", "--form", form, "--epochs", 1, "--loss", "sft", *SMALL,
-         "--eval_every", 1000, "--log_every", 10, cwd=tmp_path)
-    out = tmp_path / "out/a+b-sft-seed0"
-    assert json.loads((out / "config.json").read_text())["form"] == form
-    p = call(train, "--data", "a,b", "--loss", "gdpo", "--out", "x", *SMALL, cwd=tmp_path, check=2)
-    assert "has other flags: --form" in p.stderr
-    assert "2 groups, but the prompts do not say which" in p.stderr
+    """The group stands in the prompt. A run keeps the form in effect."""
     synth.toy(synth.Toy(out=str(tmp_path / "c"), country="Avalon,Borduria", paraphrases=3))
-    call(train, "--data", "c", "--epochs", 1, "--loss", "sft", *SMALL, "--eval_every", 10000,
-         cwd=tmp_path)
+    for path in (tmp_path / "c").glob("*.jsonl"):
+        rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(rows[::len(rows) // 30]))
+    call(train, *argv("c", "--epochs", 1, "--loss", "sft"), cwd=tmp_path)
     config = json.loads((tmp_path / "out/c-sft-seed0/config.json").read_text())
-    assert config["form"] == form
+    assert config["form"] == "<G>{group}<Q>{prompt}<A>"
+    p = call(train, *argv("c", "--form", "<Q>{prompt}<A>"), cwd=tmp_path, check=2)
+    assert "differs from this one: form <G>{group}<Q>{prompt}<A> (here: <Q>{" in p.stderr
+    assert "2 groups, but the prompts do not say which" in p.stderr
