@@ -79,7 +79,6 @@ class Config:
     # the machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda
-    compile: bool = False         # torch.compile the model
     checkpointing: bool = False   # keep one activation per layer, recompute the rest in backward
     shard_optimizer: bool = False  # each process keeps only its share of the optimizer's state
     hash_of_rows: str = ""        # no flag: filled in, to compare the rows of runs
@@ -97,6 +96,13 @@ PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
     (False, True): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150, schedule="constant",
                         optimizer="rmsprop", beta=0.1, eval_every=10000),
 }
+
+
+# May change on --resume
+MACHINE = ("device", "micro_batch", "log_every", "checkpointing", "shard_optimizer")
+# A run shares these with the SFT run that it starts from
+SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
+          "vocab_size")
 
 
 def flags():
@@ -186,8 +192,8 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
     sums = dict(zip(rows, sums.tolist()))
     if not math.isfinite(sums["loss"] + norm):
         bad = gather([items[i].row + 1 for i, v in zip(mine, rows["loss"]) if not v.isfinite()])
-        raise FloatingPointError(f"the {'loss' if bad else 'gradient'} is not finite on rows "
-                                 f"{sorted(bad or batch)[:5]} of train.jsonl: lower --lr")
+        what = f"the loss on rows {sorted(bad)[:5]} of train.jsonl" if bad else "the gradient"
+        raise FloatingPointError(f"{what} is not finite: lower --lr")
     optimizer.step()
     return sums, norm
 
@@ -246,8 +252,7 @@ def loop(r, loss):
     per_epoch = math.ceil(len(items) / o.batch_size)
     total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
     lengths, batches, clock = [cost(i, loss.branches) for i in items], None, time.time()
-    policy = torch.compile(r.model, dynamic=True) if o.compile else r.model
-    policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
+    policy = DDP(r.model, gradient_as_bucket_view=True) if dist.is_initialized() else r.model
     say(f"{o.out}: {o.loss}, {len(items)} rows, {total} steps of {o.batch_size}, "
         f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {o.device}, {o.dtype}"
         + (f", resumed at step {r.step}" if r.step else ""))
@@ -296,7 +301,7 @@ def loop(r, loss):
 
 
 # =============================================================================================
-# Plumbing: metrics, processes, where a run starts, its folder, its report
+# Plumbing: metrics of the eval split, processes, a run's folder, its report
 
 def jsd(p, q):
     """Jensen-Shannon distance of distributions along the last axis: the square root of the
@@ -312,15 +317,14 @@ def belief_metrics(s):
     """JSD of the model's class distribution to the group's, and its class mass: {name: (B,)}."""
     q = s.class_logps.double().exp().numpy()
     if not (np.isfinite(q).all() and q.sum(-1).all()):
-        raise FloatingPointError("the model gives no class any probability, or NaN: its training "
+        raise FloatingPointError("the model's class probabilities are 0 or NaN: its training "
                                  "diverged; train again with a lower --lr")
     return {"jsd": jsd(q, s.target.numpy()), "class_mass": q.sum(-1)}
 
 
 def margins(s, items, beta):
-    """Reward margins {name: (B,)} in nats, NaN on rows of another kind. "joint": belief and answer,
-    each answer with its own belief, as DPO trains them. "given": the answer after the accepted
-    belief, as GDPO trains it. s has EVAL_BRANCHES first, and a reference."""
+    """Reward margins {name: (B,)} in nats, NaN on rows of another kind. "joint": each answer with
+    its own belief, as DPO trains it. "given": answers after the accepted belief, as GDPO does."""
     joint, given = logratios(s, ANSWER), logratios(s, [RESPONSE])
     both = {"joint": margin(joint[:, 0], joint[:, 1], beta),
             "given": margin(given[:, 0], given[:, 2], beta)}
@@ -337,8 +341,7 @@ def eval_metrics(s, items, loss, o):
         replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref), o)
     rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
     rows = {k: v.double().numpy() for k, v in rows.items()} | belief_metrics(s)
-    if s.ref is not None:
-        rows |= margins(s, items, o.beta)
+    rows |= {} if s.ref is None else margins(s, items, o.beta)
     rows = {k: v[~np.isnan(v)] for k, v in rows.items()}
     return {k: float(v.mean()) if len(v) else None for k, v in rows.items()}
 
@@ -395,15 +398,15 @@ def gather(values):
 
 def on_first_rank(action):
     """Run action() on rank 0 while the others wait; all get its result, or raise its error."""
-    result, error = None, None
+    result = None
     if rank_and_size()[0] == 0:
         try:
             result = action()
         except (ValueError, OSError) as e:
-            error = str(e)
-    result, error = gather([(result, error)])[0]
-    if error:
-        raise ValueError(error)
+            result = ValueError(str(e))
+    result = gather([result])[0]
+    if isinstance(result, ValueError):
+        raise result
     return result
 
 
@@ -443,14 +446,7 @@ def stop_signals():
 
 
 # ---------------------------------------------------------------------------------------------
-# Where a run starts
-
-# May change on --resume
-MACHINE = ("device", "micro_batch", "log_every", "compile", "checkpointing", "shard_optimizer")
-# A run shares these with the SFT run that it starts from
-SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
-          "vocab_size")
-
+# Where a run starts, its folder, its report
 
 def resolve(o):
     """Fill in what None, "" and auto stand for. ValueError for a value that cannot be."""
@@ -465,8 +461,7 @@ def resolve(o):
         if getattr(o, name) is None:
             setattr(o, name, value)
     o.device = device_of(o.device)
-    if o.dtype == "auto":
-        o.dtype = "bfloat16" if o.device == "cuda" else "float32"
+    o.dtype = {"auto": "bfloat16" if o.device == "cuda" else "float32"}.get(o.dtype, o.dtype)
     o.data, o.model = o.data.rstrip("/"), o.model.rstrip("/")
     o.out = o.out or run_folder(o, o.loss)
     return o
@@ -488,10 +483,16 @@ def prepare(o):
     meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
     o.form = meta["form"]              # saved with the run, which then needs no meta.json for it
     sft = run_folder(o, "sft") if loss.reference and not o.init else ""
-    if sft:
-        o.init = f"{sft}/best"
-        train_sft_first(o, sft)
-    model, tokenizer = start_model(o, rows["train"], device)
+    o.init = f"{sft}/best" if sft else o.init
+    if sft and not on_first_rank(lambda: Path(sft, "last").is_dir()):
+        say(f"no finished SFT run in {sft}: training SFT first, with SFT's own defaults (the "
+            f"--epochs, --lr and so on given here are for {o.loss})")
+        given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
+        # another process may be training it right now: this one waits, and has nothing left to do
+        train(resolve(Config(loss="sft", resume=True, out=sft, **given)), wait=7 * 86400)
+    name = o.init or o.model
+    model, tokenizer = (scratch(o, rows["train"], device) if name == "scratch"
+                        else load_checkpoint(name, device))
     model.checkpointing = o.checkpointing
     limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
     items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
@@ -499,28 +500,15 @@ def prepare(o):
     o.hash_of_rows = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
     if sft:
         check_same(sft, o, (*SHARED, "hash_of_rows"))
-    for split in items.values() if loss.mismatch else ():
-        mismatch(split, limit, o.seed)
+    if loss.mismatch:
+        for split in items.values():
+            mismatch(split, limit, o.seed)
     return Run(o, model, tokenizer, optimizer_of(o, model), items,
                class_ids(tokenizer, meta["classes"]))
 
 
-def train_sft_first(o, out):
-    """Train the SFT run in `out`, or finish its training, unless that is done."""
-    if on_first_rank(lambda: Path(out, "last").is_dir()):
-        return
-    say(f"no finished SFT run in {out}: training SFT first, with SFT's own defaults (the --epochs, "
-        f"--lr and so on given here are for {o.loss})")
-    given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
-    # another run may be training it right now; once that one is done, nothing is left to do
-    train(resolve(Config(loss="sft", resume=True, out=out, **given)), wait=7 * 86400)
-
-
-def start_model(o, rows, device):
-    """(model, tokenizer): a checkpoint, or a fresh small model."""
-    name = o.init or o.model
-    if name != "scratch":
-        return load_checkpoint(name, device)
+def scratch(o, rows, device):
+    """(model, tokenizer): a small GPT-2 with fresh weights, and tokens learned from the rows."""
     texts = [t for r in rows for t in (prompt_text(r, o.form), r["accept_response"],
                                        r["reject_response"], *(f"<{c}>" for c in r["options"]))]
     tokenizer = train_bpe(texts, o.vocab_size)
@@ -550,9 +538,6 @@ def optimizer_of(o, model):
         p.data = p.data.contiguous()
     return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
 
-
-# ---------------------------------------------------------------------------------------------
-# A run and its folder
 
 @dataclass
 class Run:
@@ -611,21 +596,19 @@ class Run:
             write(log, "".join(x + "\n" for x in lines if json.loads(x)["step"] <= self.step))
 
 
-MADE = ("metrics.jsonl", "best", "last", "state.pt")   # what is never lost without --overwrite
-
-
 def begin(o):
     """True if OUT holds a state to go on from; if not, it is made ready for a new run. ValueError
     if that would destroy another run, or go on with one that differs."""
-    out, made = Path(o.out), [name for name in MADE if Path(o.out, name).exists()]
+    out = Path(o.out)
+    made = [name for name in ("metrics.jsonl", "best", "last", "state.pt") if (out / name).exists()]
     if o.resume and "state.pt" in made:
-        check_same(out, o, set(vars(o)) - {*MACHINE, "out", "resume", "overwrite"})
+        check_same(out, o, vars(o).keys() - {*MACHINE, "out", "resume", "overwrite"})
         return True
     # a run that was killed before its first state has nothing but a line of log to lose
     if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
         raise ValueError(f"{out} holds a run already ({', '.join(made)}): --resume goes on from "
                          "state.pt, --overwrite throws it away, --out gives another folder")
-    for path in [out / name for name in (*MADE, "eval.json", "samples.jsonl")]:
+    for path in [out / name for name in (*made, "eval.json", "samples.jsonl")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write(out / "config.json", json.dumps(asdict(o), indent=1) + "\n")
     return False
@@ -641,9 +624,6 @@ def check_same(out, o, names):
                          "use the same flags and rows, or move that run away")
 
 
-# ---------------------------------------------------------------------------------------------
-# The report, the command line
-
 def report(r):
     """Print what the method trains, before and after, and the shares of one question."""
     o, item, decode = r.o, r.items["eval"][0], r.tokenizer.decode
@@ -652,16 +632,15 @@ def report(r):
         return
     log = map(json.loads, Path(o.out, "metrics.jsonl").read_text().splitlines())
     before, *_, after = (x["eval"] for x in log if "eval" in x)
+    print(f"\n{o.loss} on {o.data}, eval split{'before':>44}{'after':>9}")
     kind, of = "joint", "belief and answer"
     if "given" in LOSSES[o.loss].branches:
         kind, of = "given", "the answer given the belief"
-    print(f"\n{o.loss} on {o.data}, eval split{'before':>44}{'after':>9}")
-    for k, text in {"jsd": "JSD to the group's shares (0 to 0.833, lower is better)",
-                    "class_mass": "probability of all classes together",
-                    f"{kind}_majority": f"margin of {of}, majority",
-                    f"{kind}_minority": f"margin of {of}, minority"}.items():
-        if after.get(k) is not None:
-            print(f"  {text:58}{before[k]:9.3f}{after[k]:9.3f}")
+    for name, text in (("jsd", "JSD to the group's shares (0 to 0.833, lower is better)"),
+                       (f"{kind}_majority", f"margin of {of}, majority"),
+                       (f"{kind}_minority", f"margin of {of}, minority")):
+        if after.get(name) is not None:
+            print(f"  {text:58}{before[name]:9.3f}{after[name]:9.3f}")
     print(f"\nFor example, the shares of the classes: {decode(item.prompt):.500}")
     print(" " * 10 + "".join(f"{decode([c]):>7}" for c in r.classes))
     for name, shares in (("group", s.target[0]), ("model", s.class_logps[0].exp())):
@@ -669,10 +648,9 @@ def report(r):
     print(f"\nnext: python evaluate.py {o.out}, or ask it: --ask \"YOUR QUESTION\"")
 
 
-CAUSES = {                             # words of torch's errors -> what to do about them
-    "MemoryError|out of memory|can't allocate":
-        "out of memory: lower --micro_batch, or add --checkpointing",
-    "inline_container|PytorchStreamWriter": "cannot write state.pt: is the disk full?",
+CAUSES = {                             # words of torch's errors -> what they mean
+    "MemoryError|of memory|allocate": "out of memory: lower --micro_batch, add --checkpointing",
+    "inline_container|PytorchStreamWriter": "cannot write state.pt (is the disk full?)",
     "gloo|nccl|connection": "another process of the run is gone: see its message",
 }
 

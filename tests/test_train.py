@@ -1,5 +1,4 @@
 """python -m pytest tests/test_train.py"""
-import copy
 import json
 import os
 import re
@@ -16,9 +15,8 @@ import torch
 from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli, golden
 from test_losses import rows_of
 
-import synth
 import train
-from data import encode_rows, mismatch, run
+from data import encode_rows, mismatch
 from losses import LOSSES
 from model import load_model, read_safetensors
 from train import Config, lr_at, resolve, train_step
@@ -28,15 +26,7 @@ ROW = {"prompt": "How good is tea?", "options": ["Yes", "No", "DK"], "accept_cho
        "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes",
        "accept_response": "Sure.", "reject_choice_id": "2", "reject_choice": "No",
        "reject_response": "Never in my life."}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the child processes have: tiny models are quicker so, and runs equal bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+torch.set_num_threads(1)               # as in the child processes: runs must be equal bit for bit
 
 
 def lines(out):
@@ -60,13 +50,10 @@ def start(flags, cwd, *launch):
 
 
 def wait_for_lines(out, n, *processes):
-    deadline = time.time() + 60
-    while time.time() < deadline and all(p.poll() is None for p in processes):
-        if (out / "metrics.jsonl").exists() and len(
-                (out / "metrics.jsonl").read_text().splitlines()) >= n:
-            return
+    deadline, log = time.time() + 60, out / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < n:
+        assert time.time() < deadline and all(p.poll() is None for p in processes)
         time.sleep(0.005)
-    raise AssertionError(f"{out} has no {n} lines: {[p.communicate() for p in processes]}")
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +133,14 @@ def test_a_step_under_bf16_changes_float32_weights_and_takes_log_probs_in_float3
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
     model, items = load_model(GOLDEN / "gpt2_tiny"), some_items()
-    o = resolve(Config(loss="dpo", device="cpu"))
-    ref = torch.zeros(8, 2, 3)
+    o, ref = resolve(Config(loss="dpo", device="cpu")), torch.zeros(8, 2, 3)
     ref[5, 0, 0] = float("nan")
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError,
-                       match=r"loss is not finite on rows \[6\] of train.jsonl: lower --lr"):
+                       match=r"the loss on rows \[6\] of train.jsonl is not finite: lower --lr"):
         train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"],
                    items, ref, list(range(8)), range(15, 21), o)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    before = load_model(GOLDEN / "gpt2_tiny")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
 
 
 def test_the_learning_rate_warms_up_and_then_stays_or_falls():
@@ -165,24 +151,18 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls():
     assert max(rates) == rates[3] == 1.0 and rates[-1] < 0.1
 
 
-def test_defaults_are_the_papers_for_checkpoints():
-    """Appendix G: beta 0.1, RMSprop, 5e-7, 150 steps of warm-up, then constant."""
+def test_a_checkpoint_has_the_papers_defaults_and_a_run_of_the_small_model_its_own(sft, world):
+    """Appendix G: beta 0.1, RMSprop, 5e-7, 150 steps of warm-up, then constant. --init tells which
+    of the two is meant, and a flag wins over both."""
     o = resolve(Config(loss="gdpo", model="gpt2"))
     assert (o.beta, o.optimizer, o.lr, o.warmup, o.schedule, o.batch_size, o.epochs) == (
         0.1, "rmsprop", 5e-7, 150, "constant", 32, 20)
     o = resolve(Config(loss="sft", model="gpt2"))
     assert (o.batch_size, o.epochs, o.clip) == (128, 40, 10)
-    assert resolve(Config(loss="gdpo", lr=1.0)).lr == 1.0             # a flag wins over the preset
-
-
-def test_an_init_tells_whose_defaults_are_meant(sft, world, tmp_path):
-    """--init without --model: a run of the small model keeps its own, a checkpoint has the
-    paper's."""
-    init = sft / f"out/{world.name}-sft-seed0/best"
-    assert resolve(Config(loss="gdpo", init=str(init))).beta == 1.0
-    shutil.copytree(init, tmp_path / "checkpoint")
-    o = resolve(Config(loss="gdpo", data="x/a,b/", init=str(tmp_path / "checkpoint")))
-    assert (o.beta, o.lr, o.out) == (0.1, 5e-7, "out/a+b-checkpoint-gdpo-seed0")
+    run = sft / f"out/{world.name}-sft-seed0/best"
+    assert resolve(Config(loss="gdpo", init=str(run))).beta == 1.0
+    o = resolve(Config(loss="gdpo", data="x/a,b/", init="y/checkpoint", lr=1.0))
+    assert (o.beta, o.lr, o.out) == (0.1, 1.0, "out/a+b-checkpoint-gdpo-seed0")
 
 
 @pytest.mark.parametrize("loss, dtype, tolerance", [
@@ -212,10 +192,7 @@ def test_two_processes_give_the_run_of_one(sft, world, call):
     one, two = lines(sft / "one"), lines(sft / "two")
     assert len(one) == len(two) and len(evals(sft / "one")) > 2
     for a, b in zip(one, two):
-        a, b = a.get("eval", a), b.get("eval", b)
-        assert a.keys() == b.keys()
-        for k in a:
-            assert b[k] == (a[k] if a[k] is None else pytest.approx(a[k], rel=2e-3, abs=2e-3)), k
+        assert b.get("eval", b) == pytest.approx(a.get("eval", a), rel=2e-3, abs=2e-3)
     one, two = (torch.load(sft / f"{n}/state.pt")["optimizer"]["state"] for n in ("one", "two"))
     assert one.keys() == two.keys()
     for k in one:
@@ -279,28 +256,32 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state(world, tmp_path, c
     p = call(train, *flags, cwd=tmp_path)
     assert "training SFT first, with SFT's own defaults" in p.stderr
     again = [*flags, "--resume", "--init", "out/d-sft-seed0/best"]
-    p = call(train, *again, "--beta", 0.3, cwd=tmp_path, check=2)
-    assert "the run in o differs from this one: beta 1.0 (here: 0.3); use the same" in p.stderr
-    p = call(train, *flags, "--out", "o2", "--n_layer", 2, cwd=tmp_path, check=2)
-    assert "the run in out/d-sft-seed0 differs from this one: n_layer 1 (here: 2)" in p.stderr
-    rows = path.read_text()
-    path.write_text("".join(reversed(rows.splitlines(keepends=True))))
-    for more, folder in ((again, "o"), (flags, "out/d-sft-seed0")):
+    rows, state = path.read_text(), (tmp_path / "o/state.pt").read_bytes()
+    other = "".join(reversed(rows.splitlines(keepends=True)))
+    for text, more, message in (
+            (rows, [*again, "--beta", 0.3], "o differs from this one: beta 1.0 (here: 0.3); use"),
+            (rows, [*flags, "--form", "{prompt}:"], "form <Q>{prompt}<A> (here: {prompt}:)"),
+            (other, again, "the run in o differs from this one: hash_of_rows"),
+            (other, flags, "the run in out/d-sft-seed0 differs from this one: hash_of_rows")):
+        path.write_text(text)
         p = call(train, *more, cwd=tmp_path, check=2)
-        assert f"the run in {folder} differs from this one: hash_of_rows" in p.stderr
+        assert message in p.stderr.splitlines()[-1]
     path.write_text(rows)
-    state = (tmp_path / "o/state.pt").read_bytes()
     (tmp_path / "o/state.pt").write_bytes(state[:5000])
     p = call(train, *again, cwd=tmp_path, check=2)
-    assert "o/state.pt is damaged" in p.stderr and not (tmp_path / "o2").exists()
+    assert "o/state.pt is damaged" in p.stderr
 
 
-def test_the_sft_run_made_first_fits_the_same_machine(tmp_path, monkeypatch):
+def test_the_sft_run_made_first_fits_the_same_machine(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr(train, "train", lambda o, wait: asked.append(o))
-    given = dict(shard_optimizer=True, checkpointing=True, micro_batch=3)
-    train.train_sft_first(resolve(Config(loss="gdpo", model="gpt2", **given)), "a")
+    asked, given = [], dict(shard_optimizer=True, checkpointing=True, micro_batch=3)
+
+    def stop(o, wait):
+        asked.append(o)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.prepare(resolve(Config(loss="gdpo", model="gpt2", data=str(world), **given)))
     assert {k: getattr(asked[0], k) for k in given} == given and asked[0].loss == "sft"
 
 
@@ -313,7 +294,7 @@ def test_two_runs_that_need_an_sft_run_train_it_once(world, tmp_path):
 
 
 def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
-    """A run that was killed before its first state begins again with --resume."""
+    """But with --resume, one that was killed before its first state begins again."""
     out = tmp_path / "run"
     shutil.copytree(sft / f"out/{world.name}-sft-seed0", out)
     flags = argv(world, "--loss", "sft", "--epochs", 1, "--out", out)
@@ -321,30 +302,27 @@ def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
     assert "holds a run already (metrics.jsonl, best, last, state.pt): --resume goes" in p.stderr
     (out / "state.pt").unlink()
     p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "holds a run already (metrics.jsonl, best, last)" in p.stderr
-    assert len(evals(out)) > 5 and (out / "best/model.safetensors").is_file()
+    assert "holds a run already (metrics.jsonl, best, last)" in p.stderr and len(evals(out)) > 5
     call(train, *flags, "--overwrite", cwd=tmp_path)
     assert len(evals(out)) < 5
-    for name in ("best", "last"):
-        shutil.rmtree(out / name)
+    for path in (out / "best", out / "last"):
+        shutil.rmtree(path)
     (out / "state.pt").unlink()
     call(train, *flags, "--resume", cwd=tmp_path)
     assert (out / "last").is_dir()
 
 
 @pytest.mark.parametrize("error, message", [
-    (MemoryError(), "out of memory: lower --micro_batch, or add --checkpointing"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
-     "out of memory: lower --micro_batch"),
+    (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing; --resume goes on"),
+    (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer"),
-     "another process of the run is gone")])
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"), "another process of the")])
 def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
     def fail(o):
         raise error
     monkeypatch.setattr(train, "train", fail)
     p = call(train, cwd=tmp_path, check=2)
-    assert message in p.stderr and "--resume goes on" in p.stderr and p.stderr.count("\n") == 1
+    assert message in p.stderr and p.stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, monkeypatch, tmp_path):
@@ -358,7 +336,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
             raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64")
     monkeypatch.setattr(torch, "save", full)
     p = call(train, *flags, cwd=sft, check=2)
-    assert "is the disk full? --resume goes on" in p.stderr.splitlines()[-1].replace(";", "")
+    assert "(is the disk full?); --resume goes on" in p.stderr.splitlines()[-1]
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     assert call(train, *flags, "--resume", cwd=sft).stdout
@@ -374,13 +352,9 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
 @pytest.mark.parametrize("flags, message", [
     (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, sft-kl, both-kl"),
     (["--pref", "kto"], "unrecognized arguments: --pref kto"),
-    (["--los", "gdpo"], "unrecognized arguments: --los gdpo"),
     (["--beta", "big"], "argument --beta: 'big' is no float"),
-    (["--beta", "-3"], "argument --beta: -3 is not a number from 0 on"),
     (["--epochs", "nan"], "argument --epochs: nan is not a number from 0 on"),
-    (["--lr", "inf"], "argument --lr: inf is not a number from 0 on"),
     (["--n_layer", "0"], "--n_... must be more than 0"),
-    (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no/where"),
     (["--data", "x,"], "has an empty name"),
@@ -389,40 +363,9 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
     (["--loss", "sft", "--n_head", "5"], "n_embd must divide into n_head"),
 ])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
-        world, tmp_path, flags, message, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+        world, tmp_path, flags, message, monkeypatch, call):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv(world), *flags])
-    with pytest.raises(SystemExit) as e:
-        run(train.main)
-    err = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and message in err[-1] and err[-1].startswith("train.py: error: ")
+    p = call(train, *argv(world), *flags, cwd=tmp_path, check=2)
+    last = p.stderr.strip().splitlines()[-1]
+    assert message in last and last.startswith("train.py: error: ")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("file, old, new, message", [
-    ("train.jsonl", '"options"', '"opinions"', "train.jsonl, line 1: field 'options' is missing"),
-    ("meta.json", '"classes"', '"kinds"', "classes"),
-    ("*.json*", '"5"', '"10"', "class '10' is not one token"),
-])
-def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, call, file, old, new, message):
-    shutil.copytree(world, tmp_path / "d")
-    for path in (tmp_path / "d").glob(file):
-        path.write_text(path.read_text().replace(old, new))
-    p = call(train, *argv("d", "--loss", "sft"), cwd=tmp_path, check=2)
-    assert message in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_more_than_one_group_in_one_model(tmp_path, call):
-    """The group stands in the prompt. A run keeps the form in effect."""
-    synth.toy(synth.Toy(out=str(tmp_path / "c"), country="Avalon,Borduria", paraphrases=3))
-    for path in (tmp_path / "c").glob("*.jsonl"):
-        rows = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(rows[::len(rows) // 30]))
-    call(train, *argv("c", "--epochs", 1, "--loss", "sft"), cwd=tmp_path)
-    config = json.loads((tmp_path / "out/c-sft-seed0/config.json").read_text())
-    assert config["form"] == "<G>{group}<Q>{prompt}<A>"
-    p = call(train, *argv("c", "--form", "<Q>{prompt}<A>"), cwd=tmp_path, check=2)
-    assert "differs from this one: form <G>{group}<Q>{prompt}<A> (here: <Q>{" in p.stderr
-    assert "2 groups, but the prompts do not say which" in p.stderr
