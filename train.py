@@ -235,7 +235,7 @@ def before_the_first_step(r, loss):
 
 
 def evaluate(r, loss, **more):
-    """Measure the policy on the eval split, log it with whatever more there is, and return it."""
+    """Measure the policy on the eval split; log and return the metrics."""
     items, o = r.items["eval"], r.o
     s = score_rows(r.model, items, EVAL_BRANCHES, r.classes, o.dtype, "evaluating")
     if r.ref:
@@ -488,7 +488,7 @@ def prepare(o):
         say(f"no finished SFT run in {sft}: training SFT first, with SFT's own defaults (the "
             f"--epochs, --lr and so on given here are for {o.loss})")
         given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
-        # another process may be training it right now: this one waits, and has nothing left to do
+        # another process may be training it right now: this one waits until that is done
         train(resolve(Config(loss="sft", resume=True, out=sft, **given)), wait=7 * 86400)
     name = o.init or o.model
     model, tokenizer = (scratch(o, rows["train"], device) if name == "scratch"
@@ -569,35 +569,34 @@ class Run:
         """All that --resume needs, replaced in one rename."""
         if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
             self.optimizer.consolidate_state_dict()
-        if rank_and_size()[0] > 0:
-            return
-        temporary = Path(self.o.out, "state.pt.tmp")
-        state = {k: getattr(self, k) for k in self.STATE}
-        state |= {k: getattr(self, k).state_dict() for k in ("model", "optimizer")}
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, Path(self.o.out, "state.pt"))
-        finally:
-            temporary.unlink(missing_ok=True)
+        if rank_and_size()[0] == 0:
+            temporary = Path(self.o.out, "state.pt.tmp")
+            state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer")}
+            try:
+                torch.save(state | {k: getattr(self, k) for k in self.STATE}, temporary)
+                os.replace(temporary, Path(self.o.out, "state.pt"))
+            finally:
+                temporary.unlink(missing_ok=True)      # a full disk left half of it
 
     def load_state(self):
-        path, log = (Path(self.o.out, name) for name in ("state.pt", "metrics.jsonl"))
+        """Go on from state.pt, and forget what was logged after it was saved."""
+        path, log = Path(self.o.out, "state.pt"), Path(self.o.out, "metrics.jsonl")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True,
                                mmap=os.name != "nt")   # Windows cannot replace a mapped file
-            for name in ("model", "optimizer"):
-                getattr(self, name).load_state_dict(saved[name])
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
             vars(self).update({k: saved[k] for k in self.STATE})
         except Exception as e:                         # of many kinds, depending on the damage
             raise ValueError(f"{path} is damaged or of another version ({type(e).__name__}): begin "
                              "the run again with --overwrite") from None
-        if rank_and_size()[0] == 0:                    # forget what was logged after that state
-            lines = log.read_text().split("\n")[:-1]
+        if rank_and_size()[0] == 0:
+            lines = log.read_text().split("\n")[:-1]   # a kill may have cut the last one
             write(log, "".join(x + "\n" for x in lines if json.loads(x)["step"] <= self.step))
 
 
 def begin(o):
-    """True if OUT holds a state to go on from; if not, it is made ready for a new run. ValueError
+    """True if OUT holds a state to go on from; if not, OUT is made ready for a new run. ValueError
     if that would destroy another run, or go on with one that differs."""
     out = Path(o.out)
     made = [name for name in ("metrics.jsonl", "best", "last", "state.pt") if (out / name).exists()]
@@ -632,10 +631,9 @@ def report(r):
         return
     log = map(json.loads, Path(o.out, "metrics.jsonl").read_text().splitlines())
     before, *_, after = (x["eval"] for x in log if "eval" in x)
+    kind = "given" if "given" in LOSSES[o.loss].branches else "joint"
+    of = {"given": "the answer given the belief", "joint": "belief and answer"}[kind]
     print(f"\n{o.loss} on {o.data}, eval split{'before':>44}{'after':>9}")
-    kind, of = "joint", "belief and answer"
-    if "given" in LOSSES[o.loss].branches:
-        kind, of = "given", "the answer given the belief"
     for name, text in (("jsd", "JSD to the group's shares (0 to 0.833, lower is better)"),
                        (f"{kind}_majority", f"margin of {of}, majority"),
                        (f"{kind}_minority", f"margin of {of}, minority")):
