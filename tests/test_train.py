@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -76,12 +76,10 @@ def some_items(lengths=(3, 9, 1, 14, 5, 2, 7, 11)):
 def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float32"):
     model, items = load_model(GOLDEN / "gpt2_tiny"), some_items()
     o = resolve(Config(loss=loss, micro_batch=micro_batch, dtype=dtype, device="cpu", clip=1e9))
-    ref = None
-    if LOSSES[loss].reference:
-        mismatch(items, 96, 0)
-        branches = LOSSES[loss].branches + ("mismatch",) * LOSSES[loss].mismatch
-        ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, branches,
-                               range(15, 21)).logps
+    mismatch(items, 96, 0)
+    branches = LOSSES[loss].branches + ("mismatch",) * LOSSES[loss].mismatch
+    ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, branches,
+                           range(15, 21)).logps
     sums, norm = train_step(model, model, optimizer(model.parameters(), lr=lr), LOSSES[loss],
                             items, ref, list(range(len(items))), range(15, 21), o)
     return model, sums, norm
@@ -109,9 +107,9 @@ def test_a_few_steps_agree_with_golden_09(case):
     o = resolve(Config(loss="gdpo", lr=1e-3, warmup=3, schedule="constant", optimizer="rmsprop",
                        beta=0.1, clip=1.0, device="cpu", micro_batch=4 // case["accumulation"]))
     optimizer = train.optimizer_of(o, model)
-    for step, (want, norm, lr, l2) in enumerate(zip(
-            case["losses"],
-            case["grad_norm_before_clip"], case["lr"], case["parameter_l2_after_step"])):
+    rows = zip(*(case[k] for k in ("losses", "grad_norm_before_clip", "lr",
+                                   "parameter_l2_after_step")))
+    for step, (want, norm, lr, l2) in enumerate(rows):
         assert lr_at(o, step, 100) == pytest.approx(lr)
         optimizer.param_groups[0]["lr"] = lr
         sums, got = train_step(model, model, optimizer, loss, items, ref, [0, 1, 2, 3], classes, o)
@@ -190,8 +188,7 @@ def test_two_processes_give_the_run_of_one(sft, world, call):
     for a, b in zip(one, two):
         assert b.get("eval", b) == pytest.approx(a.get("eval", a), rel=2e-3, abs=2e-3)
     one, two = (torch.load(sft / f"{n}/state.pt")["optimizer"]["state"] for n in ("one", "two"))
-    assert one.keys() == two.keys()
-    for k in one:
+    for k in one.keys() | two.keys():
         torch.testing.assert_close(one[k]["square_avg"], two[k]["square_avg"], rtol=5e-2, atol=1e-6)
 
 
@@ -199,9 +196,7 @@ def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world, call):
     """torchrun's rendezvous on one machine. The other node says so in one line, and one process
     goes on from the last evaluation."""
     flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--shard_optimizer", "--out", "nodes")
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        endpoint = f"localhost:{s.getsockname()[1]}"
+    endpoint = f"localhost:{20000 + os.getpid() % 10000}"
     nodes = [start(flags, sft, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                    "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}") for _ in range(2)]
     wait_for_lines(sft / "nodes", 10, *nodes)
@@ -307,9 +302,7 @@ def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"), "another process of the")])
 def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
-    def fail(o):
-        raise error
-    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(train, "train", Mock(side_effect=error))
     p = call(train, cwd=tmp_path, check=2)
     assert message in p.stderr and p.stderr.count("\n") == 1
 
