@@ -211,8 +211,8 @@ def lr_at(o, step, total):
 # The loop
 
 def train(o, wait=0):
-    """One run, from its first step or its last saved one to its end. Returns the Run.
-    wait: seconds to wait for another process that is at work in OUT."""
+    """One run, from its first step or its last saved one to its end; returns the Run. If another
+    process is at work in OUT, wait so many seconds for it."""
     r, loss = prepare(o), LOSSES[o.loss]
     with lock(Path(o.out, ".lock"), wait):
         if on_first_rank(lambda: begin(o)):
@@ -294,7 +294,6 @@ def loop(r, loss):
             # 5) stop if any process was asked to
             if gather(stop):
                 r.save_state()
-                bar.close()
                 say(f"stopped and saved at step {r.step}; the same command with --resume goes on")
                 sys.exit(130)
     r.save_weights("last")
@@ -371,7 +370,7 @@ def to_tensors(batch, device):
 def setup(device):
     """Join the process group under torchrun; returns this process's torch.device."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        # the timeout is long because the others wait while one process downloads a model
+        # a long timeout, because the others wait while one process downloads a model
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -490,9 +489,10 @@ def prepare(o):
         given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
         # another process may be training it right now: this one waits until that is done
         train(resolve(Config(loss="sft", resume=True, out=sft, **given)), wait=7 * 86400)
-    name = o.init or o.model
-    model, tokenizer = (scratch(o, rows["train"], device) if name == "scratch"
-                        else load_checkpoint(name, device))
+    if o.init or o.model != "scratch":
+        model, tokenizer = load_checkpoint(o.init or o.model, device)
+    else:
+        model, tokenizer = scratch(o, rows["train"], device)
     model.checkpointing = o.checkpointing
     limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
     items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")

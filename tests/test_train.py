@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,7 +19,7 @@ from test_losses import rows_of
 import train
 from data import encode_rows, mismatch
 from losses import LOSSES
-from model import load_model, read_safetensors
+from model import load_model
 from train import Config, lr_at, resolve, train_step
 
 CLASSES = [str(k) for k in range(6)]
@@ -144,8 +145,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
 def test_the_learning_rate_warms_up_and_then_stays_or_falls():
     o = Config(lr=1.0, warmup=3, schedule="constant")
     assert [lr_at(o, s, 10) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    o.schedule = "cosine"
-    rates = [lr_at(o, s, 10) for s in range(10)]
+    rates = [lr_at(replace(o, schedule="cosine"), s, 10) for s in range(10)]
     assert max(rates) == rates[3] == 1.0 and rates[-1] < 0.1
 
 
@@ -233,8 +233,8 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     assert f"resumed at step {stopped[1]}" in p.stderr
     assert lines(sft / "part") == lines(sft / "whole")
     for name in ("best", "last"):
-        a, b = (read_safetensors(sft / x / name / "model.safetensors") for x in ("part", "whole"))
-        assert all(torch.equal(a[k], b[k]) for k in b)
+        a, b = (sft / run / name / "model.safetensors" for run in ("part", "whole"))
+        assert a.read_bytes() == b.read_bytes()
     assert not list((sft / "part").glob("**/*.tmp"))
     p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
     for text in ("JSD to the group's shares", "margin of the answer given the belief, majority",
@@ -299,7 +299,6 @@ def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
 @pytest.mark.parametrize("error, message", [
     (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing; --resume goes on"),
     (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"), "another process of the")])
 def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
     monkeypatch.setattr(train, "train", Mock(side_effect=error))
@@ -333,7 +332,6 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
 
 @pytest.mark.parametrize("flags, message", [
     (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, sft-kl, both-kl"),
-    (["--pref", "kto"], "unrecognized arguments: --pref kto"),
     (["--beta", "big"], "argument --beta: 'big' is no float"),
     (["--epochs", "nan"], "argument --epochs: nan is not a number from 0 on"),
     (["--n_layer", "0"], "--n_... must be more than 0"),
