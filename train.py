@@ -3,12 +3,11 @@
     python train.py --loss gdpo                         # the shipped world, minutes on a laptop
     torchrun --nproc_per_node=4 train.py --loss gdpo    # the same run on four processes
 
-Fourth in reading order. A run: rows -> items; the reference's log-probs, computed once with the
-policy as it is before the first step (so one model serves as both); then the loop. Every loss but
-SFT starts from an SFT checkpoint, which is trained first if it is missing.
-
-OUT holds config.json (the flags), metrics.jsonl (one JSON object per logged step), best/ and last/
-(checkpoint folders) and state.pt (all that --resume needs).
+Fourth in reading order. A run turns rows into items, scores them once with the policy as it is
+before the first step (so one model serves as policy and reference), and then loops. Every loss but
+SFT starts from an SFT checkpoint, which is trained first if it is missing. OUT holds config.json
+(the flags), metrics.jsonl (one JSON object per logged step), best/ and last/ (checkpoint folders)
+and state.pt (all that --resume needs).
 
 Left out on purpose: a second model in memory as the reference, dropout, float16.
 """
@@ -22,7 +21,7 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -80,20 +79,11 @@ class Config:
     # the machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda
-    compile: bool = False         # torch.compile the model
     checkpointing: bool = False   # keep one activation per layer, recompute the rest in backward
     shard_optimizer: bool = False  # each process keeps only its share of the optimizer's state
-    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in best/ and last/
+    hash_of_rows: str = ""        # no flag: filled in, to compare the rows of runs
 
 
-# May change on --resume, and between runs that count as the same method
-VOLATILE = ("out", "resume", "overwrite", "device", "micro_batch", "log_every", "compile",
-            "checkpointing", "shard_optimizer")
-# A run shares these with the SFT run that it starts from
-SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
-          "vocab_size")
-POSITIVE = ("epochs", "batch_size", "lr", "clip", "eval_every", "log_every", "n_layer", "n_head",
-            "n_embd")
 # What None stands for. A checkpoint's values are the paper's (Appendix G; eval_every from the
 # authors' code); those of the shipped world were found by trying.
 PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
@@ -108,9 +98,16 @@ PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
 }
 
 
+# May change on --resume
+MACHINE = ("device", "micro_batch", "log_every", "checkpointing", "shard_optimizer")
+# A run shares these with the SFT run that it starts from
+SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
+          "vocab_size")
+
+
 def flags():
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_flags(parser, Config)
+    add_flags(parser, Config, skip=("hash_of_rows",))
     return parser
 
 
@@ -127,68 +124,24 @@ from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
 from model import GPT, GPTConfig, fingerprint, load_model, save_model
 
 
-def resolve(o):
-    """Fill in what None, "" and auto stand for. ValueError for a value that cannot be."""
-    if o.loss not in LOSSES:
-        raise ValueError(f"--loss {o.loss!r} is unknown; there is: {', '.join(LOSSES)}")
-    loss = LOSSES[o.loss]
-    if o.init and not loss.reference:
-        raise ValueError(f"--loss {o.loss} does not start from an SFT checkpoint: give --model "
-                         f"{o.init} instead of --init")
-    if o.resume and o.overwrite:
-        raise ValueError("--resume goes on with the run, --overwrite throws it away: give one")
-    if o.init and o.model == "scratch":                # a run's weights, or a checkpoint as it is
-        made = Path(o.init).parent / "config.json"
-        o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
-    for name, value in PRESETS[o.model == "scratch", loss.reference].items():
-        if getattr(o, name) is None:
-            setattr(o, name, value)
-    for name in POSITIVE:                              # the parser refuses less than 0
-        if not getattr(o, name) > 0:
-            raise ValueError(f"--{name} must be more than 0")
-    o.device = device_of(o.device)
-    o.dtype = {"auto": "bfloat16" if o.device == "cuda" else "float32"}.get(o.dtype, o.dtype)
-    o.model = o.model.rstrip("/")
-    o.data = ",".join(str(Path(name)) if name else "" for name in o.data.split(","))
-    o.out = o.out or run_folder(o, o.loss)
-    return o
-
-
-def run_folder(o, loss):
-    parts = [dataset_name(o.data), "" if o.model == "scratch" else Path(o.model).name, loss]
-    return f"out/{'-'.join(filter(None, parts))}-seed{o.seed}"
-
-
 # ---------------------------------------------------------------------------------------------
 # Scoring rows without a gradient: the reference, evaluation, KTO's z0 (and evaluate.py)
 
-def autocast(device, dtype):
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def to_tensors(batch, device):
-    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
-
-
 @torch.no_grad()
 def score_rows(model, items, branches, classes, dtype="float32", desc="scoring", tokens=16384):
-    """Scores of all items, in their order, on the CPU. Batches of like length, of about `tokens`
-    tokens, are dealt out over the processes and gathered: every row once."""
+    """Scores of all items, in their order, on the CPU. Rows of like length are scored together, at
+    most about `tokens` tokens at once. The processes share the rows and gather the scores."""
     rank, size = rank_and_size()
-    lengths = [cost(i, branches) for i in items]
-    mine, parts = sorted(range(len(items)), key=lambda i: (lengths[i], i))[rank::size], []
-    with progress(total=len(mine), desc=desc, unit="row", leave=False, disable=rank > 0,
-                  delay=1) as bar:
-        while mine:
-            full = (k for k, i in enumerate(mine) if (k + 1) * lengths[i] > tokens)
-            n = next(full, len(mine)) or 1             # rows come shortest first
-            index, mine = mine[:n], mine[n:]
-            batch = collate([items[i] for i in index], branches, classes)
-            with autocast(model.head.device, dtype):
-                s = score(model, model.head, to_tensors(batch, model.head.device))
-            parts.append((index, {k: v.float().cpu() for k, v in vars(s).items()
-                                  if v is not None}))
-            bar.update(n)
+    lengths, batches, parts = [cost(i, branches) for i in items], [], []
+    for i in np.argsort(lengths, kind="stable")[rank::size].tolist():     # shortest first
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    for index in progress(batches, desc=desc, unit="batch", leave=False, disable=rank > 0, delay=1):
+        batch = collate([items[i] for i in index], branches, classes)
+        with autocast(model.head.device, dtype):
+            s = score(model, model.head, to_tensors(batch, model.head.device))
+        parts.append((index, {k: v.float().cpu() for k, v in vars(s).items() if v is not None}))
     parts = gather(parts)
     place = torch.tensor([i for index, _ in parts for i in index]).argsort()
     return Scores(**{k: torch.cat([p[k] for _, p in parts])[place] for k in parts[0][1]})
@@ -200,6 +153,154 @@ def mismatched_logratio(model, items, ref, classes, dtype):
     s = score_rows(model, items, ("mismatch",), classes, dtype)
     return (s.logps[:, 0] - ref).mean(0)
 
+
+# ---------------------------------------------------------------------------------------------
+# One step
+
+def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
+    """Forward, backward and update on the rows `batch` (indices into items). The loss is the mean
+    over them, however micro-batches and processes divide them. Returns the sums of the loss and its
+    parts over these rows, and the gradient's norm. model: raw, or raw in DDP."""
+    rank, size = rank_and_size()
+    device, mine = raw.head.device, batch[rank::size]
+    n = o.micro_batch or len(mine) or 1
+    micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
+    z0, logged = None, []
+    if loss.mismatch:                  # KTO's baseline is the same for all micro-batches
+        z0 = mismatched_logratio(raw, [items[i] for i in batch], ref[batch, -1], classes, o.dtype)
+        z0 = z0.to(device)
+    optimizer.zero_grad()
+    for k, index in enumerate(micros):
+        # gradients travel between processes once a step, after the last micro-batch
+        with nullcontext() if k + 1 == len(micros) or size == 1 else model.no_sync():
+            rows = index or batch[:1]                  # a process without rows still has to join in
+            b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
+            with autocast(device, o.dtype):
+                s = score(model, raw.head, b)
+            s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
+            s.mismatch = z0
+            values, parts = loss.objective(s, o)       # (B,)
+            # DDP takes the mean over processes, this is to be the mean over rows
+            (values[:len(index)].sum() * size / len(batch)).backward()
+        parts = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
+        logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
+    norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
+    rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # of this process
+    sums = torch.stack([v.sum().double() for v in rows.values()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    sums = dict(zip(rows, sums.tolist()))
+    if not math.isfinite(sums["loss"] + norm):
+        bad = gather([items[i].row + 1 for i, v in zip(mine, rows["loss"]) if not v.isfinite()])
+        what = f"the loss on rows {sorted(bad)[:5]} of train.jsonl" if bad else "the gradient"
+        raise FloatingPointError(f"{what} is not finite: lower --lr")
+    optimizer.step()
+    return sums, norm
+
+
+def lr_at(o, step, total):
+    """Learning rate of a step, 0 to total - 1: linear warm-up, then constant or cosine to zero."""
+    lr = o.lr * min(1.0, (step + 1) / (o.warmup + 1))
+    if o.schedule == "cosine":
+        done = max(0, step - o.warmup) / max(1, total - o.warmup)
+        lr *= 0.5 * (1 + math.cos(math.pi * done))
+    return lr
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+def train(o, wait=0):
+    """One run, from its first step or its last saved one to its end; returns the Run. If another
+    process is at work in OUT, wait so many seconds for it."""
+    r, loss = prepare(o), LOSSES[o.loss]
+    with lock(Path(o.out, ".lock"), wait):
+        if on_first_rank(lambda: begin(o)):
+            r.load_state()
+        else:
+            before_the_first_step(r, loss)
+        loop(r, loss)
+    return r
+
+
+def before_the_first_step(r, loss):
+    """The policy is the reference now: keep its log-probs of all rows, and measure it."""
+    branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
+    if loss.reference:
+        r.ref = {s: score_rows(r.model, items, branches[s] + ("mismatch",) * loss.mismatch,
+                               r.classes, r.o.dtype, f"reference, {s}").logps
+                 for s, items in r.items.items()}
+    evaluate(r, loss, init=fingerprint(r.model))
+    r.save_state()
+
+
+def evaluate(r, loss, **more):
+    """Measure the policy on the eval split; log and return the metrics."""
+    items, o = r.items["eval"], r.o
+    s = score_rows(r.model, items, EVAL_BRANCHES, r.classes, o.dtype, "evaluating")
+    if r.ref:
+        s.ref = r.ref["eval"][:, :len(EVAL_BRANCHES)]
+    if loss.mismatch:
+        s.mismatch = mismatched_logratio(r.model, items, r.ref["eval"][:, -1], r.classes, o.dtype)
+    metrics = eval_metrics(s, items, loss, o)
+    r.log(**more, eval=metrics)
+    return metrics
+
+
+def loop(r, loss):
+    o, items = r.o, r.items["train"]
+    per_epoch = math.ceil(len(items) / o.batch_size)
+    total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
+    lengths, batches, clock = [cost(i, loss.branches) for i in items], None, time.time()
+    policy = DDP(r.model, gradient_as_bucket_view=True) if dist.is_initialized() else r.model
+    say(f"{o.out}: {o.loss}, {len(items)} rows, {total} steps of {o.batch_size}, "
+        f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {o.device}, {o.dtype}"
+        + (f", resumed at step {r.step}" if r.step else ""))
+    with stop_signals() as stop, progress(total=total, initial=r.step, desc=o.loss, unit="step",
+                                          disable=rank_and_size()[0] > 0) as bar:
+        while r.step < total:
+            # 1) which rows, at which rate: pure functions of the step, so that --resume goes on
+            epoch, i = divmod(r.step, per_epoch)
+            if i == 0 or not batches:
+                batches = epoch_batches(lengths, o.batch_size, o.seed, epoch)
+            for group in r.optimizer.param_groups:
+                group["lr"] = lr_at(o, r.step, total)
+
+            # 2) forward, backward, update
+            sums, norm = train_step(policy, r.model, r.optimizer, loss, items, r.ref.get("train"),
+                                    batches[i], r.classes, o)
+            r.step += 1
+            r.rows += len(batches[i])
+            r.sums = {k: r.sums.get(k, 0) + v for k, v in sums.items()}
+            bar.update()
+
+            # 3) log the mean over the rows since the last line
+            if r.step % o.log_every == 0 or r.step == total:
+                means = {k: v / r.rows for k, v in r.sums.items()}
+                r.log(examples=r.step * o.batch_size, epoch=round(r.step / per_epoch, 4),
+                      lr=lr_at(o, r.step - 1, total), grad_norm=norm,
+                      seconds=round(time.time() - clock, 2), **means)
+                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+                r.sums, r.rows, clock = {}, 0, time.time()
+
+            # 4) evaluate, keep the best weights, save the state
+            if r.step % every == 0 or r.step == total:
+                metric = evaluate(r, loss)[o.select]
+                if r.best is None or metric < r.best:
+                    r.best = metric
+                    r.save_weights("best")
+                r.save_state()
+
+            # 5) stop if any process was asked to
+            if gather(stop):
+                r.save_state()
+                say(f"stopped and saved at step {r.step}; the same command with --resume goes on")
+                sys.exit(130)
+    r.save_weights("last")
+
+
+# =============================================================================================
+# Plumbing: metrics of the eval split, processes, a run's folder, its report
 
 def jsd(p, q):
     """Jensen-Shannon distance of distributions along the last axis: the square root of the
@@ -215,24 +316,20 @@ def belief_metrics(s):
     """JSD of the model's class distribution to the group's, and its class mass: {name: (B,)}."""
     q = s.class_logps.double().exp().numpy()
     if not (np.isfinite(q).all() and q.sum(-1).all()):
-        raise FloatingPointError("the model gives no class any probability, or NaN: its training "
+        raise FloatingPointError("the model's class probabilities are 0 or NaN: its training "
                                  "diverged; train again with a lower --lr")
     return {"jsd": jsd(q, s.target.numpy()), "class_mass": q.sum(-1)}
 
 
-KINDS = ("majority", "minority", "other")
-
-
 def margins(s, items, beta):
-    """Reward margins {name: (B,)} in nats, NaN on rows of another kind. "joint": belief and answer,
-    each answer with its own belief, as DPO trains them. "given": the answer after the accepted
-    belief, as GDPO trains it. s has EVAL_BRANCHES first, and a reference."""
+    """Reward margins {name: (B,)} in nats, NaN on rows of another kind. "joint": each answer with
+    its own belief, as DPO trains it. "given": answers after the accepted belief, as GDPO does."""
     joint, given = logratios(s, ANSWER), logratios(s, [RESPONSE])
     both = {"joint": margin(joint[:, 0], joint[:, 1], beta),
             "given": margin(given[:, 0], given[:, 2], beta)}
     kinds = np.array([i.kind for i in items])
     return {f"{name}_{kind}": np.where(kinds == kind, values.double().numpy(), np.nan)
-            for name, values in both.items() for kind in KINDS}
+            for name, values in both.items() for kind in ("majority", "minority", "other")}
 
 
 def eval_metrics(s, items, loss, o):
@@ -243,187 +340,12 @@ def eval_metrics(s, items, loss, o):
         replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref), o)
     rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
     rows = {k: v.double().numpy() for k, v in rows.items()} | belief_metrics(s)
-    if s.ref is not None:
-        rows |= margins(s, items, o.beta)
+    rows |= {} if s.ref is None else margins(s, items, o.beta)
     rows = {k: v[~np.isnan(v)] for k, v in rows.items()}
     return {k: float(v.mean()) if len(v) else None for k, v in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------
-# One step
-
-def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
-    """Forward, backward and update on the rows `batch` (indices into items). Returns the sums of
-    the loss and its parts over the rows of all processes, and the gradient's norm. The loss is the
-    mean over all rows of the batch, in whatever micro-batches and processes they are.
-    model: raw, or raw in DDP. A loss that is not finite raises FloatingPointError, no update."""
-    rank, size = rank_and_size()
-    device, mine = raw.head.device, batch[rank::size]
-    n = o.micro_batch or len(mine) or 1
-    micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
-    z0 = None                          # KTO's baseline, the same for all micro-batches
-    if loss.mismatch:
-        z0 = mismatched_logratio(raw, [items[i] for i in batch], ref[batch, -1], classes,
-                                 o.dtype).to(device)
-    sums, losses = {}, []
-    optimizer.zero_grad(set_to_none=True)
-    for k, index in enumerate(micros):
-        # gradients travel between processes once a step, after the last micro-batch
-        with nullcontext() if k + 1 == len(micros) or size == 1 else model.no_sync():
-            rows = index or batch[:1]                  # a process without rows still has to join in
-            b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
-            with autocast(device, o.dtype):
-                s = score(model, raw.head, b)
-            s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
-            s.mismatch = z0
-            values, parts = loss.objective(s, o)       # (B,)
-            # DDP takes the mean over processes, this is to be the mean over rows
-            (values[:len(index)].sum() * size / len(batch)).backward()
-        losses.append(values.detach()[:len(index)])
-        for name, v in {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}.items():
-            sums[name] = sums.get(name, 0) + v.detach()[:len(index)].sum().double()
-    norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
-    totals = dict(zip(sums, sum_over_ranks(torch.stack([*sums.values()])).tolist()))
-    if not math.isfinite(totals["loss"] + norm):
-        bad = gather([items[i].row + 1 for i, v in zip(mine, torch.cat(losses).tolist())
-                      if not math.isfinite(v)])
-        at = f"rows {sorted(bad)[:5]}" if bad else f"a step of {len(batch)} rows"
-        raise FloatingPointError(f"the {'loss' if bad else 'gradient'} is not finite on {at} of "
-                                 "train.jsonl: lower --lr, or look at the rows")
-    optimizer.step()
-    return totals, norm
-
-
-def lr_at(o, step, total):
-    """Learning rate of a step, 0 to total - 1: linear warm-up, then constant or cosine to zero."""
-    warm = min(1.0, (step + 1) / (o.warmup + 1))
-    if o.schedule == "constant":
-        return o.lr * warm
-    done = max(0, step - o.warmup) / max(1, total - o.warmup)
-    return o.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-
-
-# ---------------------------------------------------------------------------------------------
-# The loop
-
-def train(o):
-    """One run, from its first step or its last saved one to its end. Returns the Run."""
-    device, loss = setup(o.device), LOSSES[o.loss]
-    meta, rows = prepare_data(o)
-    own_sft = loss.reference and not o.init
-    if own_sft:
-        o.init = f"{run_folder(o, 'sft')}/best"
-    on_first_rank(lambda: can_resume(o))               # before hours of SFT
-    if own_sft:
-        train_sft_first(o)
-    model, tokenizer = start_model(o, rows["train"], device)
-    model.checkpointing = o.checkpointing
-    classes = class_ids(tokenizer, meta["classes"])
-    limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
-    items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
-             for s in rows}
-    same = {"rows": hash_of(items), "init": fingerprint(model)}
-    if loss.mismatch:
-        for s in items:
-            mismatch(items[s], limit, o.seed)
-    with lock(Path(o.out) / ".lock"):
-        resumed = on_first_rank(lambda: begin(o))
-        for folder in [Path(o.init).parent] * own_sft + [o.out] * resumed:
-            if first_line(folder).get("rows") != same["rows"]:
-                raise ValueError(f"the run in {folder} was trained on other rows than {o.data} "
-                                 "holds now: put them back, or move that run away")
-        r = Run(o, model, tokenizer, optimizer_of(o, model), items, classes)
-        if resumed:
-            r.load_state()
-        loop(r, loss, same)
-    return r
-
-
-def evaluate(r, loss, **values):
-    """Measure the policy on the eval split and log it."""
-    items, o = r.items["eval"], r.o
-    s = score_rows(r.model, items, EVAL_BRANCHES, r.classes, o.dtype, "evaluating")
-    if r.ref:
-        s.ref = r.ref["eval"][:, :len(EVAL_BRANCHES)]
-    if loss.mismatch:
-        s.mismatch = mismatched_logratio(r.model, items, r.ref["eval"][:, -1], r.classes, o.dtype)
-    r.after = eval_metrics(s, items, loss, o)
-    r.before = r.before or r.after
-    if not math.isfinite(r.after[o.select]):
-        raise FloatingPointError(f"the eval {o.select} is not finite at step {r.step}: lower --lr")
-    r.log(**values, eval=r.after)
-
-
-def loop(r, loss, same):
-    """same: {"rows", "init"}, what the log's first line says of the run."""
-    o, model, items = r.o, r.model, r.items
-    per_epoch = math.ceil(len(items["train"]) / o.batch_size)
-    total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
-    lengths = [cost(i, loss.branches) for i in items["train"]]
-    policy = torch.compile(model, dynamic=True) if o.compile else model
-    policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
-    say(f"{o.out}: {o.loss}, {len(items['train'])} rows, {total} steps of {o.batch_size}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {o.device}, {o.dtype}"
-        + (f", resumed at step {r.step}" if r.step else ""))
-
-    # 0) the reference is the policy before its first step: one forward pass over all rows, kept
-    if r.before is None:
-        branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
-        if loss.reference:
-            r.ref = {s: score_rows(model, items[s], branches[s] + ("mismatch",) * loss.mismatch,
-                                   r.classes, o.dtype, f"reference, {s}").logps for s in items}
-        evaluate(r, loss, **same)
-        r.save_state()
-    clock, epoch = time.time(), None
-    stop_device = model.head.device if dist.is_initialized() else "cpu"   # no GPU to wait for
-    with stop_signals() as stop, progress(total=total, initial=r.step, desc=o.loss, unit="step",
-                                          disable=rank_and_size()[0] > 0) as bar:
-        while r.step < total:
-            # 1) which rows, at which rate: pure functions of the step, so that --resume goes on
-            if epoch != r.step // per_epoch:
-                epoch = r.step // per_epoch
-                batches = epoch_batches(lengths, o.batch_size, o.seed, epoch)
-            batch, lr = batches[r.step % per_epoch], lr_at(o, r.step, total)
-            for group in r.optimizer.param_groups:
-                group["lr"] = lr
-
-            # 2) forward, backward, update
-            sums, norm = train_step(policy, model, r.optimizer, loss, items["train"],
-                                    r.ref.get("train"), batch, r.classes, o)
-            r.step += 1
-            r.rows += len(batch)
-            r.sums = {k: r.sums.get(k, 0) + v for k, v in sums.items()}
-            bar.update()
-
-            # 3) log the mean over the rows since the last line
-            if r.step % o.log_every == 0 or r.step == total:
-                means = {k: v / r.rows for k, v in r.sums.items()}
-                r.log(examples=r.step * o.batch_size, epoch=round(r.step / per_epoch, 4), lr=lr,
-                      grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
-                bar.set_postfix(loss=f"{means['loss']:.3f}", jsd=f"{r.after['jsd']:.3f}",
-                                refresh=False)
-                r.sums, r.rows, clock = {}, 0, time.time()
-
-            # 4) evaluate, keep the best weights, save the state
-            if r.step % every == 0 or r.step == total:
-                evaluate(r, loss)
-                if r.best is None or r.after[o.select] < r.best:
-                    r.best = r.after[o.select]
-                    r.save_weights("best")
-                r.save_state()
-
-            # 5) stop if asked to
-            if sum_over_ranks(torch.tensor(len(stop), device=stop_device)):
-                r.save_state()
-                bar.close()
-                say(f"stopped and saved at step {r.step}; the same command with --resume goes on")
-                sys.exit(130)
-    r.save_weights("last")
-
-
-# =============================================================================================
-# Plumbing: processes, where a run starts, its folder, its report
-
 # Under torchrun, every process runs this file and takes its share of each batch
 
 def rank_and_size():
@@ -437,16 +359,23 @@ def device_of(name):
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def autocast(device, dtype):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def to_tensors(batch, device):
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+
+
 def setup(device):
     """Join the process group under torchrun; returns this process's torch.device."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo",
-                                timeout=timedelta(hours=3))   # ranks wait while one downloads
-    if device != "cuda":
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.backends.cuda.matmul.allow_tf32 = True
-    return torch.device("cuda", torch.cuda.current_device())
+        # a long timeout, because the others wait while one process downloads a model
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return torch.device(device)
 
 
 def leave():
@@ -455,30 +384,7 @@ def leave():
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
-
-
-def on_first_rank(action):
-    """Run action() on rank 0 while the others wait; all get its result, or raise its error."""
-    outcome = [None, None]
-    if rank_and_size()[0] == 0:
-        try:
-            outcome[0] = action()
-        except (ValueError, OSError) as e:
-            outcome[1] = str(e)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise ValueError(outcome[1])
-    return outcome[0]
-
-
-def sum_over_ranks(values):
-    """A tensor's sum over the processes, on all of them."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
 
 
 def gather(values):
@@ -487,6 +393,20 @@ def gather(values):
     if dist.is_initialized():
         dist.all_gather_object(everyone, values)
     return sum(everyone, [])
+
+
+def on_first_rank(action):
+    """Run action() on rank 0 while the others wait; all get its result, or raise its error."""
+    result = None
+    if rank_and_size()[0] == 0:
+        try:
+            result = action()
+        except (ValueError, OSError) as e:
+            result = ValueError(str(e))
+    result = gather([result])[0]
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def say(*words):
@@ -498,58 +418,103 @@ def say(*words):
 def lock(path, wait=0):
     """Keep other runs away from `path` until the block, or this process, ends, however it ends:
     sqlite's file lock does that on every platform. wait: seconds before giving up."""
-    held = []
-
-    def take():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held.append(sqlite3.connect(path, timeout=wait))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path if rank_and_size()[0] == 0 else ":memory:"         # rank 0 holds it for all
+    with closing(sqlite3.connect(file, timeout=wait)) as connection:
         try:
-            held[0].execute("BEGIN EXCLUSIVE")
+            connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError:
             raise ValueError(f"another process is at work in {path.parent}: wait for it, or give "
                              "another --out") from None
-    try:
-        on_first_rank(take)
         yield
-    finally:
-        for connection in held:
-            connection.close()
+
+
+@contextmanager
+def stop_signals():
+    """A list that Ctrl-C or SIGTERM adds to, for the loop to read. A second one stops at once."""
+    asked = []
+
+    def ask(*_):
+        if asked:
+            sys.exit(130)
+        asked.append(1)
+    old = {sig: signal.signal(sig, ask) for sig in (signal.SIGINT, signal.SIGTERM)}
+    yield asked
+    for sig, handler in old.items():
+        signal.signal(sig, handler)
 
 
 # ---------------------------------------------------------------------------------------------
-# What a run starts from
+# Where a run starts, its folder, its report
 
-def prepare_data(o):
-    """(meta, {split: rows}); the shipped world is made where it is missing."""
-    def make_toy():
+def resolve(o):
+    """Fill in what None, "" and auto stand for. ValueError for a value that cannot be."""
+    if o.loss not in LOSSES:
+        raise ValueError(f"--loss {o.loss!r} is unknown; there is: {', '.join(LOSSES)}")
+    if 0 in (o.batch_size, o.log_every, o.n_layer, o.n_head, o.n_embd):
+        raise ValueError("--batch_size, --log_every and --n_... must be more than 0")
+    if o.init and o.model == "scratch":                # a run's weights, or a checkpoint as it is
+        made = Path(o.init).parent / "config.json"
+        o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
+    for name, value in PRESETS[o.model == "scratch", LOSSES[o.loss].reference].items():
+        if getattr(o, name) is None:
+            setattr(o, name, value)
+    o.device = device_of(o.device)
+    o.dtype = {"auto": "bfloat16" if o.device == "cuda" else "float32"}.get(o.dtype, o.dtype)
+    o.data, o.model = o.data.rstrip("/"), o.model.rstrip("/")
+    o.out = o.out or run_folder(o, o.loss)
+    return o
+
+
+def run_folder(o, loss):
+    parts = [dataset_name(o.data), "" if o.model == "scratch" else Path(o.model).name, loss]
+    return f"out/{'-'.join(filter(None, parts))}-seed{o.seed}"
+
+
+def prepare(o):
+    """A Run before its first step: its rows in tokens, and the model that it starts from."""
+    device, loss = setup(o.device), LOSSES[o.loss]
+    if "data/toy" in o.data.split(","):                # the shipped world, made if it is missing
         import synth
-        if not Path("data/toy").exists():
-            synth.toy(synth.Toy(out="data/toy"))
-    if "data/toy" in o.data.split(","):
         with lock(Path("data/.lock"), wait=600):
-            on_first_rank(make_toy)
+            on_first_rank(lambda: Path("data/toy").exists()
+                          or synth.toy(synth.Toy(out="data/toy")))
     meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
     o.form = meta["form"]              # saved with the run, which then needs no meta.json for it
-    return meta, rows
+    sft = run_folder(o, "sft") if loss.reference and not o.init else ""
+    o.init = f"{sft}/best" if sft else o.init
+    if sft and not on_first_rank(lambda: Path(sft, "last").is_dir()):
+        say(f"no finished SFT run in {sft}: training SFT first, with SFT's own defaults (the "
+            f"--epochs, --lr and so on given here are for {o.loss})")
+        given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
+        # another process may be training it right now: this one waits until that is done
+        train(resolve(Config(loss="sft", resume=True, out=sft, **given)), wait=7 * 86400)
+    if o.init or o.model != "scratch":
+        model, tokenizer = load_checkpoint(o.init or o.model, device)
+    else:
+        model, tokenizer = scratch(o, rows["train"], device)
+    model.checkpointing = o.checkpointing
+    limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
+    items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
+             for s in rows}
+    o.hash_of_rows = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
+    if sft:
+        check_same(sft, o, (*SHARED, "hash_of_rows"))
+    if loss.mismatch:
+        for split in items.values():
+            mismatch(split, limit, o.seed)
+    return Run(o, model, tokenizer, optimizer_of(o, model), items,
+               class_ids(tokenizer, meta["classes"]))
 
 
-def train_sft_first(o):
-    """Train the SFT run whose best/ is o.init, or finish its training, if need be."""
-    folder = Path(o.init).parent
-    with lock(folder / ".first", wait=7 * 86400):
-        if not on_first_rank(lambda: (folder / "last").is_dir()):
-            say(f"no finished SFT run in {folder}: training SFT first, with SFT's own defaults "
-                f"(the --epochs, --lr and so on given here are for {o.loss})")
-            keep = (*SHARED, "micro_batch", "device", "dtype", "compile", "checkpointing",
-                    "shard_optimizer", "save_dtype", "log_every")
-            train(resolve(Config(loss="sft", resume=True, out=str(folder),
-                                 **{k: getattr(o, k) for k in keep})))
-    sft = read_json(folder / "config.json")
-    other = [f"--{k} {sft.get(k)} (here: {getattr(o, k)})" for k in SHARED
-             if sft.get(k) != getattr(o, k)]
-    if other:
-        raise ValueError(f"the SFT run in {folder} has other flags: {', '.join(other)}; give the "
-                         "checkpoint to start from with --init, or move that run away")
+def scratch(o, rows, device):
+    """(model, tokenizer): a small GPT-2 with fresh weights, and tokens learned from the rows."""
+    texts = [t for r in rows for t in (prompt_text(r, o.form), r["accept_response"],
+                                       r["reject_response"], *(f"<{c}>" for c in r["options"]))]
+    tokenizer = train_bpe(texts, o.vocab_size)
+    cfg = GPTConfig(tokenizer.n_tokens, o.max_length or 256, o.n_layer, o.n_head, o.n_embd,
+                    4 * o.n_embd)
+    return GPT(cfg).init_weights(o.seed).to(device), tokenizer
 
 
 def load_checkpoint(name, device):
@@ -562,36 +527,21 @@ def load_checkpoint(name, device):
     return model, tokenizer
 
 
-def start_model(o, rows, device):
-    """(model, tokenizer): a checkpoint, or a fresh small model."""
-    name = o.init if LOSSES[o.loss].reference else o.model
-    if name != "scratch":
-        return load_checkpoint(name, device)
-    texts = [t for r in rows for t in (prompt_text(r, o.form), r["accept_response"],
-                                       r["reject_response"], *(f"<{c}>" for c in r["options"]))]
-    tokenizer = train_bpe(texts, o.vocab_size)
-    cfg = GPTConfig(tokenizer.n_tokens, o.max_length or 256, o.n_layer, o.n_head, o.n_embd,
-                    4 * o.n_embd)
-    return GPT(cfg).init_weights(o.seed).to(device), tokenizer
-
-
 def optimizer_of(o, model):
-    kind, options = {"rmsprop": (torch.optim.RMSprop, {}), "adamw": (
-        torch.optim.AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.01})}[o.optimizer]
+    kind, options = torch.optim.RMSprop, {"lr": o.lr}
+    if o.optimizer == "adamw":
+        kind, options = torch.optim.AdamW, {"lr": o.lr, "betas": (0.9, 0.99), "weight_decay": 0.01}
     if not o.shard_optimizer or not dist.is_initialized():
-        return kind(model.parameters(), lr=o.lr, **options)
+        return kind(model.parameters(), **options)
     from torch.distributed.optim import ZeroRedundancyOptimizer   # here: slow to import
     for p in model.parameters():                       # it sends them, so no transposed views
         p.data = p.data.contiguous()
-    return ZeroRedundancyOptimizer(model.parameters(), kind, lr=o.lr, **options)
+    return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
 
-
-# ---------------------------------------------------------------------------------------------
-# A run and its folder
 
 @dataclass
 class Run:
-    """What the loop works on. The last fields, with model, optimizer and ref, make state.pt."""
+    """What the loop works on. STATE, with model and optimizer, makes state.pt."""
     o: Config
     model: GPT
     tokenizer: Tokenizer
@@ -601,150 +551,106 @@ class Run:
     ref: dict = field(default_factory=dict)   # {split: logps (B, S, 3)} of the reference
     step: int = 0                      # steps done
     best: float = None                 # lowest eval metric so far, of --select
-    before: dict = None                # eval metrics at step 0 ...
-    after: dict = None                 # ... and now
     sums: dict = field(default_factory=dict)  # of the steps since the last logged line ...
     rows: int = 0                      # ... over so many rows
-    STATE = ("ref", "step", "best", "before", "after", "sums", "rows")
-
-    @property
-    def out(self):
-        return Path(self.o.out)
+    STATE = ("ref", "step", "best", "sums", "rows")
 
     def log(self, **values):
         if rank_and_size()[0] == 0:
-            with open(self.out / "metrics.jsonl", "a") as f:
+            with open(Path(self.o.out, "metrics.jsonl"), "a") as f:
                 f.write(json.dumps({"step": self.step, **values}) + "\n")
 
     def save_weights(self, name):
         if rank_and_size()[0] == 0:
-            self.tokenizer.save(self.out / name)
-            save_model(self.model, self.out / name, self.tokenizer.eos,
-                       getattr(torch, self.o.save_dtype))
+            self.tokenizer.save(Path(self.o.out, name))
+            save_model(self.model, Path(self.o.out, name), self.tokenizer.eos)
 
     def save_state(self):
         """All that --resume needs, replaced in one rename."""
         if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
             self.optimizer.consolidate_state_dict()
-        if rank_and_size()[0] > 0:
-            return
-        path, temporary = self.out / "state.pt", self.out / "state.pt.tmp"
-        try:
-            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-                       | {k: getattr(self, k) for k in self.STATE}, temporary)
-            os.replace(temporary, path)
-        except (RuntimeError, OSError) as e:           # RuntimeError: torch's word for a full disk
-            temporary.unlink(missing_ok=True)
-            raise OSError(f"cannot write {path} ({str(e).splitlines()[0]:.80}): is the disk full? "
-                          "--resume goes on from the last saved state") from e
+        if rank_and_size()[0] == 0:
+            temporary = Path(self.o.out, "state.pt.tmp")
+            state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer")}
+            try:
+                torch.save(state | {k: getattr(self, k) for k in self.STATE}, temporary)
+                os.replace(temporary, Path(self.o.out, "state.pt"))
+            finally:
+                temporary.unlink(missing_ok=True)      # a full disk left half of it
 
     def load_state(self):
-        path, log = self.out / "state.pt", self.out / "metrics.jsonl"
+        """Go on from state.pt, and forget what was logged after it was saved."""
+        path, log = Path(self.o.out, "state.pt"), Path(self.o.out, "metrics.jsonl")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True,
                                mmap=os.name != "nt")   # Windows cannot replace a mapped file
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            for k in self.STATE:
-                setattr(self, k, saved[k])
+            vars(self).update({k: saved[k] for k in self.STATE})
         except Exception as e:                         # of many kinds, depending on the damage
             raise ValueError(f"{path} is damaged or of another version ({type(e).__name__}): begin "
                              "the run again with --overwrite") from None
-        if rank_and_size()[0] == 0:                    # forget what was logged after that state
-            lines = log.read_text().split("\n")[:-1]
+        if rank_and_size()[0] == 0:
+            lines = log.read_text().split("\n")[:-1]   # a kill may have cut the last one
             write(log, "".join(x + "\n" for x in lines if json.loads(x)["step"] <= self.step))
 
 
-def can_resume(o):
-    """True if OUT holds a state to go on from. ValueError where this run would destroy another one,
-    or go on with one of other flags."""
-    out, config = Path(o.out), asdict(o)
-    made = [name for name in MADE if (out / name).exists()]
-    if o.resume and "state.pt" in made:
-        old = read_json(out / "config.json")
-        changed = [f"--{k} {v} (was {old.get(k)})" for k, v in config.items()
-                   if k not in VOLATILE and old.get(k) != v]
-        if changed:
-            raise ValueError(f"cannot resume with other flags than the run in {out} began with: "
-                             + ", ".join(changed))
-        return True
-    if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
-        raise ValueError(f"{out} holds a run already ({', '.join(made)}), " + (
-            "but no state.pt to go on from" if o.resume else "--resume goes on with it")
-            + "; --overwrite throws it away, --out gives another folder")
-    return False
-
-
-MADE = ("metrics.jsonl", "best", "last", "state.pt")   # what is never lost without --overwrite
-
-
 def begin(o):
-    """Make OUT ready for this run; returns whether it goes on from a saved state."""
+    """True if OUT holds a state to go on from; if not, OUT is made ready for a new run. ValueError
+    if that would destroy another run, or go on with one that differs."""
     out = Path(o.out)
-    for half in out.rglob("*.tmp"):                    # what a kill left half-written
-        half.unlink()
-    if can_resume(o):
+    made = [name for name in ("metrics.jsonl", "best", "last", "state.pt") if (out / name).exists()]
+    if o.resume and "state.pt" in made:
+        check_same(out, o, vars(o).keys() - {*MACHINE, "out", "resume", "overwrite"})
         return True
-    for path in [out / name for name in (*MADE, "eval.json", "samples.jsonl")]:
+    # a run that was killed before its first state has nothing but a line of log to lose
+    if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
+        raise ValueError(f"{out} holds a run already ({', '.join(made)}): --resume goes on from "
+                         "state.pt, --overwrite throws it away, --out gives another folder")
+    for path in [out / name for name in (*made, "eval.json", "samples.jsonl")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write(out / "config.json", json.dumps(asdict(o), indent=1) + "\n")
     return False
 
 
-def hash_of(items):
-    """Tells whether two runs see the same rows, as tokens."""
-    digest = hashlib.sha256()
-    for item in items["train"] + items["eval"]:
-        digest.update(repr(item).encode())
-    return digest.hexdigest()[:16]
+def check_same(out, o, names):
+    """ValueError if the run in `out` has other flags than o, or saw other rows."""
+    old = read_json(Path(out, "config.json"))
+    other = [f"{k} {old.get(k)} (here: {getattr(o, k)})" for k in names
+             if old.get(k) != getattr(o, k)]
+    if other:
+        raise ValueError(f"the run in {out} differs from this one: {', '.join(sorted(other))}; "
+                         "use the same flags and rows, or move that run away")
 
-
-def first_line(out):
-    """The log's first line, which holds the hash of the rows and the fingerprint of the start."""
-    path = Path(out) / "metrics.jsonl"
-    return json.loads(path.read_text().split("\n")[0] or "{}") if path.is_file() else {}
-
-
-@contextmanager
-def stop_signals():
-    """A list that Ctrl-C or SIGTERM adds to, for the loop to read. A second one stops at once."""
-    asked = []
-
-    def restore(*_):
-        asked.append(1)
-        for sig, handler in old.items():
-            signal.signal(sig, handler)
-    old = {sig: signal.signal(sig, restore) for sig in (signal.SIGINT, signal.SIGTERM)}
-    yield asked
-    restore()
-
-
-# ---------------------------------------------------------------------------------------------
-# The report, the command line
 
 def report(r):
-    """What the run did: first what the method trains, then one row as an example."""
-    o, loss = r.o, LOSSES[r.o.loss]
-    kinds = {"joint": "margin of belief and answer", "given": "margin of answer given the belief"}
-    if "given" in loss.branches:
-        kinds = dict(reversed(kinds.items()))
-    names = {"jsd": "JSD to the group's shares (0 to 0.833, lower is better)",
-             "class_mass": "probability of all classes together"}
-    names |= {f"{k}_{kind}": f"{text}, {kind}" for k, text in kinds.items() for kind in KINDS[:2]}
-    lines = [f"\n{o.loss} on {o.data}, eval split{'before':>44}{'after':>9}"]
-    lines += [f"  {text:58}{r.before[k]:9.3f}{r.after[k]:9.3f}" for k, text in names.items()
-              if r.after.get(k) is not None]
-    if loss.reference:
-        lines.append(f"  ({o.loss} does not train the {[*kinds.values()][1]}, which may fall)")
-    item, decode = r.items["eval"][0], r.tokenizer.decode
-    s = score_rows(r.model, [item], ("chosen",), r.classes, o.dtype)
-    lines += ["", f"For example, the shares of the classes: {decode(item.prompt):.500}",
-              "  " + " " * 8 + "".join(f"{decode([c]):>7}" for c in r.classes)]
+    """Print what the method trains, before and after, and the shares of one question."""
+    o, item, decode = r.o, r.items["eval"][0], r.tokenizer.decode
+    s = score_rows(r.model, [item], ("chosen",), r.classes, o.dtype)      # on all processes
+    if rank_and_size()[0] > 0:
+        return
+    log = map(json.loads, Path(o.out, "metrics.jsonl").read_text().splitlines())
+    before, *_, after = (x["eval"] for x in log if "eval" in x)
+    kind = "given" if "given" in LOSSES[o.loss].branches else "joint"
+    of = {"given": "the answer given the belief", "joint": "belief and answer"}[kind]
+    print(f"\n{o.loss} on {o.data}, eval split{'before':>44}{'after':>9}")
+    for name, text in (("jsd", "JSD to the group's shares (0 to 0.833, lower is better)"),
+                       (f"{kind}_majority", f"margin of {of}, majority"),
+                       (f"{kind}_minority", f"margin of {of}, minority")):
+        if after.get(name) is not None:
+            print(f"  {text:58}{before[name]:9.3f}{after[name]:9.3f}")
+    print(f"\nFor example, the shares of the classes: {decode(item.prompt):.500}")
+    print(" " * 10 + "".join(f"{decode([c]):>7}" for c in r.classes))
     for name, shares in (("group", s.target[0]), ("model", s.class_logps[0].exp())):
-        lines.append(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares.tolist()))
-    return "\n".join([*lines, "", f"weights: {o.out}/best (lowest {o.select}, {r.best:.3f}), "
-                      f"{o.out}/last; log: {o.out}/metrics.jsonl",
-                      f"next: python evaluate.py {o.out}, or ask it: --ask \"YOUR QUESTION\""])
+        print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares.tolist()))
+    print(f"\nnext: python evaluate.py {o.out}, or ask it: --ask \"YOUR QUESTION\"")
+
+
+CAUSES = {                             # words of torch's errors -> what they mean
+    "MemoryError|of memory|allocate": "out of memory: lower --micro_batch, add --checkpointing",
+    "inline_container|PytorchStreamWriter": "cannot write state.pt (is the disk full?)",
+    "gloo|nccl|connection": "another process of the run is gone: see its message",
+}
 
 
 def main():
@@ -752,18 +658,11 @@ def main():
     try:
         r = train(o)
     except (RuntimeError, MemoryError) as e:
-        words = str(e).splitlines()[0] if str(e) else ""
-        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate", str(e), re.I):
-            raise OSError("out of memory: lower --micro_batch, or add --checkpointing; --resume "
-                          "goes on from the last saved state") from None
-        if dist.is_initialized() and re.search("gloo|nccl|connection", words, re.I):
-            raise OSError(f"another process of the run is gone ({words:.100}): see its message. "
-                          "The same command with --resume goes on, on any number of processes"
-                          ) from None
+        for words, advice in CAUSES.items():
+            if re.search(words, f"{type(e).__name__}: {e}", re.I):
+                raise OSError(f"{advice}; --resume goes on from the last saved state") from None
         raise
-    text = report(r)                                   # every process scores its share of it
-    if rank_and_size()[0] == 0:
-        print(text)
+    report(r)
     leave()
 
 

@@ -1,26 +1,25 @@
 """python -m pytest tests/test_train.py"""
-import copy
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli, golden
 from test_losses import rows_of
 
-import synth
 import train
-from data import encode_rows, mismatch, run
+from data import encode_rows, mismatch
 from losses import LOSSES
-from model import load_model, read_safetensors
+from model import load_model
 from train import Config, lr_at, resolve, train_step
 
 CLASSES = [str(k) for k in range(6)]
@@ -28,6 +27,7 @@ ROW = {"prompt": "How good is tea?", "options": ["Yes", "No", "DK"], "accept_cho
        "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes",
        "accept_response": "Sure.", "reject_choice_id": "2", "reject_choice": "No",
        "reject_response": "Never in my life."}
+torch.set_num_threads(1)               # as in the child processes: runs must be equal bit for bit
 
 
 def lines(out):
@@ -40,7 +40,21 @@ def evals(out):
 
 
 def argv(world, *more):
-    return ["--data", world, *SMALL, *more]
+    return list(map(str, ["--data", world, *SMALL, *more]))
+
+
+def start(flags, cwd, *launch):
+    """The real command in a process of its own."""
+    return subprocess.Popen([sys.executable, *launch, str(ROOT / "train.py"), *flags], cwd=cwd,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_lines(out, n, *processes):
+    deadline, log = time.time() + 60, out / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < n:
+        assert time.time() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +74,20 @@ def some_items(lengths=(3, 9, 1, 14, 5, 2, 7, 11)):
 def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float32"):
     model, items = load_model(GOLDEN / "gpt2_tiny"), some_items()
     o = resolve(Config(loss=loss, micro_batch=micro_batch, dtype=dtype, device="cpu", clip=1e9))
-    ref = None
-    if LOSSES[loss].reference:
-        mismatch(items, 96, 0)
-        branches = LOSSES[loss].branches + ("mismatch",) * LOSSES[loss].mismatch
-        ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, branches,
-                               range(15, 21)).logps
+    mismatch(items, 96, 0)
+    branches = LOSSES[loss].branches + ("mismatch",) * LOSSES[loss].mismatch
+    ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, branches,
+                           range(15, 21)).logps
     sums, norm = train_step(model, model, optimizer(model.parameters(), lr=lr), LOSSES[loss],
                             items, ref, list(range(len(items))), range(15, 21), o)
     return model, sums, norm
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_batch_of_eight_is_eight_of_one(loss):
-    """Gradients are those of the mean over rows, however the batch is cut (unequal lengths)."""
-    (a, sums_a, norm_a), (b, sums_b, norm_b), (c, _, norm_c) = (
-        one_step(loss, n) for n in (0, 1, 3))
+def test_a_batch_is_the_same_however_it_is_cut(loss):
+    """Gradients are those of the mean over rows (8 of unequal lengths: at once, or 3 + 3 + 2)."""
+    (a, sums_a, norm_a), (b, sums_b, norm_b) = (one_step(loss, n) for n in (0, 3))
     assert sums_a == pytest.approx(sums_b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-4)
-    assert norm_a == pytest.approx(norm_c, rel=1e-4)
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
@@ -95,9 +105,9 @@ def test_a_few_steps_agree_with_golden_09(case):
     o = resolve(Config(loss="gdpo", lr=1e-3, warmup=3, schedule="constant", optimizer="rmsprop",
                        beta=0.1, clip=1.0, device="cpu", micro_batch=4 // case["accumulation"]))
     optimizer = train.optimizer_of(o, model)
-    for step, (want, norm, lr, l2) in enumerate(zip(
-            case["losses"],
-            case["grad_norm_before_clip"], case["lr"], case["parameter_l2_after_step"])):
+    rows = zip(*(case[k] for k in ("losses", "grad_norm_before_clip", "lr",
+                                   "parameter_l2_after_step")))
+    for step, (want, norm, lr, l2) in enumerate(rows):
         assert lr_at(o, step, 100) == pytest.approx(lr)
         optimizer.param_groups[0]["lr"] = lr
         sums, got = train_step(model, model, optimizer, loss, items, ref, [0, 1, 2, 3], classes, o)
@@ -107,268 +117,190 @@ def test_a_few_steps_agree_with_golden_09(case):
         assert whole.item() == pytest.approx(l2, rel=1e-5)
 
 
-def test_a_step_at_5e_7_changes_float32_weights_under_bf16():
-    model, _, _ = one_step("gdpo", 0, torch.optim.RMSprop, lr=5e-7, dtype="bfloat16")
+def test_a_step_under_bf16_changes_float32_weights_and_takes_log_probs_in_float32():
+    """A step of 5e-7 would vanish in bfloat16 weights; the loss is nearly that of float32."""
+    model, a, _ = one_step("gdpo", 0, torch.optim.RMSprop, lr=5e-7, dtype="bfloat16")
     before = load_model(GOLDEN / "gpt2_tiny")
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not torch.equal(model.h[0].attn.c_attn.weight, before.h[0].attn.c_attn.weight)
-
-
-def test_bf16_gives_the_loss_of_float32_nearly():
-    """Log-probs are taken in float32 whatever the matrices are in."""
-    (_, a, _), (_, b, _) = (one_step("gdpo", 0, dtype=d) for d in ("float32", "bfloat16"))
+    _, b, _ = one_step("gdpo", 0)
     assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["loss"] != b["loss"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
     model, items = load_model(GOLDEN / "gpt2_tiny"), some_items()
-    o = resolve(Config(loss="dpo", device="cpu"))
-    ref = torch.zeros(8, 2, 3)
+    o, ref = resolve(Config(loss="dpo", device="cpu")), torch.zeros(8, 2, 3)
     ref[5, 0, 0] = float("nan")
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError,
-                       match=r"loss is not finite on rows \[6\] of train.jsonl: lower --lr"):
+                       match=r"the loss on rows \[6\] of train.jsonl is not finite: lower --lr"):
         train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"],
                    items, ref, list(range(8)), range(15, 21), o)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    before = load_model(GOLDEN / "gpt2_tiny")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
 
 
 def test_the_learning_rate_warms_up_and_then_stays_or_falls():
-    o = resolve(Config(lr=1.0, warmup=3, schedule="constant"))
+    o = Config(lr=1.0, warmup=3, schedule="constant")
     assert [lr_at(o, s, 10) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    o.schedule = "cosine"
-    rates = [lr_at(o, s, 10) for s in range(10)]
+    rates = [lr_at(replace(o, schedule="cosine"), s, 10) for s in range(10)]
     assert max(rates) == rates[3] == 1.0 and rates[-1] < 0.1
 
 
-def test_defaults_are_the_papers_for_checkpoints():
-    """Appendix G: beta 0.1, RMSprop, 5e-7, 150 steps of warm-up, then constant."""
+def test_a_checkpoint_has_the_papers_defaults_and_a_run_of_the_small_model_its_own(sft, world):
+    """Appendix G: beta 0.1, RMSprop, 5e-7, 150 steps of warm-up, then constant. --init tells which
+    of the two is meant, and a flag wins over both."""
     o = resolve(Config(loss="gdpo", model="gpt2"))
     assert (o.beta, o.optimizer, o.lr, o.warmup, o.schedule, o.batch_size, o.epochs) == (
         0.1, "rmsprop", 5e-7, 150, "constant", 32, 20)
     o = resolve(Config(loss="sft", model="gpt2"))
     assert (o.batch_size, o.epochs, o.clip) == (128, 40, 10)
-    assert resolve(Config(loss="gdpo", lr=1.0)).lr == 1.0             # a flag wins over the preset
-
-
-def test_an_init_tells_whose_defaults_are_meant(sft, world, tmp_path):
-    """--init without --model: a run of the small model keeps its own, a checkpoint has the
-    paper's."""
-    init = sft / f"out/{world.name}-sft-seed0/best"
-    assert resolve(Config(loss="gdpo", init=str(init))).beta == 1.0
-    shutil.copytree(init, tmp_path / "checkpoint")
-    o = resolve(Config(loss="gdpo", init=str(tmp_path / "checkpoint")))
-    assert (o.beta, o.lr) == (0.1, 5e-7) and o.out.endswith("toy-checkpoint-gdpo-seed0")
+    run = sft / f"out/{world.name}-sft-seed0/best"
+    assert resolve(Config(loss="gdpo", init=str(run))).beta == 1.0
+    o = resolve(Config(loss="gdpo", data="x/a,b/", init="y/checkpoint", lr=1.0))
+    assert (o.beta, o.lr, o.out) == (0.1, 1.0, "out/a+b-checkpoint-gdpo-seed0")
 
 
 @pytest.mark.parametrize("loss, dtype, tolerance", [
     ("dpo", "float32", 1e-5), ("gdpo", "float32", 1e-5), ("gdpo", "bfloat16", 1e-2)])
 def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
         sft, world, loss, dtype, tolerance, call):
-    p = call(train, *argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype,
-                              "--out", loss + dtype), cwd=sft)
+    flags = argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype)
+    call(train, *flags, "--out", loss + dtype, cwd=sft)
     first, *_ = evals(sft / (loss + dtype))
     for name, value in first.items():
         if name.startswith(("joint_", "given_")) and value is not None:
             assert value == pytest.approx(0, abs=tolerance)
     assert first["pref"] == pytest.approx(0.693147, abs=tolerance)
-    for text in ("JSD to the group's shares", "before", "which may fall",
-                 "the shares of the classes", "next: python evaluate.py"):
-        assert text in p.stdout
 
 
-@pytest.mark.parametrize("loss, more", [("gdpo", ["--shard_optimizer"]), ("gdpo-kto", [])])
-def test_two_processes_give_the_run_of_one(sft, world, call, loss, more):
+def test_two_processes_give_the_run_of_one(sft, world, call):
     """Batches of 13 leave a last batch of 1 row: one process has none, and still joins in. KTO's z0
-    is of the whole batch. A sharded optimizer changes nothing, and one process goes on with it."""
-    flags = argv(world, "--loss", loss, "--epochs", 2, "--batch_size", 13)
-    call(train, *flags, "--out", f"one-{loss}", cwd=sft)
-    cli("train.py", *flags, *more, "--out", f"two-{loss}", "--micro_batch", 3, cwd=sft, nproc=2)
-    one, two = lines(sft / f"one-{loss}"), lines(sft / f"two-{loss}")
-    assert len(one) == len(two) and len(evals(sft / f"one-{loss}")) > 2
+    is of the whole batch. A sharded optimizer changes nothing."""
+    flags = argv(world, "--loss", "gdpo-kto", "--epochs", 2, "--batch_size", 13)
+    call(train, *flags, "--out", "one", cwd=sft)
+    more = ["--shard_optimizer", "--micro_batch", 3, "--out", "two"]
+    cli("train.py", *flags, *more, cwd=sft, nproc=2)
+    one, two = lines(sft / "one"), lines(sft / "two")
+    assert len(one) == len(two) and len(evals(sft / "one")) > 2
     for a, b in zip(one, two):
-        a, b = a.get("eval", a), b.get("eval", b)
-        assert a.keys() == b.keys()
-        for k in a:
-            assert b[k] == (a[k] if a[k] is None else pytest.approx(a[k], rel=2e-3, abs=2e-3)), k
-    names = [torch.load(sft / f"{n}-{loss}/state.pt")["optimizer"]["state"] for n in ("one", "two")]
-    assert names[0].keys() == names[1].keys()
-    for k in names[0]:
-        torch.testing.assert_close(names[0][k]["square_avg"], names[1][k]["square_avg"],
-                                   rtol=5e-2, atol=1e-6)
+        assert b.get("eval", b) == pytest.approx(a.get("eval", a), rel=2e-3, abs=2e-3)
+    one, two = (torch.load(sft / f"{n}/state.pt")["optimizer"]["state"] for n in ("one", "two"))
+    for k in one.keys() | two.keys():
+        torch.testing.assert_close(one[k]["square_avg"], two[k]["square_avg"], rtol=5e-2, atol=1e-6)
 
 
-def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world):
+def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world, call):
     """torchrun's rendezvous on one machine. The other node says so in one line, and one process
     goes on from the last evaluation."""
-    flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--out", "nodes")
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        endpoint = f"localhost:{s.getsockname()[1]}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-              "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", str(ROOT / "train.py")]
-    nodes = [subprocess.Popen([*launch, *map(str, flags)], cwd=sft, text=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    log, deadline = sft / "nodes/metrics.jsonl", time.time() + 60
-    while not (log.exists() and len(evals(sft / "nodes")) > 2) and time.time() < deadline:
-        time.sleep(0.05)
+    flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--shard_optimizer", "--out", "nodes")
+    endpoint = f"localhost:{20000 + os.getpid() % 10000}"
+    nodes = [start(flags, sft, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                   "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}") for _ in range(2)]
+    wait_for_lines(sft / "nodes", 10, *nodes)
     child = f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children"
     os.kill(int(Path(child).read_text().split()[0]), signal.SIGKILL)
     errors = [p.communicate(timeout=60)[1] for p in nodes]
     assert all(p.returncode for p in nodes)
     assert any("another process of the run is gone" in e for e in errors), errors
-    p = cli("train.py", *flags, "--resume", cwd=sft)
+    p = call(train, *flags, "--resume", cwd=sft)
     assert re.search(r"resumed at step \d+", p.stderr) and (sft / "nodes/last").is_dir()
-
-
-def start_and_signal(flags, cwd, out, sig, after_lines):
-    """Start the real command, send it a signal once it has logged some lines; its exit code."""
-    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd,
-                         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log, deadline = cwd / out / "metrics.jsonl", time.time() + 60
-    while p.poll() is None and time.time() < deadline:
-        if log.exists() and len(log.read_text().splitlines()) >= after_lines:
-            p.send_signal(sig)
-            break
-        time.sleep(0.005)
-    _, err = p.communicate(timeout=60)
-    return p.returncode, err
 
 
 def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, call):
     """Bit for bit: weights, losses, data order. kill -9 loses what came after the last evaluation,
-    Ctrl-C loses nothing."""
-    flags = argv(world, "--loss", "gdpo", "--epochs", 16, "--log_every", 3)
-    cli("train.py", *flags, "--out", "whole", cwd=sft)
+    Ctrl-C loses nothing. While a run is at work, no other one may write into its folder."""
+    flags = argv(world, "--loss", "gdpo", "--epochs", 30, "--log_every", 3)
+    call(train, *flags, "--out", "whole", cwd=sft)
     part = [*flags, "--out", "part"]
-    code, _ = start_and_signal(part, sft, "part", signal.SIGKILL, 15)
-    assert code == -signal.SIGKILL
-    killed = len(lines(sft / "part"))
-    code, err = start_and_signal([*part, "--resume"], sft, "part", signal.SIGINT, killed + 15)
+    p = start(part, sft)
+    wait_for_lines(sft / "part", 1, p)
+    second = call(train, *part, "--overwrite", cwd=sft, check=2)
+    assert "another process is at work in part" in second.stderr
+    wait_for_lines(sft / "part", 15, p)
+    p.kill()
+    p.communicate()
+    assert p.returncode == -signal.SIGKILL and not (sft / "part/last").exists()
+    p = start([*part, "--resume"], sft)
+    wait_for_lines(sft / "part", len(lines(sft / "part")) + 10, p)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
     stopped = re.search(r"stopped and saved at step (\d+)", err)
-    assert code == 130 and stopped, err
-    p = cli("train.py", *part, "--resume", cwd=sft)
+    assert p.returncode == 130 and stopped, err
+    p = call(train, *part, "--resume", cwd=sft)
     assert f"resumed at step {stopped[1]}" in p.stderr
     assert lines(sft / "part") == lines(sft / "whole")
     for name in ("best", "last"):
-        a, b = (read_safetensors(sft / x / name / "model.safetensors") for x in ("part", "whole"))
-        assert all(torch.equal(a[k], b[k]) for k in b)
+        a, b = (sft / run / name / "model.safetensors" for run in ("part", "whole"))
+        assert a.read_bytes() == b.read_bytes()
     assert not list((sft / "part").glob("**/*.tmp"))
     p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
-    assert "JSD to the group's shares" in p.stdout
-    p = call(train, *part, "--resume", "--beta", 0.3, cwd=sft, check=2)
-    assert "other flags than the run in part began with: --beta 0.3 (was 1.0)" in p.stderr
+    for text in ("JSD to the group's shares", "margin of the answer given the belief, majority",
+                 "the shares of the classes", "next: python evaluate.py part"):
+        assert text in p.stdout
 
 
-def test_a_run_does_not_go_on_with_other_rows_or_a_damaged_state(sft, world, tmp_path, call):
+def test_a_run_goes_on_only_with_its_own_flags_rows_and_state(world, tmp_path, call):
+    """And it starts only from an SFT run with its own flags and rows, which is trained first."""
     shutil.copytree(world, tmp_path / "d")
-    init = sft / f"out/{world.name}-sft-seed0/best"
-    flags = ["--loss", "gdpo", "--init", init, "--data", "d", *SMALL, "--epochs", 1, "--out", "o"]
-    call(train, *flags, cwd=tmp_path)
-    path = tmp_path / "d/train.jsonl"
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "the run in o was trained on other rows than d holds now" in p.stderr
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    state = (tmp_path / "o/state.pt").read_bytes()
+    path, flags = tmp_path / "d/train.jsonl", argv("d", "--epochs", 1, "--out", "o")
+    p = call(train, *flags, cwd=tmp_path)
+    assert "training SFT first, with SFT's own defaults" in p.stderr
+    again = [*flags, "--resume", "--init", "out/d-sft-seed0/best"]
+    rows, state = path.read_text(), (tmp_path / "o/state.pt").read_bytes()
+    other = "".join(reversed(rows.splitlines(keepends=True)))
+    for text, more, message in (
+            (rows, [*again, "--beta", 0.3], "o differs from this one: beta 1.0 (here: 0.3); use"),
+            (rows, [*flags, "--form", "{prompt}:"], "form <Q>{prompt}<A> (here: {prompt}:)"),
+            (other, again, "the run in o differs from this one: hash_of_rows"),
+            (other, flags, "the run in out/d-sft-seed0 differs from this one: hash_of_rows")):
+        path.write_text(text)
+        p = call(train, *more, cwd=tmp_path, check=2)
+        assert message in p.stderr.splitlines()[-1]
+    path.write_text(rows)
     (tmp_path / "o/state.pt").write_bytes(state[:5000])
-    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "o/state.pt is damaged" in p.stderr and "Traceback" not in p.stderr
+    p = call(train, *again, cwd=tmp_path, check=2)
+    assert "o/state.pt is damaged" in p.stderr
 
 
-def test_an_sft_run_on_other_rows_is_not_taken_for_this_ones(sft, world, call, tmp_path):
-    shutil.copytree(sft / f"out/{world.name}-sft-seed0", tmp_path / f"out/{world.name}-sft-seed0")
-    rows = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    shutil.copytree(world, tmp_path / world.name)
-    (tmp_path / world.name / "train.jsonl").write_text("".join(rows[1:]))
-    config = tmp_path / f"out/{world.name}-sft-seed0/config.json"
-    config.write_text(config.read_text().replace(str(world), world.name))     # made here before
-    p = call(train, "--data", world.name, *SMALL, "--loss", "dpo", cwd=tmp_path, check=2)
-    assert f"out/{world.name}-sft-seed0 was trained on other rows than {world.name}" in p.stderr
+def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(world, tmp_path):
+    flags = argv(world, "--epochs", 1, "--checkpointing", "--micro_batch", 3, "--shard_optimizer")
+    both = [start([*flags, "--out", name], tmp_path) for name in "ab"]
+    errors = [p.communicate(timeout=100)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], errors
+    folder = tmp_path / f"out/{world.name}-sft-seed0"
+    steps = [r["step"] for r in lines(folder) if "lr" in r]
+    assert len(steps) == 10 and steps == sorted(set(steps))
+    given = {"checkpointing": True, "micro_batch": 3, "shard_optimizer": True}
+    assert given.items() <= json.loads((folder / "config.json").read_text()).items()
 
 
-def test_the_sft_run_made_first_fits_the_same_machine(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-
-    def stop(o):
-        asked.append(o)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "train", stop)
-    told = dict(shard_optimizer=True, checkpointing=True, save_dtype="bfloat16", micro_batch=3)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_sft_first(resolve(Config(loss="gdpo", model="gpt2", init="a/best", **told)))
-    assert {k: getattr(asked[0], k) for k in told} == told and asked[0].loss == "sft"
-
-
-def test_two_runs_that_need_an_sft_run_train_it_once(world, tmp_path):
-    launch = [sys.executable, str(ROOT / "train.py"), *map(str, argv(world, "--epochs", 1))]
-    several = [subprocess.Popen([*launch, "--out", name], cwd=tmp_path, text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}) for name in "ab"]
-    errors = [p.communicate(timeout=100)[1] for p in several]
-    assert [p.returncode for p in several] == [0, 0], errors
-    assert sum("training SFT first" in e for e in errors) == 1
-
-
-def test_an_sft_run_of_another_shape_is_not_taken_for_this_ones(sft, world, call):
-    p = call(train, *argv(world, "--loss", "dpo", "--n_layer", 2, "--out", "other"), cwd=sft,
-            check=2)
-    assert "has other flags: --n_layer 1 (here: 2)" in p.stderr and not (sft / "other").exists()
-
-
-def test_two_commands_do_not_write_into_one_folder(sft, world, call):
-    flags = argv(world, "--loss", "gdpo", "--epochs", 300, "--out", "both")
-    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=sft,
-                         stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        while not (sft / "both/metrics.jsonl").exists() and p.poll() is None:
-            time.sleep(0.05)
-        second = call(train, *flags, "--overwrite", cwd=sft, check=2)
-        assert "another process is at work in both" in second.stderr
-    finally:
-        p.kill()
-        p.communicate()
-
-
-def test_a_run_that_is_there_is_not_lost(sft, world, call):
-    flags = argv(world, "--loss", "sft", "--epochs", 1)
-    p = call(train, *flags, cwd=sft, check=2)
-    assert "holds a run already (metrics.jsonl, best, last, state.pt), --resume goes on" in p.stderr
-    assert len(evals(sft / f"out/{world.name}-sft-seed0")) > 5
-
-
-def test_resume_never_throws_a_run_away(sft, world, tmp_path, call):
-    """A finished run without state.pt stays as it is; one that was killed before its first state
-    begins again; --overwrite alone replaces it."""
+def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
+    """But with --resume, one that was killed before its first state begins again."""
     out = tmp_path / "run"
     shutil.copytree(sft / f"out/{world.name}-sft-seed0", out)
-    (out / "state.pt").unlink()
     flags = argv(world, "--loss", "sft", "--epochs", 1, "--out", out)
+    p = call(train, *flags, cwd=tmp_path, check=2)
+    assert "holds a run already (metrics.jsonl, best, last, state.pt): --resume goes" in p.stderr
+    (out / "state.pt").unlink()
     p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "but no state.pt to go on from; --overwrite throws it away" in p.stderr
-    assert len(evals(out)) > 5 and (out / "best/model.safetensors").is_file()
+    assert "holds a run already (metrics.jsonl, best, last)" in p.stderr and len(evals(out)) > 5
     call(train, *flags, "--overwrite", cwd=tmp_path)
     assert len(evals(out)) < 5
-    shutil.rmtree(out / "best"), shutil.rmtree(out / "last")
+    for path in (out / "best", out / "last"):
+        shutil.rmtree(path)
     (out / "state.pt").unlink()
     call(train, *flags, "--resume", cwd=tmp_path)
     assert (out / "last").is_dir()
 
 
 @pytest.mark.parametrize("error, message", [
-    (MemoryError(), "out of memory: lower --micro_batch, or add --checkpointing"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
-     "out of memory: lower --micro_batch"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory")])
-def test_out_of_memory_is_one_line(sft, world, call, monkeypatch, tmp_path, error, message):
-    def fail(*args):
-        raise error
-    monkeypatch.setattr(train, "train_step", fail)
-    p = call(train, *argv(world, "--loss", "sft", "--out", tmp_path / "x"), cwd=sft, check=2)
-    assert message in p.stderr.splitlines()[-1] and "Traceback" not in p.stderr
+    (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing; --resume goes on"),
+    (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"), "another process of the")])
+def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
+    monkeypatch.setattr(train, "train", Mock(side_effect=error))
+    p = call(train, cwd=tmp_path, check=2)
+    assert message in p.stderr and p.stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, monkeypatch, tmp_path):
@@ -382,7 +314,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
             raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64")
     monkeypatch.setattr(torch, "save", full)
     p = call(train, *flags, cwd=sft, check=2)
-    assert "is the disk full? --resume goes on" in p.stderr.splitlines()[-1]
+    assert "(is the disk full?); --resume goes on" in p.stderr.splitlines()[-1]
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     assert call(train, *flags, "--resume", cwd=sft).stdout
@@ -391,95 +323,24 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
 def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_path):
     p = call(train, *argv(world, "--loss", "sft", "--lr", 1e30, "--clip", 1e30, "--warmup", 0,
                           "--out", tmp_path / "x"), cwd=sft, check=2)
-    assert "lower --lr" in p.stderr.splitlines()[-1] or "lower --lr" in p.stderr
-    assert not (tmp_path / "x/best").exists() and "Traceback" not in p.stderr
-
-
-def test_sft_is_trained_first_where_it_is_missing(world, tmp_path, call):
-    p = call(train, *argv(world, "--epochs", 1), cwd=tmp_path)
-    assert "training SFT first, with SFT's own defaults" in p.stderr
-    assert {x.name for x in (tmp_path / "out").iterdir()} == {
-        f"{world.name}-{x}-seed0" for x in ("sft", "gdpo")}
+    assert "lower --lr" in p.stderr.splitlines()[-1] and not (tmp_path / "x/best").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, sft-kl, both-kl"),
-    (["--pref", "kto"], "unrecognized arguments: --pref kto"),
-    (["--los", "gdpo"], "unrecognized arguments: --los gdpo"),
     (["--beta", "big"], "argument --beta: 'big' is no float"),
-    (["--beta", "-3"], "argument --beta: -3 is not a number from 0 on"),
     (["--epochs", "nan"], "argument --epochs: nan is not a number from 0 on"),
-    (["--lr", "inf"], "argument --lr: inf is not a number from 0 on"),
-    (["--micro_batch", "-1"], "argument --micro_batch: -1 is not a number from 0 on"),
-    (["--warmup", "-5"], "argument --warmup: -5 is not a number from 0 on"),
-    (["--seed", "-1"], "argument --seed: -1 is not a number from 0 on"),
-    (["--n_layer", "0"], "--n_layer must be more than 0"),
-    (["--resume", "--overwrite"], "--resume goes on with the run, --overwrite throws it away"),
-    (["--dtype", "float16"], "invalid choice: 'float16'"),
+    (["--n_layer", "0"], "--n_... must be more than 0"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no/where"),
     (["--data", "x,"], "has an empty name"),
-    (["--loss", "sft", "--init", "x"], "does not start from an SFT checkpoint: give --model x"),
-    (["--loss", "sft", "--model", "nowhere"], "nowhere"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
     (["--loss", "sft", "--n_head", "5"], "n_embd must divide into n_head"),
 ])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
-        world, tmp_path, flags, message, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")          # nobody answers there
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(world), *map(str, SMALL), *flags])
-    with pytest.raises(SystemExit) as e:
-        run(train.main)
-    err = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and message in err[-1] and err[-1].startswith("train.py: error: ")
+        world, tmp_path, flags, message, monkeypatch, call):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    p = call(train, *argv(world), *flags, cwd=tmp_path, check=2)
+    last = p.stderr.strip().splitlines()[-1]
+    assert message in last and last.startswith("train.py: error: ")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda rows, meta: rows[2].pop("options"), "train.jsonl, line 3: field 'options' is missing"),
-    (lambda rows, meta: rows[1].update(accept_response=""),
-     "train.jsonl, line 2: accept_response is empty"),
-    (lambda rows, meta: rows[0].update(accept_choice_id="7"), "line 1: accept_choice_id '7' is"),
-    (lambda rows, meta: meta.update(classes="012345"), "'classes' must list two or more class"),
-])
-def test_a_broken_dataset_is_one_line_and_exit_2(world, tmp_path, change, message, call):
-    rows = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()]
-    meta = json.loads((world / "meta.json").read_text())
-    change(rows, meta)
-    (tmp_path / "d").mkdir()
-    for s in ("train", "eval"):
-        (tmp_path / f"d/{s}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "d/meta.json").write_text(json.dumps(meta))
-    p = call(train, "--data", "d", "--loss", "sft", cwd=tmp_path, check=2)
-    assert message in p.stderr and len(p.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_class_of_two_tokens_is_one_line_and_exit_2(world, tmp_path, call):
-    (tmp_path / "d").mkdir()
-    for name in ("train.jsonl", "eval.jsonl", "meta.json"):
-        text = (world / name).read_text().replace('"5"', '"10"')
-        (tmp_path / "d" / name).write_text(text)
-    p = call(train, "--data", "d", "--loss", "sft", *SMALL, cwd=tmp_path, check=2)
-    assert "class '10' is not one token" in p.stderr and not (tmp_path / "out").exists()
-
-
-def test_more_than_one_group_in_one_model(tmp_path, call):
-    """Two countries mixed, the group in the prompt. The SFT run keeps the form in effect."""
-    for name, country in (("a", "Avalon"), ("b", "Borduria")):
-        synth.toy(synth.Toy(out=str(tmp_path / name), country=country, paraphrases=3,
-                            holdout_questions=200))
-    form = "<G>{group}<Q>{prompt}<A>"
-    call(train, "--data", "a,b", "--form", form, "--epochs", 1, "--loss", "sft", *SMALL,
-         "--eval_every", 1000, "--log_every", 10, cwd=tmp_path)
-    out = tmp_path / "out/a+b-sft-seed0"
-    assert json.loads((out / "config.json").read_text())["form"] == form
-    p = call(train, "--data", "a,b", "--loss", "gdpo", "--out", "x", *SMALL, cwd=tmp_path, check=2)
-    assert "has other flags: --form" in p.stderr
-    assert "2 groups, but the prompts do not say which" in p.stderr
-    synth.toy(synth.Toy(out=str(tmp_path / "c"), country="Avalon,Borduria", paraphrases=3))
-    call(train, "--data", "c", "--epochs", 1, "--loss", "sft", *SMALL, "--eval_every", 10000,
-         cwd=tmp_path)
-    config = json.loads((tmp_path / "out/c-sft-seed0/config.json").read_text())
-    assert config["form"] == form
