@@ -79,6 +79,7 @@ class Config:
     # the machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda
+    compile: bool = False         # torch.compile the model
     checkpointing: bool = False   # keep one activation per layer, recompute the rest in backward
     shard_optimizer: bool = False  # each process keeps only its share of the optimizer's state
     hash_of_rows: str = ""        # no flag: filled in, to compare the rows of runs
@@ -99,7 +100,7 @@ PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
 
 
 # May change on --resume
-MACHINE = ("device", "micro_batch", "log_every", "checkpointing", "shard_optimizer")
+MACHINE = ("device", "micro_batch", "log_every", "compile", "checkpointing", "shard_optimizer")
 # A run shares these with the SFT run that it starts from
 SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
           "vocab_size")
@@ -252,7 +253,8 @@ def loop(r, loss):
     per_epoch = math.ceil(len(items) / o.batch_size)
     total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
     lengths, batches, clock = [cost(i, loss.branches) for i in items], None, time.time()
-    policy = DDP(r.model, gradient_as_bucket_view=True) if dist.is_initialized() else r.model
+    policy = torch.compile(r.model, dynamic=True) if o.compile else r.model
+    policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
     say(f"{o.out}: {o.loss}, {len(items)} rows, {total} steps of {o.batch_size}, "
         f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {o.device}, {o.dtype}"
         + (f", resumed at step {r.step}" if r.step else ""))
