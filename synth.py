@@ -297,8 +297,8 @@ class Reply(NamedTuple):
 # A server's error is about this one prompt (flagged, or too long), about a parameter that can be
 # left out, or about any request (model, key, endpoint).
 FLAGGED = re.compile("content.?(policy|management|exists)|filter|flagged|refus|safety|moderat|spii|"
-                     "inspection|inappropriate|harmful|prohibited|blocklist|recitation|sensitive|"
-                     "guardrail|violat|invalid.?prompt", re.I)
+                     "inspect|inappropriate|harmful|prohibit|blocklist|recitation|sensitive|violat|"
+                     "guardrail|invalid.?prompt", re.I)
 TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|many.{0,9}tokens)", re.I)
 PARAMETERS = {"response_format": "response_format|schema|structured|grammar"} | {
     name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens")}
@@ -335,12 +335,13 @@ class Client:
                 self.answers[entry["key"]] = entry["answer"]
                 self.tokens += entry["tokens"]
         if lines[-1]:
-            self.write("")             # ends that half line
+            with open(self.cache, "a") as f:
+                f.write("\n")
 
     def settings(self):
-        """What a dataset's meta.json records about the server: nothing that could hold a key."""
-        return {"llm": self.o.llm, "temperature": self.o.temperature,
-                "max_tokens": self.o.max_tokens, "base_url": self.o.base_url.partition("?")[0]}
+        """What meta.json records about the server: nothing that could hold a key."""
+        return {"base_url": self.o.base_url.partition("?")[0], "llm": self.o.llm,
+                "temperature": self.o.temperature, "max_tokens": self.o.max_tokens}
 
     def usd(self):
         return self.tokens @ (self.o.usd_in, self.o.usd_out) / 1e6
@@ -352,8 +353,7 @@ class Client:
 
     def check(self, **settings):
         """Ask one tiny question, to find a wrong key, address or model before hours of work."""
-        [reply] = chat(self, ["Reply with the word yes."], "checking the server",
-                       **{"max_tokens": 64} | settings)
+        [reply] = chat(self, ["Reply with yes."], "checking the server", max_tokens=64, **settings)
         if re.match(r"4\d\d: ", reply.text):
             raise ValueError(f"the server refuses a harmless prompt: {reply.text}")
 
@@ -361,35 +361,30 @@ class Client:
         """The answers to request bodies (JSON to POST, or the query of a GET), in their order; the
         n-th of equal bodies gets the n-th answer. read(response) -> (answer, [tokens in, out]), or
         raises TryAgain. params: the rest of a query, such as a key."""
-        seen, keys = Counter(), []
+        jobs, seen = {}, Counter()
         for body in bodies:
             text = json.dumps([url, body], sort_keys=True)
-            keys.append(hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest())
+            jobs[hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()] = body
             seen[text] += 1
-        found = {key: self.answers[key] for key in keys if key in self.answers}
-        jobs = [(key, body) for key, body in zip(keys, bodies) if key not in found]
+        found = {key: self.answers[key] for key in jobs if key in self.answers}
         send = partial(self.send, partial(self.fetch, method, url, read, headers, params))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        self.bar = progress(total=len(keys), initial=len(found), desc=desc, unit="answer")
-        self.bar.set_postfix_str(self.spent())
+        self.bar = progress(total=len(jobs), initial=len(found), desc=desc, unit="answer")
         self.halt, self.error = threading.Event(), None
-        pool = ThreadPoolExecutor(self.o.concurrency)
         try:
-            found |= pool.map(send, jobs)
-        except (ValueError, OSError):
-            pass                                       # self.error; this one may be its echo
-        except KeyboardInterrupt:
-            print("waiting for the answers under way (Ctrl-C drops them)", file=sys.stderr)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise
-        finally:
-            self.halt.set()
-            pool.shutdown(cancel_futures=True)
-            self.bar.close()
-        if self.error:
+            with self.bar, ThreadPoolExecutor(self.o.concurrency) as pool:
+                try:
+                    found |= pool.map(send, [job for job in jobs.items() if job[0] not in found])
+                except KeyboardInterrupt:
+                    print("waiting for answers under way (Ctrl-C drops them)", file=sys.stderr)
+                    signal.signal(signal.SIGINT, signal.SIG_DFL)
+                    raise
+                finally:
+                    self.halt.set()
+        except (ValueError, OSError):                  # perhaps an echo of self.error
             raise ConnectionError(f"{self.error}; {len(self.answers)} answers are kept in "
                                   f"{self.cache}, run the same command to go on") from self.error
-        return [found[key] for key in keys]
+        return [found[key] for key in jobs]
 
     def send(self, fetch, job):
         """(key, answer) of one job, kept in the cache. The first error stops the other threads."""
@@ -420,17 +415,14 @@ class Client:
         self.refused += refused
         if not refused or self.answers and FLAGGED.search(answer.text):
             self.answers[key] = answer
-            self.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}))
+            with open(self.cache, "a", encoding="utf-8", newline="\n") as f:
+                f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
         if not self.answers and self.refused >= 5:
             raise ValueError(f"all of the first {self.refused} were refused: {answer.text}")
         if self.o.max_usd and not refused and not any(tokens):
             raise ValueError("the server reports no usage, so --max_usd cannot hold")
         self.bar.set_postfix_str(self.spent(), refresh=False)
         self.bar.update()
-
-    def write(self, line):
-        with open(self.cache, "a", encoding="utf-8", newline="\n") as f:
-            f.write(line + "\n")
 
     def fetch(self, method, url, read, headers, params, body):
         """One answer, asked for without the parameters that the model has refused before."""
@@ -461,16 +453,14 @@ class Client:
 
 
 def culprit_of(e, body):
-    """The field of a request's body that a Refused is about: a parameter, the messages of a chat,
-    or None if any request would be refused. Where the words leave it open, it is the messages:
-    Client stops if the first few are all refused."""
-    about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
-    named = [k for k in PARAMETERS if k in body and re.search(PARAMETERS[k], e.words)]
-    if named and e.status in (400, 422) and not about_prompt:
-        return named[0]
-    if "messages" in body and e.status in (400, 403, 413, 422) and (
-            about_prompt or not OF_ALL.search(e.words)):
-        return "messages"
+    """The field of a request's body that a Refused is about: a parameter, or a chat's messages.
+    None if any request would be refused. In doubt it is the messages: see Client.keep."""
+    culprit = next((k for k in PARAMETERS if k in body and re.search(PARAMETERS[k], e.words)), None)
+    if FLAGGED.search(e.words) or TOO_LONG.search(e.words):
+        culprit = "messages"
+    elif not culprit and not OF_ALL.search(e.words):
+        culprit = "messages"
+    return culprit if culprit in body and e.status in (400, 403, 413, 422) else None
 
 
 def endpoint(o, path):
@@ -486,16 +476,16 @@ def endpoint(o, path):
 
 def read_json_answer(response, field):
     """A server's JSON object in which `field` is a list; TryAgain for anything else."""
-    kind, again = response.headers.get("Content-Type", "text"), 2
+    kind = response.headers.get("Content-Type", "text")
     try:
         answer = json.loads(response.content)
         if isinstance(answer.get(field), list) and not answer.get("error"):
             return answer
-        if re.search(r'"code": ?"?(429|5\d\d)\b', response.text):      # a busy provider's
-            again = TRIES
-    except (ValueError, AttributeError):               # half an answer, a page of HTML
-        again = 2 if "event-stream" in kind else TRIES
-    raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", again)
+        # The error of a busy provider passes; another comes again, and is final the second time.
+        tries = TRIES if re.search(r'"code": ?"?(429|5\d\d)\b', response.text) else 2
+    except (ValueError, AttributeError):               # half an answer, a page of HTML, a stream
+        tries = 2 if "event-stream" in kind else TRIES
+    raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", tries)
 
 
 def read_chat(response):
@@ -504,14 +494,14 @@ def read_chat(response):
     try:
         choice, usage = (answer["choices"] or [{}])[0], answer.get("usage") or {}
         tokens = [int(usage.get(f"{k}_tokens") or 0) for k in ("prompt", "completion")]
-        message, ended = choice.get("message") or {}, str(choice.get("finish_reason") or "stop")
+        ended, message = choice.get("finish_reason") or "stop", choice.get("message") or {}
         text, refusal = message.get("content") or "", message.get("refusal")
         if isinstance(text, list):                     # of parts, some of which may be thinking
             text = "".join(p["text"] for p in text if "text" in p.get("type", "text"))
         text = THINKING.sub("", text, count=1).strip()
     except (AttributeError, TypeError, KeyError, ValueError):
         raise TryAgain(f"no chat completion: {str(answer)[:300]}", 2) from None
-    ended = ended.lower()
+    ended = str(ended).lower()
     if choice.get("error") or FAILED.search(ended):
         raise TryAgain(f"the answer ended with {ended}: {choice.get('error')}")
     if text and not FLAGGED.search(ended):
@@ -573,7 +563,6 @@ def embed(client, texts, model, size=64):
 # ---------------------------------------------------------------------------------------------
 # The LLM as writer: Appendix A
 
-EXAMPLE = "What's your stance on defeating terrorism through military force?"      # in the prompt
 TEXT = {"type": "string"}
 
 
@@ -585,6 +574,7 @@ def closed(**fields):
             "additionalProperties": False}
 
 
+EXAMPLE = "What's your stance on defeating terrorism through military force?"      # in the prompt
 STYLES = closed(styles=[closed(question=TEXT, answers=[closed(option=TEXT, answer=TEXT)])])
 
 
@@ -608,10 +598,9 @@ def llm_writer(client, questions, group, o, rng):
         found, failed = parse_dialogues(reply.text, q.options, reply.ended)
         read += bool(found)
         for paraphrase, answers in found:              # a repeat could be in train and in test
-            if normal(paraphrase) in dialogues[q.id]:
+            new = paraphrase, answers
+            if dialogues[q.id].setdefault(normal(paraphrase), new) is not new:
                 failed.append({"problem": "a wording given before", "text": paraphrase})
-            else:
-                dialogues[q.id][normal(paraphrase)] = paraphrase, answers
         problems += [{"group": group, "question": q.id, **problem} for problem in failed]
     print(f"{group}: {read} of {len(replies)} replies could be read", file=sys.stderr)
     return [list(d.values())[:o.paraphrases] for d in dialogues.values()], problems
@@ -632,17 +621,10 @@ def unquote(text):
     return re.sub(r'^"\s*([^"]*?)\s*"$', r"\1", text.strip(" *_"))
 
 
-def answer_pattern(options):
-    """Matches a line `A1: [option] answer` with any of these options (plain) and any label."""
-    either = "|".join(map(re.escape, sorted(options, key=len, reverse=True)))
-    return re.compile(
-        r"[\W_]*(?:(?:answer|option|[a-z])[ *_-]*)?\d*[^\w\[(]*"       # A1:, **B.**, 1), -
-        r"[\[(][ '\"*_]*(?:(?:option|choice)? ?\d* ?[.:)] ?)?"         # [, (, [1. , [Option:
-        rf"({either})[ .'\"*_]*[\])][ *_:：–-]*(?:\[\1\] ?)?(.*)", re.I)
-
-
 QUESTION = re.compile(r"^[ *_#>•-]*(?:\d+[.)] ?)?[*_]*q(?:uestion)?[ *_]*\d*[*_]* ?[:.)：] ?",
                       re.I | re.M)
+LABEL = r"[\W_]*(?:(?:answer|option|[a-z])[ *_-]*)?\d*[^\w\[(]*"        # A1:, **B.**, 1), -
+BRACKET = r"[\[(][ '\"*_]*(?:(?:option|choice)? ?\d* ?[.:)] ?)?"        # [, (, [1. , [Option:
 
 
 def parse_dialogues(text, options, ended="stop"):
@@ -652,7 +634,9 @@ def parse_dialogues(text, options, ended="stop"):
     if ended == "refused":
         return [], [{"problem": "a prompt that the server refused", "text": text}]
     names, good, problems = {plain(option): k for k, option in enumerate(options)}, [], []
-    read = answer_pattern(names).match
+    either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    read = re.compile(rf"{LABEL}{BRACKET}({either})[ .'\"*_]*[\])][ *_:：–-]*(?:\[\1\] ?)?(.*)",
+                      re.I).match
     layout = "\n".join(map(one_line, in_words(text).split("\n")))
     head, *styles = re.split(f"(?={QUESTION.pattern})", layout, flags=QUESTION.flags)
     if not styles or any(map(read, head.split("\n"))):
@@ -679,15 +663,11 @@ def parse_dialogues(text, options, ended="stop"):
 
 def in_words(text):
     """A reply in JSON (STYLES, perhaps cut off) in the layout of Appendix A; another as it is."""
-    lines = []
-    for m in re.finditer(r'\{\s*"question"', text):
-        try:
-            style, _ = json.JSONDecoder(strict=False).raw_decode(text, m.start())
-            lines += [f"Q: {one_line(style['question'])}"] + [
-                f"[{one_line(a['option'])}] {one_line(a['answer'])}" for a in style["answers"]]
-        except (ValueError, KeyError, TypeError):
-            lines.append("Q: " + one_line(text[m.start():]))           # has no answers
-    return "\n".join(lines) or text
+    layout = {"question": "\nQ: {}", "option": "\n[{}] ", "answer": "{}"}
+    string = r'"(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*"'
+    found = re.findall(rf'"({"|".join(layout)})"\s*:\s*({string})', text)
+    return "".join(layout[field].format(one_line(json.loads(value, strict=False)))
+                   for field, value in found) or text
 
 
 def read_label(text, labels):
