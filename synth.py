@@ -305,7 +305,7 @@ PARAMETERS = {"response_format": "response_format|schema|structured|grammar"} | 
 OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
                     "not permitted|deployment|stream|permission|account|credit|quota|billing", re.I)
 # Finish reasons of failures and of cuts. FLAGGED finds refusals; any other is a good end.
-FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|interrupt|malformed|overload")
+FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload")
 CUT = re.compile("length|max.*token|context|incomplete")
 # Thinking ends at its last closing tag; if it was never closed, at the end of the text.
 TAG = r"(\w+:)?(think|thinking|thought|reasoning)>"
@@ -367,14 +367,18 @@ class Client:
             jobs[hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()] = body
             seen[text] += 1
         found = {key: self.answers[key] for key in jobs if key in self.answers}
-        send = partial(self.send, partial(self.fetch, method, url, read, headers, params))
+        new = [job for job in jobs.items() if job[0] not in found]
+        get = lambda body: request(
+            method, url, headers, read, pause=self.pause, timeout=(10, self.o.timeout),
+            allow_redirects=False, json=body if method == "POST" else None,
+            params=None if method == "POST" else body | (params or {}))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         self.bar = progress(total=len(jobs), initial=len(found), desc=desc, unit="answer")
         self.halt, self.error = threading.Event(), None
         try:
             with self.bar, ThreadPoolExecutor(self.o.concurrency) as pool:
                 try:
-                    found |= pool.map(send, [job for job in jobs.items() if job[0] not in found])
+                    found |= pool.map(partial(self.send, get), new)
                 except KeyboardInterrupt:
                     print("waiting for answers under way (Ctrl-C drops them)", file=sys.stderr)
                     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -386,7 +390,7 @@ class Client:
                                   f"{self.cache}, run the same command to go on") from self.error
         return [found[key] for key in jobs]
 
-    def send(self, fetch, job):
+    def send(self, get, job):
         """(key, answer) of one job, kept in the cache. The first error stops the other threads."""
         key, body = job
         try:
@@ -398,7 +402,7 @@ class Client:
                 if self.o.max_usd and self.usd() >= self.o.max_usd:
                     raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()})")
                 self.sent += 1
-            answer, tokens = fetch(body)
+            answer, tokens = self.fetch(get, body)
             with self.lock:
                 self.keep(key, answer, tokens)
         except Exception as e:
@@ -424,28 +428,29 @@ class Client:
         self.bar.set_postfix_str(self.spent(), refresh=False)
         self.bar.update()
 
-    def fetch(self, method, url, read, headers, params, body):
+    def fetch(self, get, body):
         """One answer, asked for without the parameters that the model has refused before."""
         model = body.get("model")
-        while True:
-            fit = {k: v for k, v in body.items() if (model, k) not in self.unfit}
-            if "max_tokens" in body.keys() - fit.keys():
-                fit["max_completion_tokens"] = body["max_tokens"]      # its newer name
-            data = {"json": fit} if method == "POST" else {"params": fit | (params or {})}
-            try:
-                return request(method, url, headers, read, pause=self.pause,
-                               timeout=(10, self.o.timeout), allow_redirects=False, **data)
-            except Refused as e:
-                culprit = culprit_of(e, fit)
-                if culprit == "messages":
-                    return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
-                if not culprit:
-                    raise
-                with self.lock:
-                    if (model, culprit) not in self.unfit:
-                        self.bar.write(f"{model} refuses {culprit}, which is left out from here "
-                                       f"on: {e.words[:200]}", file=sys.stderr)
-                    self.unfit.add((model, culprit))
+        fit = {k: v for k, v in body.items() if (model, k) not in self.unfit}
+        if "max_tokens" in body.keys() - fit.keys():
+            fit["max_completion_tokens"] = body["max_tokens"]          # its newer name
+        try:
+            return get(fit)
+        except Refused as e:
+            culprit = culprit_of(e, fit)
+            if culprit == "messages":
+                return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
+            if not culprit:
+                raise
+            self.leave_out(model, culprit, e.words)
+        return self.fetch(get, body)
+
+    def leave_out(self, model, name, words):
+        with self.lock:
+            if (model, name) not in self.unfit:
+                self.bar.write(f"{model} refuses {name}, which is left out from here on: "
+                               f"{words[:200]}", file=sys.stderr)
+            self.unfit.add((model, name))
 
     def pause(self, seconds, problem):
         self.bar.set_postfix_str(f"waiting {seconds:.0f} s: {problem[:60]}")
@@ -456,9 +461,8 @@ def culprit_of(e, body):
     """The field of a request's body that a Refused is about: a parameter, or a chat's messages.
     None if any request would be refused. In doubt it is the messages: see Client.keep."""
     culprit = next((k for k in PARAMETERS if k in body and re.search(PARAMETERS[k], e.words)), None)
-    if FLAGGED.search(e.words) or TOO_LONG.search(e.words):
-        culprit = "messages"
-    elif not culprit and not OF_ALL.search(e.words):
+    about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
+    if about_prompt or not culprit and not OF_ALL.search(e.words):
         culprit = "messages"
     return culprit if culprit in body and e.status in (400, 403, 413, 422) else None
 
