@@ -368,17 +368,17 @@ class Client:
             seen[text] += 1
         found = {key: self.answers[key] for key in jobs if key in self.answers}
         new = [job for job in jobs.items() if job[0] not in found]
-        get = lambda body: request(
+        send = partial(self.send, lambda body: request(
             method, url, headers, read, pause=self.pause, timeout=(10, self.o.timeout),
             allow_redirects=False, json=body if method == "POST" else None,
-            params=None if method == "POST" else body | (params or {}))
+            params=None if method == "POST" else body | (params or {})))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         self.bar = progress(total=len(jobs), initial=len(found), desc=desc, unit="answer")
         self.halt, self.error = threading.Event(), None
         try:
             with self.bar, ThreadPoolExecutor(self.o.concurrency) as pool:
                 try:
-                    found |= pool.map(partial(self.send, get), new)
+                    found |= pool.map(send, new)
                 except KeyboardInterrupt:
                     print("waiting for answers under way (Ctrl-C drops them)", file=sys.stderr)
                     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -413,7 +413,7 @@ class Client:
 
     def keep(self, key, answer, tokens):
         """Count an answer and append it to the cache. A refusal is kept only if it is clearly about
-        the prompt and a good answer came before."""
+        the prompt and a good answer came before; five refusals before any end the run."""
         self.tokens += tokens
         refused = isinstance(answer, Reply) and answer.ended == "refused"
         self.refused += refused
@@ -480,15 +480,13 @@ def endpoint(o, path):
 
 def read_json_answer(response, field):
     """A server's JSON object in which `field` is a list; TryAgain for anything else."""
-    kind = response.headers.get("Content-Type", "text")
-    try:
+    tries, kind = TRIES, response.headers.get("Content-Type", "no type")
+    with suppress(ValueError, AttributeError):         # half an answer, a page of HTML
         answer = json.loads(response.content)
         if isinstance(answer.get(field), list) and not answer.get("error"):
             return answer
-        # The error of a busy provider passes; another comes again, and is final the second time.
-        tries = TRIES if re.search(r'"code": ?"?(429|5\d\d)\b', response.text) else 2
-    except (ValueError, AttributeError):               # half an answer, a page of HTML, a stream
-        tries = 2 if "event-stream" in kind else TRIES
+        if not re.search(r'"code": ?"?(429|5\d\d)\b', response.text):  # other errors do not pass
+            tries = 2
     raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", tries)
 
 
@@ -646,7 +644,7 @@ def parse_dialogues(text, options, ended="stop"):
     if not styles or any(map(read, head.split("\n"))):
         problems.append({"problem": "a reply without a question line", "text": text[:500]})
     for n, style in enumerate(styles, 1):
-        asked, *lines = QUESTION.sub("", style, count=1).split("\n")
+        asked, *lines = map(unquote, QUESTION.sub("", style, count=1).split("\n"))
         end = max((i for i, line in enumerate(lines, 1) if read(line)), default=0)
         found = [read(line) for line in lines[:end] if re.search(r"\w", line)]
         answers = {names.get(plain(m[1])): unquote(m[2]) for m in found if m and unquote(m[2])}
@@ -656,10 +654,11 @@ def parse_dialogues(text, options, ended="stop"):
             problem = "a style cut off by the length limit"
         elif normal(asked) == normal(EXAMPLE):
             problem = "the prompt's own example question"
-        elif continued or not unquote(asked) or not len(found) == len(answers) == len(options):
+        elif (continued or not asked or len(found) != len(options)
+              or answers.keys() != set(range(len(options)))):
             problem = "a style that is not one answer to each option"
         else:
-            good.append((unquote(asked), [answers[k] for k in range(len(options))]))
+            good.append((asked, [answers[k] for k in range(len(options))]))
             continue
         problems.append({"problem": problem, "text": style.strip()})
     return good, problems
