@@ -231,13 +231,13 @@ EMPTY = "no content, finish_reason "
 
 @pytest.mark.parametrize("answer, text, ended", [
     *[(completion(said), "answer", "stop") for said in (
-        "<think>\nQ: a draft\n</think>\n\nanswer", "<think></think>answer", "so </think> answer",
+        "<think>\nQ: a draft\n</think>\n\nanswer", "<think></think>answer", "o </think> answer",
         "<think>a</think> no <think>b</think> answer", "[THINK]a[/THINK]answer",
         "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
         [{"text": "an"}, {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "swer"}])],
-    *[(completion("\ud83d", end), "?", "stop") for end in ("eos", "end_turn", "STOP", "", None, "x")],
-    *[(completion("a", cut), "a", "length") for cut in ("length", "MAX_TOKENS", "context_exceeded")],
-    *[(completion("a", no), EMPTY + no.lower(), "refused") for no in (
+    *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "end_turn", "STOP", "", None, "x")],
+    *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")],
+    *[(completion("a", x), EMPTY + x.lower(), "refused") for x in (
         "content_filter", "SAFETY", "refusal", "RECITATION")],
     (completion("<think>hm", "length"),
      EMPTY + "length: raise --max_tokens, a model that thinks needs more", "refused"),
