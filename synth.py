@@ -285,6 +285,7 @@ class Chat:
     usd_out: float = 0.0         # price of a million answer tokens
     max_usd: float = 0.0         # send nothing more once this is spent, cached answers too; 0: any
     limit: int = 0               # send at most this many requests, then stop; 0: any
+    cache: str = ""              # JSON lines of the answers so far; empty: beside OUT
 
 
 class Reply(NamedTuple):
@@ -325,8 +326,8 @@ class Client:
             self.extra = dict(json.loads(o.extra or "{}"))
         except (ValueError, TypeError):
             raise ValueError('--extra must be a JSON object, such as {"seed": 1}') from None
-        self.o, self.cache, self.answers = o, Path(cache), {}          # {hash: answer}
-        self.tokens, self.sent, self.refused = np.zeros(2, int), 0, 0  # tokens in and out
+        self.o, self.cache, self.answers = o, Path(o.cache or cache), {}
+        self.tokens, self.sent, self.refused = np.zeros(2, int), 0, 0      # tokens in and out
         self.unfit, self.lock = set(), threading.Lock()    # (model, parameter it does not take)
         lines = self.cache.read_bytes().split(b"\n") if self.cache.is_file() else [b""]
         for line in lines:
@@ -442,15 +443,12 @@ class Client:
                 return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
             if not culprit:
                 raise
-            self.leave_out(model, culprit, e.words)
+            with self.lock:
+                if (model, culprit) not in self.unfit:
+                    self.bar.write(f"{model} refuses {culprit}, which is left out from here on: "
+                                   f"{e.words[:200]}", file=sys.stderr)
+                self.unfit.add((model, culprit))
         return self.fetch(get, body)
-
-    def leave_out(self, model, name, words):
-        with self.lock:
-            if (model, name) not in self.unfit:
-                self.bar.write(f"{model} refuses {name}, which is left out from here on: "
-                               f"{words[:200]}", file=sys.stderr)
-            self.unfit.add((model, name))
 
     def pause(self, seconds, problem):
         self.bar.set_postfix_str(f"waiting {seconds:.0f} s: {problem[:60]}")

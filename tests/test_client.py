@@ -234,7 +234,7 @@ EMPTY = "no content, finish_reason "
         "<think>\nQ: a draft\n</think>\n\nanswer", "<think></think>answer", "o </think> answer",
         "<think>a</think> no <think>b</think> answer", "[THINK]a[/THINK]answer",
         "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
-        [{"text": "an"}, {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "swer"}])],
+        [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"}])],
     *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "end_turn", "STOP", "", None, "x")],
     *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")],
     *[(completion("a", x), EMPTY + x.lower(), "refused") for x in (
