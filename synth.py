@@ -320,8 +320,9 @@ class Client:
     in headers and params, which are neither hashed nor kept."""
     def __init__(self, o, cache):
         check_address(o.base_url, "--base_url")
-        if o.max_usd and not (o.usd_in or o.usd_out):
-            raise ValueError("--max_usd needs prices to count by: give --usd_in and --usd_out")
+        if o.concurrency < 1 or o.max_usd and not (o.usd_in or o.usd_out):
+            raise ValueError("--concurrency must be 1 or more, and --max_usd needs prices to count "
+                             "by: --usd_in and --usd_out")
         try:
             self.extra = dict(json.loads(o.extra or "{}"))
         except (ValueError, TypeError):

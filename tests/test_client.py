@@ -80,7 +80,7 @@ def test_nothing_but_what_was_given_is_sent(client, server):
 
 @pytest.mark.parametrize("flags, words", [
     ({"extra": "[1]"}, "--extra must be a JSON object"), ({"max_usd": 1.0}, "needs prices"),
-    ({"base_url": "localhost"}, "is no http"),
+    ({"base_url": "localhost"}, "is no http"), ({"concurrency": 0}, "must be 1 or more"),
     ({"base_url": "http://me:very-secret@127.0.0.1/v1"}, "user:password@((?!secret).)*$")])
 def test_a_flag_that_cannot_be_meant_is_one_line(client, flags, words):
     with pytest.raises(ValueError, match=words):
@@ -214,12 +214,11 @@ def test_a_server_out_of_reach_is_reported_soon_and_one_that_had_answered_is_wai
 
 
 @pytest.mark.parametrize("status", [400, 401])
-def test_check_finds_a_wrong_server_with_one_request(client, server, status):
-    client().check(llm="m")
-    assert server.requests[0].body["max_tokens"] <= 64
+def test_check_finds_a_wrong_server_with_one_short_request(client, server, status):
     server.answer = lambda r: (status, "please stream")
     with pytest.raises((ValueError, OSError), match=f"{status}.*please stream"):
-        client(llm="other").check()
+        client().check(llm="m")
+    assert [r.body["max_tokens"] for r in server.requests] == [64]
 
 
 # ---------------------------------------------------------------------------------------------
