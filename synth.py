@@ -27,11 +27,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -275,316 +276,257 @@ def toy_shares(topic, country, aspect, rng):
 class Chat:
     base_url: str = "https://api.openai.com/v1"  # server; Azure: .../deployments/NAME?api-version=V
     llm: str = "gpt-3.5-turbo-1106"  # model to ask (Appendix A); its key: environment, API_KEY
-    temperature: float | None = None  # of its answers; not sent unless given, like the next three
-    top_p: float | None = None   # of its answers
-    frequency_penalty: float | None = None  # of its answers
+    temperature: float | None = None  # of its answers; not sent unless given
     max_tokens: int | None = None  # longest answer
-    extra: str = ""              # more fields of a request, as JSON: {"enable_thinking": false}
+    extra: str = ""              # more fields of a request, as JSON: {"top_p": 0.9, "seed": 1}
     concurrency: int = 8         # requests under way at once
     timeout: float = 120.0       # seconds without a byte until a request is tried again
     usd_in: float = 0.0          # price of a million prompt tokens, to show what was spent
     usd_out: float = 0.0         # price of a million answer tokens
-    max_usd: float = 0.0         # send nothing more at this cost, cached answers counted; 0: any
+    max_usd: float = 0.0         # send nothing more once this is spent, cached answers too; 0: any
     limit: int = 0               # send at most this many requests, then stop; 0: any
     cache: str = ""              # JSON lines of the answers so far; empty: beside OUT
 
 
 class Reply(NamedTuple):
-    """An LLM's answer: its text without the thinking, and how it ended: "stop"; "length", if it was
-    cut; or "refused", and then the text holds the server's words instead of an answer."""
+    """An LLM's answer without its thinking, and how it ended: "stop"; "length", if it was cut off;
+    or "refused", and then the text holds the server's words instead of an answer."""
     text: str
     ended: str
 
 
-# What a server's words are about: this one prompt (flagged, or too long), or any request (model,
-# key, parameter). Parameters that a model refuses are left out, the first of these first.
-FLAGGED = re.compile("content.?(filter|policy|management|exists)|filtered|flagged|refus|safety|"
-                     "moderat|inspection|inappropriate|harmful|blocklist|prohibited|recitation|"
-                     "spii|sensitive|guardrail|violat|invalid.?prompt", re.I)
-TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|maximum context|too long|"
-                      "too many (input )?tokens|reduce (the|your) (length|prompt|input)", re.I)
+# A server's error is about this one prompt (flagged, or too long), about a parameter that can be
+# left out, or about any request (model, key, endpoint).
+FLAGGED = re.compile("content.?(policy|management|exists)|filter|flagged|refus|safety|moderat|spii|"
+                     "inspect|inappropriate|harmful|prohibit|blocklist|recitation|sensitive|violat|"
+                     "guardrail|invalid.?prompt", re.I)
+TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|many.{0,9}tokens)", re.I)
+PARAMETERS = {"response_format": "response_format|schema|structured|grammar"} | {
+    name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens")}
 OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
                     "not permitted|deployment|stream|permission|account|credit|quota|billing", re.I)
-PARAMETERS = {"response_format": "response_format|schema|structured|grammar", "stop": r"\bstop\b"}
-PARAMETERS |= {name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens")}
-# Why an answer ended: any name is an end but those of a failure, a refusal or a cut.
-FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|interrupt|"
-                    "malformed|overload")
+# Finish reasons of failures and of cuts. FLAGGED finds refusals; any other is a good end.
+FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload")
 CUT = re.compile("length|max.*token|context|incomplete")
-TAG = r"(\w+:)?(think|thinking|thought|reasoning)"
-THOUGHT = re.compile(rf"(?is)^.*(</{TAG}>|\[/THINK\]|<\|channel\|>final<\|message\|>)")
-THINKING = re.compile(rf"(?is)^\s*(<{TAG}>|\[THINK\]|<\|channel\|>analysis).*")     # to the end
+# Thinking ends at its last closing tag; if it was never closed, at the end of the text.
+TAG = r"(\w+:)?(think|thinking|thought|reasoning)>"
+THINKING = re.compile(rf"(.*(</{TAG}|\[/THINK\]|<\|channel\|>final<\|message\|>))?"
+                      rf"(\s*(<{TAG}|\[THINK\]|<\|channel\|>analysis).*)?", re.I | re.S)
 
 
 class Client:
-    """Asks many things at once and keeps every answer in an append-only JSON-lines file, under the
-    hash of its request: a killed run goes on where it was, and a second one is free. Keys travel in
-    headers and params alone, which are neither hashed nor kept. Failures are never kept."""
-    FEW = 5                            # refusals before any answer, at which a run stops
-
+    """Asks many things at once and appends every good answer to a JSON-lines file, under the hash
+    of its request: a killed run continues where it stopped, and repeating it is free. Keys travel
+    in headers and params, which are neither hashed nor kept."""
     def __init__(self, o, cache):
         check_address(o.base_url, "--base_url")
-        if o.max_usd and not (o.usd_in or o.usd_out):
-            raise ValueError("--max_usd needs prices to count by: give --usd_in and --usd_out")
-        if o.concurrency < 1 or o.timeout <= 0:
-            raise ValueError("--concurrency must be 1 or more, and --timeout more than 0")
+        if o.concurrency < 1 or o.max_usd and not (o.usd_in or o.usd_out):
+            raise ValueError("--concurrency must be 1 or more, and --max_usd needs prices to count "
+                             "by: --usd_in and --usd_out")
         try:
             self.extra = dict(json.loads(o.extra or "{}"))
         except (ValueError, TypeError):
             raise ValueError('--extra must be a JSON object, such as {"seed": 1}') from None
         self.o, self.cache, self.answers = o, Path(o.cache or cache), {}
-        self.lock, self.halt, self.error, self.bar = threading.Lock(), threading.Event(), None, None
-        self.tokens, self.dearest, self.sent, self.under_way = [0, 0], 0.0, 0, 0
-        self.kept, self.fine, self.refused = 0, 0, 0   # answers on disk; good ones; refusals
-        self.unfit = set()                             # (model, parameter that it does not take)
-        if self.cache.is_file():
-            text = self.cache.read_text(encoding="utf-8", errors="replace")
-            for line in text.split("\n"):
-                try:
-                    entry = json.loads(line)
-                    self.remember(entry["key"], entry["answer"], entry["tokens"])
-                    self.kept += 1
-                except (ValueError, KeyError, TypeError):
-                    pass                               # the half line of a killed run
-            if text and not text.endswith("\n"):
-                with open(self.cache, "a", encoding="utf-8") as f:
-                    f.write("\n")
+        self.tokens, self.sent, self.refused = np.zeros(2, int), 0, 0      # tokens in and out
+        self.unfit, self.lock = set(), threading.Lock()    # (model, parameter it does not take)
+        lines = self.cache.read_bytes().split(b"\n") if self.cache.is_file() else [b""]
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):    # the half line of a killed run
+                entry = json.loads(line)
+                self.answers[entry["key"]] = entry["answer"]
+                self.tokens += entry["tokens"]
+        if lines[-1]:
+            with open(self.cache, "a") as f:
+                f.write("\n")
 
     def settings(self):
-        """What a dataset's meta.json tells of the server: nothing that could hold a key."""
-        names = ("llm", "temperature", "top_p", "frequency_penalty", "max_tokens")
-        return {k: getattr(self.o, k) for k in names} | {
-            "base_url": self.o.base_url.partition("?")[0]}
+        """What meta.json records about the server: nothing that could hold a key."""
+        return {"base_url": self.o.base_url.partition("?")[0], "llm": self.o.llm,
+                "temperature": self.o.temperature, "max_tokens": self.o.max_tokens}
 
-    def remember(self, key, answer, tokens):
-        self.tokens = [a + b for a, b in zip(self.tokens, tokens, strict=True)]
-        self.dearest = max(self.dearest, self.usd(tokens))
-        self.answers[key] = answer
-        self.fine += not is_refused(answer)
-
-    def usd(self, tokens):
-        return (tokens[0] * self.o.usd_in + tokens[1] * self.o.usd_out) / 1e6
+    def usd(self):
+        return self.tokens @ (self.o.usd_in, self.o.usd_out) / 1e6
 
     def spent(self):
         """Tokens and cost so far, as the bar shows them."""
-        cost = f", ${self.usd(self.tokens):.4f}" if self.o.usd_in or self.o.usd_out else ""
+        cost = f", ${self.usd():.4f}" if self.o.usd_in or self.o.usd_out else ""
         return f"{self.tokens[0]:,} tokens in, {self.tokens[1]:,} out{cost}" * any(self.tokens)
 
     def check(self, **settings):
-        """Ask one tiny question, so that a wrong key, address or model is known before hours of
-        other work. Kept like every answer."""
-        [reply] = chat(self, ["Reply with the word yes."], "checking the server",
-                       **{"max_tokens": 64} | settings)
+        """Ask one tiny question, to find a wrong key, address or model before hours of work."""
+        [reply] = chat(self, ["Reply with yes."], "checking the server", max_tokens=64, **settings)
         if re.match(r"4\d\d: ", reply.text):
             raise ValueError(f"the server refuses a harmless prompt: {reply.text}")
 
-    def ask(self, method, url, bodies, read, desc, headers=None, params=None, refused=None):
-        """The answers to request bodies (JSON to POST, or the query of a GET), in their order.
-        read(response) -> (answer, [tokens in, out]), or raises TryAgain. The n-th of equal bodies
-        is the n-th answer to it. params: what a query needs besides (a key). refused(e) -> the
-        answer that stands for a Refused, or raises it: then the run ends."""
-        seen, keys = Counter(), []
+    def ask(self, method, url, bodies, read, desc, headers=None, params=None):
+        """The answers to request bodies (JSON to POST, or the query of a GET), in their order; the
+        n-th of equal bodies gets the n-th answer. read(response) -> (answer, [tokens in, out]), or
+        raises TryAgain. params: the rest of a query, such as a key."""
+        jobs, seen = {}, Counter()
         for body in bodies:
             text = json.dumps([url, body], sort_keys=True)
-            keys.append(hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest())
+            jobs[hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()] = body
             seen[text] += 1
-        jobs = [(k, b) for k, b in zip(keys, bodies) if k not in self.answers]
-        get = partial(self.get, method, url, read, headers, params, refused)
-        pool, self.error = ThreadPoolExecutor(self.o.concurrency), None
-        self.bar = progress(total=len(keys), initial=len(keys) - len(jobs), desc=desc,
-                            unit="answer")
-        self.bar.set_postfix_str(self.spent())
+        found = {key: self.answers[key] for key in jobs if key in self.answers}
+        new = [job for job in jobs.items() if job[0] not in found]
+        send = partial(self.send, lambda body: request(
+            method, url, headers, read, pause=self.pause, timeout=(10, self.o.timeout),
+            allow_redirects=False, json=body if method == "POST" else None,
+            params=None if method == "POST" else body | (params or {})))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
+        self.bar = progress(total=len(jobs), initial=len(found), desc=desc, unit="answer")
+        self.halt, self.error = threading.Event(), None
         try:
-            if self.o.max_usd and not self.dearest and jobs:
-                self.send(*jobs.pop(0), get)           # the first alone tells what one costs
-            for future in as_completed([pool.submit(self.send, *job, get) for job in jobs]):
-                future.result()
-        except (ValueError, OSError):
-            pass                                       # self.error; others may be its echoes
-        finally:
-            self.finish(pool)
-        if self.error:
-            raise ConnectionError(f"{self.error}; {self.kept} answers are kept in {self.cache}, "
-                                  "the same command goes on from there") from self.error
-        return [self.answers[k] for k in keys]
+            with self.bar, ThreadPoolExecutor(self.o.concurrency) as pool:
+                try:
+                    found |= pool.map(send, new)
+                except KeyboardInterrupt:
+                    print("waiting for answers under way (Ctrl-C drops them)", file=sys.stderr)
+                    signal.signal(signal.SIGINT, signal.SIG_DFL)
+                    raise
+                finally:
+                    self.halt.set()
+        except (ValueError, OSError):                  # perhaps an echo of self.error
+            raise ConnectionError(f"{self.error}; {len(self.answers)} answers are kept in "
+                                  f"{self.cache}, run the same command to go on") from self.error
+        return [found[key] for key in jobs]
 
-    def finish(self, pool):
-        """Wake those who wait to try again, and wait for the answers under way."""
-        self.halt.set()
-        self.bar.close()
-        if self.under_way:
-            print(f"waiting for {self.under_way} answers under way (Ctrl-C drops them)",
-                  file=sys.stderr)
-        try:
-            pool.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:
-            os._exit(130)                              # Python would wait for the threads
-        self.halt.clear()
-
-    def send(self, key, body, get):
-        """Get one answer and keep it. The first error stops the other threads."""
+    def send(self, get, job):
+        """(key, answer) of one job, kept in the cache. The first error stops the other threads."""
+        key, body = job
         try:
             with self.lock:
-                self.check_limits()
-                self.sent, self.under_way = self.sent + 1, self.under_way + 1
-            try:
-                answer, tokens = get(body)
-            finally:
-                with self.lock:
-                    self.under_way -= 1
+                if self.halt.is_set():
+                    raise ConnectionAbortedError("stopped")
+                if self.o.limit and self.sent >= self.o.limit:
+                    raise ValueError(f"--limit {self.o.limit} requests are sent")
+                if self.o.max_usd and self.usd() >= self.o.max_usd:
+                    raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()})")
+                self.sent += 1
+            answer, tokens = self.fetch(get, body)
             with self.lock:
-                self.remember(key, answer, tokens)
-                self.refused += is_refused(answer)
-                # Of refusals only those are kept that are about the prompt beyond doubt.
-                if not is_refused(answer) or self.fine and FLAGGED.search(answer.text):
-                    with open(self.cache, "a", encoding="utf-8", newline="\n") as f:
-                        f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
-                    self.kept += 1
-                self.bar.set_postfix_str(self.spent(), refresh=False)
-                self.bar.update()
-            if not self.fine and self.refused >= self.FEW:
-                raise ValueError(f"all of the first {self.refused} were refused: {answer.text}")
-            if self.o.max_usd and not any(tokens) and not is_refused(answer):
-                raise ValueError("the server tells no usage, so --max_usd cannot be kept")
-        except (ValueError, OSError) as e:
-            with self.lock:
-                self.error = self.error or e
+                self.keep(key, answer, tokens)
+        except Exception as e:
+            self.error = self.error or e
             self.halt.set()
             raise
+        return key, answer
 
-    def get(self, method, url, read, headers, params, refused, body):
-        """One answer, asked for without the parameters that the model has been found to refuse."""
+    def keep(self, key, answer, tokens):
+        """Count an answer and append it to the cache. A refusal is kept only if it is clearly about
+        the prompt and a good answer came before; five refusals before any end the run."""
+        self.tokens += tokens
+        refused = isinstance(answer, Reply) and answer.ended == "refused"
+        self.refused += refused
+        if not refused or self.answers and FLAGGED.search(answer.text):
+            self.answers[key] = answer
+            with open(self.cache, "a", encoding="utf-8", newline="\n") as f:
+                f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
+        if not self.answers and self.refused >= 5:
+            raise ValueError(f"all of the first {self.refused} were refused: {answer.text}")
+        if self.o.max_usd and not refused and not any(tokens):
+            raise ValueError("the server reports no usage, so --max_usd cannot hold")
+        self.bar.set_postfix_str(self.spent(), refresh=False)
+        self.bar.update()
+
+    def fetch(self, get, body):
+        """One answer, asked for without the parameters that the model has refused before."""
         model = body.get("model")
-        while True:
-            fit = {k: v for k, v in body.items() if (model, k) not in self.unfit}
-            if "max_tokens" in body.keys() - fit.keys():
-                fit["max_completion_tokens"] = body["max_tokens"]      # its newer name
-            data = {"json": fit} if method == "POST" else {"params": fit | (params or {})}
-            try:
-                return request(method, url, headers, read, pause=self.pause,
-                               timeout=(10, self.o.timeout), allow_redirects=False, **data)
-            except Refused as e:
-                named = [k for k, words in PARAMETERS.items() if k in fit
-                         and re.search(words, e.words)]
-                about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
-                if e.status not in (400, 422) or not named or about_prompt:
-                    if refused:
-                        return refused(e), [0, 0]
-                    raise
-                with self.lock:
-                    if (model, named[0]) not in self.unfit:
-                        self.bar.write(f"{model} refuses {named[0]}, which is left out from here "
-                                       f"on: {e.words[:200]}", file=sys.stderr)
-                    self.unfit.add((model, named[0]))
+        fit = {k: v for k, v in body.items() if (model, k) not in self.unfit}
+        if "max_tokens" in body.keys() - fit.keys():
+            fit["max_completion_tokens"] = body["max_tokens"]          # its newer name
+        try:
+            return get(fit)
+        except Refused as e:
+            culprit = culprit_of(e, fit)
+            if culprit == "messages":
+                return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
+            if not culprit:
+                raise
+            with self.lock:
+                if (model, culprit) not in self.unfit:
+                    self.bar.write(f"{model} refuses {culprit}, which is left out from here on: "
+                                   f"{e.words[:200]}", file=sys.stderr)
+                self.unfit.add((model, culprit))
+        return self.fetch(get, body)
 
     def pause(self, seconds, problem):
-        with self.lock:
-            self.bar.set_postfix_str(f"waiting {seconds:.0f} s: {problem[:60]}")
+        self.bar.set_postfix_str(f"waiting {seconds:.0f} s: {problem[:60]}")
         return self.halt.wait(seconds)
 
-    def check_limits(self):
-        if self.halt.is_set():
-            raise ConnectionAbortedError("stopped")
-        if self.o.limit and self.sent >= self.o.limit:
-            raise ValueError(f"--limit {self.o.limit} requests are sent")
-        ahead = self.usd(self.tokens) + self.dearest * (self.under_way + 1)
-        if self.o.max_usd and ahead > self.o.max_usd:
-            raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()}, and "
-                             f"{self.under_way} answers under way): raise it")
 
-
-def is_refused(answer):
-    return isinstance(answer, (list, tuple)) and len(answer) == 2 and answer[1] == "refused"
+def culprit_of(e, body):
+    """The field of a request's body that a Refused is about: a parameter, or a chat's messages.
+    None if any request would be refused. In doubt it is the messages: see Client.keep."""
+    culprit = next((k for k in PARAMETERS if k in body and re.search(PARAMETERS[k], e.words)), None)
+    about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
+    if about_prompt or not culprit and not OF_ALL.search(e.words):
+        culprit = "messages"
+    return culprit if culprit in body and e.status in (400, 403, 413, 422) else None
 
 
 def endpoint(o, path):
-    """(URL, headers with the key) of an OpenAI-compatible server's path. Azure's form of URL
-    (?api-version=) gets its own header."""
-    base, _, query = o.base_url.partition("?")
+    """(URL, headers with the key) of a server's path. Azure's URLs have a query (?api-version=),
+    and its keys a header of their own."""
+    base, mark, query = o.base_url.partition("?")
     key = key_from("API_KEY", "OPENAI_API_KEY")
     if not key and "api.openai.com" in base:
         raise ValueError("no key for api.openai.com: set OPENAI_API_KEY, or give --base_url")
     auth = {"api-key": key} if "api-version" in query else {"Authorization": f"Bearer {key}"}
-    return f"{base.rstrip('/')}/{path}{'?' if query else ''}{query}", auth if key else {}
-
-
-def usage_of(answer):
-    usage = answer.get("usage")
-    values = [usage.get(f"{k}_tokens") if isinstance(usage, dict) else 0
-              for k in ("prompt", "completion")]
-    return [int(v) if type(v) in (int, float) and 0 <= v < 1e12 else 0 for v in values]
+    return f"{base.rstrip('/')}/{path}{mark}{query}", auth if key else {}
 
 
 def read_json_answer(response, field):
-    """A server's JSON object that has this field; TryAgain for anything else."""
-    try:
+    """A server's JSON object in which `field` is a list; TryAgain for anything else."""
+    tries, kind = TRIES, response.headers.get("Content-Type", "no type")
+    with suppress(ValueError, AttributeError):         # half an answer, a page of HTML
         answer = json.loads(response.content)
-    except ValueError:
-        kind = response.headers.get("Content-Type", "of no type")
-        raise TryAgain(f"the answer is not JSON but {kind}: {response.text[:200]}",
-                       2 if "event-stream" in kind else TRIES) from None
-    error = answer.get("error") if isinstance(answer, dict) else None
-    if error or not isinstance(answer, dict) or not isinstance(answer.get(field), list):
-        code = str(error.get("code")) if isinstance(error, dict) else ""
-        raise TryAgain(f"the answer has no {field}: {str(error or answer)[:300]}",
-                       TRIES if re.fullmatch("429|5..", code) else 2)
-    return answer
+        if isinstance(answer.get(field), list) and not answer.get("error"):
+            return answer
+        if not re.search(r'"code": ?"?(429|5\d\d)\b', response.text):  # other errors do not pass
+            tries = 2
+    raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", tries)
 
 
 def read_chat(response):
-    """A chat completion -> (Reply, [tokens in, out]). Whatever failed is asked for again."""
+    """A chat completion -> (Reply, [tokens in, out]). TryAgain for one that failed."""
     answer = read_json_answer(response, "choices")
     try:
-        choice = (answer["choices"] or [{}])[0]
-        message = choice.get("message") or {}
-        text, ended = message.get("content"), str(choice.get("finish_reason") or "stop").lower()
+        choice, usage = (answer["choices"] or [{}])[0], answer.get("usage") or {}
+        tokens = [int(usage.get(f"{k}_tokens") or 0) for k in ("prompt", "completion")]
+        ended, message = choice.get("finish_reason") or "stop", choice.get("message") or {}
+        text, refusal = message.get("content") or "", message.get("refusal")
         if isinstance(text, list):                     # of parts, some of which may be thinking
-            text = "".join(part.get("text") or "" for part in text if part.get("type") in
-                           ("text", "output_text", None))
-        text = THINKING.sub("", THOUGHT.sub("", text or "")).strip()
-        refusal = message.get("refusal")
-    except (AttributeError, TypeError, KeyError):
+            text = "".join(p["text"] for p in text if "text" in p.get("type", "text"))
+        text = THINKING.sub("", text, count=1).strip()
+    except (AttributeError, TypeError, KeyError, ValueError):
         raise TryAgain(f"no chat completion: {str(answer)[:300]}", 2) from None
+    ended = str(ended).lower()
     if choice.get("error") or FAILED.search(ended):
         raise TryAgain(f"the answer ended with {ended}: {choice.get('error')}")
-    if FLAGGED.search(ended) or not text:
-        hint = ": raise --max_tokens, a model that thinks needs more" if CUT.search(ended) else ""
-        words = (f"refusal: {refusal}" if refusal else ended if FLAGGED.search(ended) else
-                 f"no content, finish_reason {ended}{hint}")
-        return Reply(words[:500], "refused"), usage_of(answer)
-    text = text.encode("utf-8", "replace").decode()    # half a surrogate pair is no text
-    return Reply(text, "length" if CUT.search(ended) else "stop"), usage_of(answer)
-
-
-def refused_prompt(e):
-    """The Reply for a prompt that a server refuses. Raises e if any other request would be refused
-    too; where that cannot be told, Client stops if the first few were all refused."""
-    about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
-    if e.status not in (400, 403, 413, 422) or not about_prompt and OF_ALL.search(e.words):
-        raise e
-    return Reply(f"{e.status}: {e.words}", "refused")
+    if text and not FLAGGED.search(ended):
+        text = text.encode("utf-8", "replace").decode()    # no file can hold half a surrogate pair
+        return Reply(text, "length" if CUT.search(ended) else "stop"), tokens
+    hint = ": raise --max_tokens, a model that thinks needs more" if CUT.search(ended) else ""
+    words = f"refusal: {refusal}" if refusal else f"no content, finish_reason {ended}{hint}"
+    return Reply(words[:500], "refused"), tokens
 
 
 def chat(client, prompts, desc, schema=None, **settings):
-    """An LLM's answers to prompts (texts, or lists of messages): [Reply]. schema: the JSON schema
-    of an answer, dropped where the server does not know it. settings override the Chat flags of the
-    same name (but --max_tokens, if given, holds); others, such as stop, are fields of a request."""
-    flags = {f.name for f in dataclasses.fields(Chat)}
-    o = dataclasses.replace(client.o, **{k: v for k, v in settings.items() if k in flags})
-    url, headers = endpoint(o, "chat/completions")
-    body = {"model": o.llm, "temperature": o.temperature, "top_p": o.top_p,
-            "frequency_penalty": o.frequency_penalty,
-            "max_tokens": client.o.max_tokens or o.max_tokens,
-            **{k: v for k, v in settings.items() if k not in flags}}
+    """An LLM's answers to prompts: [Reply]. schema: the JSON schema of an answer, dropped if the
+    server does not know it. settings replace the Chat flags of the same name, but --max_tokens
+    holds if it is given."""
+    o = dataclasses.replace(client.o, **settings)
+    body = {"model": o.llm, "temperature": o.temperature,
+            "max_tokens": client.o.max_tokens or o.max_tokens}
     if schema:
         body["response_format"] = {"type": "json_schema", "json_schema": {
             "name": "answer", "strict": True, "schema": schema}}
     body = {k: v for k, v in (body | client.extra).items() if v is not None}
-    bodies = [body | {"messages": [{"role": "user", "content": p}] if isinstance(p, str) else p}
-              for p in prompts]
-    replies = [Reply(*r) for r in client.ask("POST", url, bodies, read_chat, desc, headers,
-                                             refused=refused_prompt)]
+    bodies = [body | {"messages": [{"role": "user", "content": p}]} for p in prompts]
+    url, headers = endpoint(o, "chat/completions")
+    replies = [Reply(*r) for r in client.ask("POST", url, bodies, read_chat, desc, headers)]
     refused = [r.text for r in replies if r.ended == "refused"]
     if refused:
         print(f"{desc}: {len(refused)} of {len(replies)} prompts were refused, the first: "
@@ -593,45 +535,35 @@ def chat(client, prompts, desc, schema=None, **settings):
 
 
 def read_embeddings(response):
-    """An answer with an embedding for each input, in their order -> (vectors, [tokens in, 0])."""
-    answer = read_json_answer(response, "data")
-    n = len(json.loads(response.request.body)["input"])
-    try:
-        order = sorted(range(n), key=lambda i: answer["data"][i].get("index") or 0)
-        if len({d.get("index") or 0 for d in answer["data"]}) < n:
-            order = range(n)                           # it does not number them
-        vectors = np.array([answer["data"][i]["embedding"] for i in order])
-        if (vectors.dtype.kind in "if" and vectors.ndim == 2 and len(answer["data"]) == n
+    """An answer with an embedding for each input -> (vectors in their order, [tokens in, 0])."""
+    answer, n = read_json_answer(response, "data"), len(json.loads(response.request.body)["input"])
+    with suppress(KeyError, TypeError, AttributeError, ValueError):
+        # Some servers leave out an index of 0, some number nothing: the sort is stable.
+        items = sorted(answer["data"], key=lambda item: item.get("index") or 0)
+        vectors = np.array([item["embedding"] for item in items])
+        if (vectors.dtype.kind in "if" and vectors.shape[:-1] == (n,)
                 and np.isfinite(vectors).all() and vectors.any(1).all()):
-            return vectors.tolist(), usage_of(answer)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        pass
+            return vectors.tolist(), [(answer.get("usage") or {}).get("prompt_tokens") or 0, 0]
     raise TryAgain(f"no embedding of numbers for each input: {response.text[:200]}", 2)
 
 
-def embed(client, texts, model):
-    """Unit vectors (N, C) of texts, by a server's embedding model."""
-    url, headers, size = *endpoint(client.o, "embeddings"), 64
-    while True:
-        bodies = [{"model": model, "input": texts[i:i + size]} for i in range(0, len(texts), size)]
-        try:
-            parts = client.ask("POST", url, bodies, read_embeddings, "embeddings", headers)
-            break
-        except ConnectionError as e:                   # some take but 10 inputs at once
-            if getattr(e.__cause__, "status", 0) not in (400, 413, 422) or size == 1:
-                raise
-            size //= 2
-    vectors = [v for part in parts for v in part]
-    if len(set(map(len, vectors))) > 1:
-        raise ValueError(f"{model} gives embeddings of different lengths")
-    vectors = np.array(vectors)
+def embed(client, texts, model, size=64):
+    """Unit vectors (N, C) of texts by a server's embedding model, `size` texts to a request."""
+    url, headers = endpoint(client.o, "embeddings")
+    bodies = [{"model": model, "input": texts[i:i + size]} for i in range(0, len(texts), size)]
+    try:
+        parts = client.ask("POST", url, bodies, read_embeddings, "embeddings", headers)
+    except ConnectionError as e:                       # some servers take only 10 inputs at once
+        if size == 1 or getattr(e.__cause__, "status", 0) not in (400, 413, 422):
+            raise
+        return embed(client, texts, model, size // 2)
+    vectors = np.array([vector for part in parts for vector in part])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # The LLM as writer: Appendix A
 
-EXAMPLE = "What's your stance on defeating terrorism through military force?"      # in the prompt
 TEXT = {"type": "string"}
 
 
@@ -643,53 +575,57 @@ def closed(**fields):
             "additionalProperties": False}
 
 
+EXAMPLE = "What's your stance on defeating terrorism through military force?"      # in the prompt
 STYLES = closed(styles=[closed(question=TEXT, answers=[closed(option=TEXT, answer=TEXT)])])
 
 
 def llm_writer(client, questions, group, o, rng):
     """Like template_writer, but asks an LLM for --styles dialogues a request. If nothing in the
     first 20 replies can be read, it asks for no more."""
-    asked = [(q, min(o.styles, o.paraphrases - done)) for q in questions
-             for done in range(0, o.paraphrases, max(1, o.styles))]
-    # equal requests get different answers only within one call of chat: keep a question's together
-    first = next((n for n in range(20, len(asked)) if asked[n][0] is not asked[n - 1][0]),
-                 len(asked))
+    sizes = [min(o.styles, o.paraphrases - n) for n in range(0, o.paraphrases, max(1, o.styles))]
+    asked = [(q, n) for q in questions for n in sizes]
+    prompts = [PROMPTS["dialogues"].format(
+        country=group, n=n, k=len(q.options), question=q.wordings[0],
+        choices=json.dumps(q.options, ensure_ascii=False)) for q, n in asked]
+    write = partial(chat, client, desc=f"dialogues, {group}", schema=STYLES, max_tokens=4096)
+    # Equal requests get different answers within one call only: keep a question's together.
+    first = len(sizes) * max(1, 20 // max(1, len(sizes)))
+    replies = write(prompts[:first])
+    if prompts[first:] and any(parse_dialogues(reply.text, q.options)[0]
+                               for (q, _), reply in zip(asked, replies)):
+        replies += write(prompts[first:])
     dialogues, problems, read = {q.id: {} for q in questions}, [], 0
-    for part in filter(None, (asked[:first], asked[first:])):
-        prompts = [PROMPTS["dialogues"].format(
-            country=group, n=n, k=len(q.options), question=q.wordings[0],
-            choices=json.dumps(q.options, ensure_ascii=False)) for q, n in part]
-        replies = chat(client, prompts, f"dialogues, {group}", STYLES,
-                       max_tokens=4096)
-        before = read
-        for (q, _), reply in zip(part, replies):
-            found, failed = parse_dialogues(reply.text, q.options, reply.ended)
-            read += bool(found)
-            for paraphrase, answers in found:          # a repeat could be in train and in test
-                if normal(paraphrase) in dialogues[q.id]:
-                    failed.append({"problem": "a wording given before", "text": paraphrase})
-                else:
-                    dialogues[q.id][normal(paraphrase)] = paraphrase, answers
-            problems += [{"group": group, "question": q.id, **problem} for problem in failed]
-        print(f"{group}: {read - before} of {len(part)} replies could be read", file=sys.stderr)
-        if not read:
-            break
+    for (q, _), reply in zip(asked, replies):
+        found, failed = parse_dialogues(reply.text, q.options, reply.ended)
+        read += bool(found)
+        for paraphrase, answers in found:              # a repeat could be in train and in test
+            new = paraphrase, answers
+            if dialogues[q.id].setdefault(normal(paraphrase), new) is not new:
+                failed.append({"problem": "a wording given before", "text": paraphrase})
+        problems += [{"group": group, "question": q.id, **problem} for problem in failed]
+    print(f"{group}: {read} of {len(replies)} replies could be read", file=sys.stderr)
     return [list(d.values())[:o.paraphrases] for d in dialogues.values()], problems
+
+
+def one_line(text):
+    """Text with straight quotes and single spaces."""
+    return " ".join(str(text).translate(str.maketrans("‘’“”", "''\"\"")).split())
 
 
 def plain(text):
     """Text to compare options by: without quotes, case, extra spaces and the final period."""
-    text = text.translate(str.maketrans("‘’“”", "''\"\""))
-    return " ".join(text.split()).strip(" .'\"").casefold()
+    return one_line(text).strip(" .'\"").casefold()
 
 
 def unquote(text):
-    """Text on one line, without marks or quotes around the whole of it."""
-    return re.sub(r'^["“]\s*([^"“”]*?)\s*["”]$', r"\1", " ".join(text.split()).strip(" *_"))
+    """Text without marks or quotes around all of it."""
+    return re.sub(r'^"\s*([^"]*?)\s*"$', r"\1", text.strip(" *_"))
 
 
-QUESTION = re.compile(r"^[ \t*_#>•-]*(?:\d+[.)]\s*)?[*_]*q(?:uestion)?[ *_]*\d*[*_]*\s*[:.)：]",
+QUESTION = re.compile(r"^[ *_#>•-]*(?:\d+[.)] ?)?[*_]*q(?:uestion)?[ *_]*\d*[*_]* ?[:.)：] ?",
                       re.I | re.M)
+LABEL = r"[\W_]*(?:(?:answer|option|[a-z])[ *_-]*)?\d*[^\w\[(]*"        # A1:, **B.**, 1), -
+BRACKET = r"[\[(][ '\"*_]*(?:(?:option|choice)? ?\d* ?[.:)] ?)?"        # [, (, [1. , [Option:
 
 
 def parse_dialogues(text, options, ended="stop"):
@@ -698,33 +634,30 @@ def parse_dialogues(text, options, ended="stop"):
     Nothing is guessed: a style with any other line, or without an answer, is a problem."""
     if ended == "refused":
         return [], [{"problem": "a prompt that the server refused", "text": text}]
-    names = {plain(option): k for k, option in enumerate(options)}
-    either = "|".join(re.escape(name).replace("'", "['‘’]").replace('"', '["“”]')
-                      .replace(r"\ ", r"\s+") for name in sorted(names, key=len, reverse=True))
-    label = r"[\W_]*(?:(?:answer|option|[a-z])[\s*_-]*)?\d*[^\w\[(]*"      # A1:, **B.**, 1), -
-    bracket = r"[\[(][\s'\"‘’“”*_]*(?:(?:option|choice)?\s*\d*\s*[.:)]\s*)?"
-    answer = re.compile(rf"{label}{bracket}({either})[\s.'\"‘’“”*_]*[\])][\s*_:：–-]*"
-                        r"(?:\[\1\]\s*)?(.*)", re.I)
-    head, *styles = re.split(f"(?={QUESTION.pattern})", in_words(text), flags=re.I | re.M)
-    good, problems = [], []
-    if not styles or any(map(answer.match, head.split("\n"))):
+    names, good, problems = {plain(option): k for k, option in enumerate(options)}, [], []
+    either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    read = re.compile(rf"{LABEL}{BRACKET}({either})[ .'\"*_]*[\])][ *_:：–-]*(?:\[\1\] ?)?(.*)",
+                      re.I).match
+    layout = "\n".join(map(one_line, in_words(text).split("\n")))
+    head, *styles = re.split(f"(?={QUESTION.pattern})", layout, flags=QUESTION.flags)
+    if not styles or any(map(read, head.split("\n"))):
         problems.append({"problem": "a reply without a question line", "text": text[:500]})
     for n, style in enumerate(styles, 1):
-        asked, *lines = QUESTION.sub("", style, count=1).split("\n")
-        end = max((i for i, line in enumerate(lines, 1) if answer.match(line)), default=0)
-        found = [answer.match(line) for line in lines[:end] if re.search(r"\w", line)]
-        said = {names.get(plain(m[1])): unquote(m[2]) for m in found if m}
-        # a line right below the last answer may continue it; after an empty line it does not
-        glued = re.match(r"[\W_]*(?!style\b)[^\W_]", "".join(lines[end:end + 1]), re.I)
+        asked, *lines = map(unquote, QUESTION.sub("", style, count=1).split("\n"))
+        end = max((i for i, line in enumerate(lines, 1) if read(line)), default=0)
+        found = [read(line) for line in lines[:end] if re.search(r"\w", line)]
+        answers = {names.get(plain(m[1])): unquote(m[2]) for m in found if m and unquote(m[2])}
+        # A line right below the last answer may continue it; below an empty line it does not.
+        continued = re.match(r"[\W_]*(?!style\b)[^\W_]", "".join(lines[end:end + 1]), re.I)
         if ended == "length" and n == len(styles):
             problem = "a style cut off by the length limit"
         elif normal(asked) == normal(EXAMPLE):
             problem = "the prompt's own example question"
-        elif (glued or None in found or len(found) != len(said) or not all(said.values())
-              or set(said) != set(range(len(options))) or not unquote(asked)):
+        elif (continued or not asked or len(found) != len(options)
+              or answers.keys() != set(range(len(options)))):
             problem = "a style that is not one answer to each option"
         else:
-            good.append((unquote(asked), [said[k] for k in range(len(options))]))
+            good.append((asked, [answers[k] for k in range(len(options))]))
             continue
         problems.append({"problem": problem, "text": style.strip()})
     return good, problems
@@ -732,27 +665,18 @@ def parse_dialogues(text, options, ended="stop"):
 
 def in_words(text):
     """A reply in JSON (STYLES, perhaps cut off) in the layout of Appendix A; another as it is."""
-    lines, one_line = [], lambda value: " ".join(str(value).split())
-    for m in re.finditer(r'\{\s*"question"', text):
-        try:
-            style, _ = json.JSONDecoder(strict=False).raw_decode(text, m.start())
-            lines += [f"Q: {one_line(style['question'])}"] + [
-                f"[{one_line(a['option'])}] {one_line(a['answer'])}" for a in style["answers"]]
-        except (ValueError, KeyError, TypeError):
-            lines.append("Q: " + one_line(text[m.start():]))         # has no answers
-    return "\n".join(lines) or text
+    layout = {"question": "\nQ: {}", "option": "\n[{}] ", "answer": "{}"}
+    string = r'"(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*"'
+    found = re.findall(rf'"({"|".join(layout)})"\s*:\s*({string})', text)
+    return "".join(layout[field].format(one_line(json.loads(value, strict=False)))
+                   for field, value in found) or text
 
 
 def read_label(text, labels):
     """Which of a few labels a reply gives, or None. Read are 3, **3**., 3.0, 3/5, Rating: 3, The
     rating is 3., {"answer": "3"}; not read are list items (1. The film, 1: France)."""
-    try:
-        value = json.loads(text)
-        text = str(*value.values()) if isinstance(value, dict) else text
-    except (ValueError, TypeError):
-        pass
     either = "|".join(map(re.escape, labels))
-    named = re.fullmatch(rf"[\W_]*(?:[a-z' ]+(?:\bis|[:=])[\W_]*)?(?<!-)({either})"
+    named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|\"?[:=])[\W_]*)?(?<!-)({either})"
                          r"(?:\.0+|\s*/\s*\d+)?[\W_]*", text, re.I)
     return next((s for s in labels if named and s.lower() == named[1].lower()), None)
 

@@ -17,16 +17,18 @@ from conftest import ROOT, completion
 import data
 import synth
 
+FINE = (200, completion("fine"))
+
 
 @pytest.fixture
 def client(server, tmp_path, monkeypatch):
-    """client(**flags): a Client of the local server, impatient."""
+    """client(**flags): a Client of the local server, impatient, and one request at a time."""
     monkeypatch.setattr(data, "PAUSE", 0.001)
     monkeypatch.setenv("API_KEY", "sk-very-secret")
     server.answer = lambda r: (200, completion("said " + question(r)))
 
     def make(**flags):
-        flags = {"base_url": server.url + "/v1", "timeout": 0.5} | flags
+        flags = {"base_url": server.url + "/v1", "timeout": 0.5, "concurrency": 1} | flags
         return synth.Client(synth.Chat(**flags), tmp_path / "c/answers.jsonl")
     return make
 
@@ -39,62 +41,17 @@ def ask(client, *prompts):
     return [text for text, _ in synth.chat(client, prompts, "asking")]
 
 
-def cached(client):
-    return client.cache.read_text() if client.cache.is_file() else ""
+def fails(client, words, *prompts):
+    """The run ends, with these words; returns all it said."""
+    with pytest.raises((OSError, ValueError), match=words) as e:
+        ask(client, *prompts)
+    return str(e.value)
 
 
 # ---------------------------------------------------------------------------------------------
 # Order, cache, limits
 
-def test_answers_come_in_order_and_nothing_but_what_was_given_is_sent(client, server):
-    """The paper's settings (Appendix A) are the API's defaults."""
-    assert ask(client(), *"abcdefghij") == [f"said {x}" for x in "abcdefghij"]
-    r = server.requests[0]
-    assert r.path == "/v1/chat/completions"
-    assert r.headers["Authorization"] == "Bearer sk-very-secret"
-    assert r.body.keys() == {"model", "messages"} and r.body["model"] == "gpt-3.5-turbo-1106"
-
-
-def test_flags_settings_schema_and_extra_fields_make_the_request(client, server):
-    c = client(temperature=0.5, max_tokens=9, extra='{"seed": 1, "top_p": null}', top_p=0.3)
-    synth.chat(c, [[{"role": "system", "content": "x"}]], "asking", schema={"type": "object"},
-               temperature=0.0, stop=["\n\n"], llm="m", max_tokens=5)
-    schema = {"name": "answer", "strict": True, "schema": {"type": "object"}}
-    assert server.requests[0].body == {
-        "model": "m", "temperature": 0.0, "max_tokens": 9, "stop": ["\n\n"], "seed": 1,
-        "response_format": {"type": "json_schema", "json_schema": schema},
-        "messages": [{"role": "system", "content": "x"}]}
-    with pytest.raises(ValueError, match="--extra must be a JSON object"):
-        client(extra="[1]")
-
-
-def test_a_second_run_costs_nothing_and_a_new_question_one_request(client, server):
-    ask(client(), "a", "b")
-    assert ask(client(), "b", "a", "c") == ["said b", "said a", "said c"]
-    assert len(server.requests) == 3
-    ask(client(temperature=0.5), "a")                       # another request
-    assert len(server.requests) == 4
-
-
-def test_equal_questions_get_answers_of_their_own(client, server):
-    server.answer = lambda r: (200, completion(str(len(server.requests))))
-    first = ask(client(concurrency=1), "a", "a", "a")
-    assert len(set(first)) == 3 and ask(client(), "a", "a", "a") == first
-
-
-def test_a_half_last_line_of_the_cache_is_survived(client, server):
-    ask(client(), "a", "b")
-    path = client().cache
-    lines = path.read_text().splitlines(keepends=True)
-    for broken in (lines[1][:40], "nonsense\n", "[1, 2]\n", '{"key": 1}\n', "\udcff\udcfe"):
-        path.write_bytes((lines[0] + broken).encode(errors="surrogateescape"))
-        sent = len(server.requests)
-        assert ask(client(), "a", "b") == ["said a", "said b"]
-        assert len(server.requests) == sent + 1
-        assert ask(client(), "a", "b") and len(server.requests) == sent + 1   # and mended
-
-
-def test_no_more_than_concurrency_requests_are_under_way(client, server):
+def test_answers_come_in_order_from_no_more_than_concurrency_requests_at_once(client, server):
     now, most = [0], [0]
 
     def answer(r):
@@ -102,24 +59,61 @@ def test_no_more_than_concurrency_requests_are_under_way(client, server):
         most[0] = max(most[0], now[0])
         time.sleep(0.02)
         now[0] -= 1
-        return 200, completion("x")
+        return 200, completion("said " + question(r))
     server.answer = answer
-    ask(client(concurrency=3), *map(str, range(15)))
+    assert ask(client(concurrency=3), *"abcdefghijkl") == [f"said {x}" for x in "abcdefghijkl"]
     assert most[0] == 3
 
 
+def test_nothing_but_what_was_given_is_sent(client, server):
+    ask(client(), "a")
+    r, messages = server.requests[0], [{"role": "user", "content": "a"}]
+    assert (r.path, r.headers["Authorization"]) == ("/v1/chat/completions", "Bearer sk-very-secret")
+    assert r.body == {"model": "gpt-3.5-turbo-1106", "messages": messages}
+    c = client(temperature=0.5, max_tokens=9, extra='{"seed": 1, "model": null}')
+    synth.chat(c, ["a"], "asking", {"type": "object"}, temperature=0.0, llm="m", max_tokens=5)
+    schema = {"name": "answer", "strict": True, "schema": {"type": "object"}}
+    assert server.requests[1].body == {
+        "temperature": 0.0, "max_tokens": 9, "seed": 1, "messages": messages,
+        "response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"extra": "[1]"}, "--extra must be a JSON object"), ({"max_usd": 1.0}, "needs prices"),
+    ({"base_url": "localhost"}, "is no http"), ({"concurrency": 0}, "must be 1 or more"),
+    ({"base_url": "http://me:very-secret@127.0.0.1/v1"}, "user:password@((?!secret).)*$")])
+def test_a_flag_that_cannot_be_meant_is_one_line(client, flags, words):
+    with pytest.raises(ValueError, match=words):
+        client(**flags)
+
+
+def test_only_what_was_never_answered_is_asked_and_equal_questions_get_their_own(client, server):
+    server.answer = lambda r: (200, completion(str(len(server.requests))))
+    assert ask(client(), "a", "b", "a") == ["1", "2", "3"]
+    assert ask(client(), "b", "a", "c", "a") == ["2", "1", "4", "3"]
+    ask(client(temperature=0.5), "a")                       # another request
+    assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("broken", ['{"key": "a', "\n", "[1, 2]\n", '{"key": 1}\n', "\udcff\udcfe"])
+def test_a_broken_last_line_of_the_cache_is_survived_and_ended(client, server, broken):
+    ask(client(), "a")
+    with open(client().cache, "a", errors="surrogateescape") as f:
+        f.write(broken)
+    for _ in range(2):
+        assert ask(client(), "a", "b") == ["said a", "said b"]
+    assert len(server.requests) == 2
+
+
 def test_limit_and_max_usd_stop_before_more_is_spent(client, server, capsys):
-    with pytest.raises(OSError, match="--limit 2 requests are sent; 2 answers are kept"):
-        ask(client(concurrency=1, limit=2), *"abcde")
+    fails(client(limit=2), "--limit 2 requests are sent; 2 answers are kept", *"abcde")
     price = {"usd_in": 1000.0, "usd_out": 10000.0}          # 100 and 10 tokens: 0.2 dollars each
-    with pytest.raises(OSError, match=r"--max_usd 0.7 is reached "):
-        ask(client(max_usd=0.7, **price), *"abcde")
+    fails(client(max_usd=0.6, **price), r"--max_usd 0.6 is reached .*\$0.6", *"abcde")
     assert len(server.requests) == 3                        # the two that are kept count as spent
     assert len(ask(client(max_usd=2.0, **price), *"abcde")) == 5
     assert "500 tokens in, 50 out, $1.0000" in capsys.readouterr().err
     server.answer = lambda r: (200, completion("x") | {"usage": None})
-    with pytest.raises(OSError, match="tells no usage"):
-        ask(client(max_usd=5.0, **price), *"fghijkl")
+    fails(client(max_usd=5.0, **price), "reports no usage", *"fghijkl")
 
 
 SCRIPT = """
@@ -132,10 +126,7 @@ data.run(lambda: print(len(synth.chat(synth.Client(synth.Chat(base_url={url!r}, 
 
 @pytest.mark.parametrize("sig, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_killed_run_goes_on_where_it_was(server, tmp_path, sig, code):
-    def answer(r):
-        time.sleep(0.05)
-        return 200, completion("x")
-    server.answer, cache = answer, tmp_path / "a.jsonl"
+    server.answer, cache = lambda r: time.sleep(0.05) or FINE, tmp_path / "a.jsonl"
     script = SCRIPT.format(root=str(ROOT), url=server.url, cache=str(cache))
     command = [sys.executable, "-c", script]
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -152,28 +143,19 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, sig, code):
     assert p.stdout == "30\n" and len(server.requests) == sent + 30 - kept
 
 
-# ---------------------------------------------------------------------------------------------
-# Keys
-
 def test_keys_are_kept_and_shown_nowhere(client, server, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("API_KEY", "sk-very-secret\n")       # as mounted secrets are
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))    # does not replace the key
     ask(client(), "a")
     assert server.requests[0].headers["Authorization"] == "Bearer sk-very-secret"
-    said = cached(client())
+    said = client().cache.read_text()
     for words in ("wrong key sk-very-secret", "x" * 490 + "sk-very-secret"):   # where words are cut
         server.answer = lambda r: (401, {"error": words})
-        with pytest.raises(OSError, match="the server answered 401") as e:
-            ask(client(), "b")
-        said += str(e.value)
+        said += fails(client(), "the server answered 401", "b")
     monkeypatch.setenv("API_KEY", "sk-very\nsecret")
-    with pytest.raises(ValueError, match="^API_KEY holds a line break") as e:
-        ask(client(), "c")
-    said += str(e.value) + "".join(capsys.readouterr())
-    with pytest.raises(ValueError, match="--base_url holds user:password@") as e:
-        client(base_url="http://me:very-secret@127.0.0.1/v1")
-    assert "secret" not in said + str(e.value)
+    said += fails(client(), "^API_KEY holds a line break", "c")
+    assert "secret" not in said + "".join(capsys.readouterr())
 
 
 def test_azure_has_its_own_url_and_header_and_a_redirect_gets_no_key(client, server):
@@ -183,122 +165,88 @@ def test_azure_has_its_own_url_and_header_and_a_redirect_gets_no_key(client, ser
     assert r.query == {"api-version": "2024-05-13"}
     assert r.headers["api-key"] == "sk-very-secret" and not r.headers["Authorization"]
     server.answer = lambda r: (307, "", ("Location", server.url + "/elsewhere"))
-    with pytest.raises(OSError, match="307"):
-        ask(client(), "b")
+    fails(client(), "307", "b")
     assert [r.path for r in server.requests] == ["/v1/chat/completions"]
 
 
 # ---------------------------------------------------------------------------------------------
 # What is asked again, and what ends the run
 
-ERROR = {"message": "Provider returned error", "code": 502}
+PASSING = [(429, "slow down"), (503, {"error": "busy"}), (200, "{not json"), (200, "<html>Wait"),
+           (200, {"error": {"code": 502}}), (200, completion("half", "error")),
+           (200, completion(None, "tool_calls")), (200, completion("a te", "abort")),
+           (200, "cut", ("Content-Length", "99"))]
+FINAL = [(400, "no such model"), (401, "wrong key"), (404, "page not found"), (501, "no"),
+         (429, {"error": {"code": "insufficient_quota"}})]
 
 
-@pytest.mark.parametrize("bad", [
-    (429, "slow down"), (500, "oops"), (503, {"error": "busy"}), (200, "{not json"),
-    (200, "<html>Just a moment"), (200, {"error": ERROR}), (200, completion("half", "error")),
-    (200, completion("", "network_error")), (200, completion(None, "tool_calls")),
-    (200, completion("a te", "abort")), (200, "cut", ("Content-Length", "999")), "hang",
-], ids=str)
-def test_bad_moments_are_asked_again_and_never_kept(client, server, bad):
-    times = Counter()
+@pytest.mark.parametrize("bad, times", [*[(x, 8) for x in PASSING], *[(x, 1) for x in FINAL],
+                                        ((200, {"error": "Unexpected endpoint"}), 2)], ids=str)
+def test_what_may_pass_is_asked_again_and_the_rest_ends_the_run(client, server, bad, times):
+    asked, broken = Counter(), {"bad": 99, "twice": times // 3}
 
     def answer(r):
-        times[question(r)] += 1
-        if bad == "hang" and times[question(r)] < 3:
-            time.sleep(0.5)
-        return bad if times[question(r)] < 3 and bad != "hang" else (200, completion(question(r)))
+        asked[question(r)] += 1
+        return bad if asked[question(r)] <= broken.get(question(r), 0) else FINE
     server.answer = answer
-    assert ask(client(timeout=0.2), *"ab") == list("ab") and set(times.values()) == {3}
-    server.answer = lambda r: bad if bad != "hang" else time.sleep(0.5) or (200, completion("x"))
-    with pytest.raises(ConnectionError, match="[38] times; 2 answers are kept"):
-        ask(client(timeout=0.1), "c")
+    fails(client(), "; 2 answers are kept", "a", "twice", "bad", "d")
+    assert asked == {"a": 1, "twice": times // 3 + 1, "bad": times}     # and nothing after it
 
 
-def test_a_timeout_names_the_flags_that_help(client, server):
-    server.answer = lambda r: time.sleep(0.3) or (200, completion("x"))
-    with pytest.raises(OSError, match="--timeout.*--concurrency, --styles.*--max_tokens.*3 times"):
-        ask(client(timeout=0.1), "a")
+def test_a_timeout_is_tried_three_times_and_names_the_flags_that_help(client, server):
+    server.answer = lambda r: time.sleep(0.3) or FINE
+    fails(client(timeout=0.1), "--timeout.*--concurrency, --styles.*--max_tokens.*3 times", "a")
 
 
 @pytest.mark.parametrize("headers, text, seconds", [
     ({"Retry-After": formatdate(time.time() + 500, usegmt=True)}, "", 455),
-    ({"Retry-After": "7"}, "", 7),
-    ({"ratelimit": '"api";r=0;t=40'}, "", 40), ({}, '{"retryDelay": "2.5s"}', 2.5),
-    ({"Retry-After": "soon"}, "", 0), ({}, "", 0), ({"Retry-After": "1e9"}, "", 0),
-    ({"Retry-After": "99999"}, "", 600),
-])
+    ({"Retry-After": "7"}, "", 7), ({"Retry-After": "99999"}, "", 600), ({}, "", 0),
+    ({"ratelimit": '"api";r=0;t=40'}, "", 40), ({}, '{"retryDelay": "2.5s"}', 2.5)])
 def test_the_wait_that_a_server_names_is_read(headers, text, seconds):
     assert seconds <= data.wait_of(SimpleNamespace(headers=headers, text=text)) <= seconds * 1.1
 
 
-@pytest.mark.parametrize("answer, times", [
-    ((400, {"error": "no such model"}), 1), ((401, "wrong key"), 1), ((404, "page not found"), 1),
-    ((501, "not implemented"), 1), ((429, {"error": {"code": "insufficient_quota"}}), 1),
-    ((200, {"error": "Unexpected endpoint"}), 2),
-    ((200, 'data: {"choices": []}', ("Content-Type", "text/event-stream")), 2),
-], ids=str)
-def test_what_will_not_change_ends_the_run_at_once_with_the_servers_words(client, server, answer,
-                                                                          times):
-    server.answer = lambda r: answer if question(r) == "bad" else (200, completion("fine"))
-    words = "event-stream" if len(answer) > 2 else json.dumps(answer[1])[2:-2].split('"')[-1]
-    with pytest.raises(OSError, match=f"{words}.*3 answers are kept"):
-        ask(client(concurrency=1), "a", "b", "c", "bad", "d", "e")
-    assert len(server.requests) == 3 + times                # nothing was sent after it
-    server.answer = lambda r: (200, completion("fine"))
-    ask(client(), "a", "b", "c", "bad", "d", "e")
-    assert len(server.requests) == 6 + times
-
-
-def test_a_server_out_of_reach_is_told_soon_and_one_that_had_answered_is_waited_for(client, server):
-    with pytest.raises(OSError, match="is the address right, and the server up.*4 times"):
-        ask(client(base_url="http://127.0.0.1:9"), "a")
+def test_a_server_out_of_reach_is_reported_soon_and_one_that_had_answered_is_waited_for(client):
+    fails(client(base_url="http://127.0.0.1:9"), "is the address right.*4 times", "a")
     data.ANSWERED.add("127.0.0.1:9")
-    with pytest.raises(OSError, match="8 times"):
-        ask(client(base_url="http://127.0.0.1:9"), "a")
+    fails(client(base_url="http://127.0.0.1:9"), "8 times", "a")
     data.ANSWERED.clear()
 
 
-def test_check_finds_a_wrong_server_with_one_request(client, server):
-    client().check(llm="m")
-    assert server.requests[0].body["max_tokens"] <= 64
-    for status in (400, 401):
-        server.answer = lambda r: (status, "please stream")
-        with pytest.raises((ValueError, OSError), match=f"{status}.*please stream"):
-            client(llm=str(status)).check()
+@pytest.mark.parametrize("status", [400, 401])
+def test_check_finds_a_wrong_server_with_one_short_request(client, server, status):
+    server.answer = lambda r: (status, "please stream")
+    with pytest.raises((ValueError, OSError), match=f"{status}.*please stream"):
+        client().check(llm="m")
+    assert [r.body["max_tokens"] for r in server.requests] == [64]
 
 
 # ---------------------------------------------------------------------------------------------
 # Answers, refusals, parameters
 
-def part(text, kind="text"):
-    return {"type": kind, kind: text}
-
-
-@pytest.mark.parametrize("content, text", [
-    ("<think>\nQ: a draft\n</think>\n\nthe answer", "the answer"),
-    ("<think></think>the answer", "the answer"), ("so it is </think> the answer", "the answer"),
-    ("<think>a</think> no <think>b</think> the answer", "the answer"),
-    ("[THINK]a[/THINK]the answer", "the answer"), ("\ud83dhm", "?hm"),
-    ("<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>the answer", "the answer"),
-    ([part("the "), part("hm", "thinking"), part("answer")], "the answer"),
-])
-def test_thinking_is_no_part_of_an_answer(client, server, content, text):
-    server.answer = lambda r: (200, completion(content))
-    assert ask(client(), "a") == [text]
-
-
-@pytest.mark.parametrize("finish, ended", [
-    *[(end, "stop") for end in ("stop", "eos", "eos_token", "end_turn", "STOP", "", None, "other")],
-    *[(cut, "length") for cut in ("length", "MAX_TOKENS", "model_context_window_exceeded")],
-    *[(no, "refused") for no in ("content_filter", "SAFETY", "refusal", "RECITATION")]])
-def test_an_answer_ends_cut_or_refused(client, server, finish, ended):
-    server.answer = lambda r: (200, completion("some text", finish))
-    [(text, how)] = synth.chat(client(), ["a"], "asking")
-    assert how == ended and (text == "some text") == (ended != "refused")
-
-
 NO = completion(None) | {"choices": [{"message": {"content": None, "refusal": "I won't."}}]}
+EMPTY = "no content, finish_reason "
+
+
+@pytest.mark.parametrize("answer, text, ended", [
+    *[(completion(said), "answer", "stop") for said in (
+        "<think>\nQ: a draft\n</think>\n\nanswer", "<think></think>answer", "o </think> answer",
+        "<think>a</think> no <think>b</think> answer", "[THINK]a[/THINK]answer",
+        "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
+        [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"}])],
+    *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "end_turn", "STOP", "", None, "x")],
+    *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")],
+    *[(completion("a", x), EMPTY + x.lower(), "refused") for x in (
+        "content_filter", "SAFETY", "refusal", "RECITATION")],
+    (completion("<think>hm", "length"),
+     EMPTY + "length: raise --max_tokens, a model that thinks needs more", "refused"),
+    (completion(""), EMPTY + "stop", "refused"), (NO, "refusal: I won't.", "refused"),
+    (NO | {"choices": []}, EMPTY + "stop", "refused"),
+    (NO | {"choices": [{"message": None}]}, EMPTY + "stop", "refused")], ids=str)
+def test_an_answer_is_read_without_thinking_and_ends_cut_off_or_refused(client, server, answer,
+                                                                        text, ended):
+    server.answer = lambda r: (200, answer)
+    assert synth.chat(client(), ["a"], "asking") == [(text, ended)]
 
 
 @pytest.mark.parametrize("answer, words, kept", [
@@ -307,17 +255,13 @@ NO = completion(None) | {"choices": [{"message": {"content": None, "refusal": "I
     ((400, {"error": {"code": "data_inspection_failed"}}), "data_inspection", True),
     ((403, "your input was flagged; this model requires moderation"), "403: .*flagged", True),
     ((400, "request (4390 tokens) exceeds the available context size"), "context size", False),
-    ((400, "no"), "400: no", False), ((200, completion(None, "content_filter")), "_filter", True),
-    ((200, NO), "refusal: I won't.", True), ((200, completion("")), "no content", False),
-    ((200, completion("<think>hm", "length")), "raise --max_tokens", False),
-    ((200, NO | {"choices": []}), "no content", False),
-    ((200, NO | {"choices": [{"message": None}]}), "no content", False),
-], ids=str)
+    ((400, "no"), "400: no", False), ((200, NO), "refusal: I won't.", True),
+    ((200, completion("")), "no content", False)], ids=str)
 def test_a_prompt_that_is_refused_is_told_apart_and_ends_nothing(client, server, capsys, answer,
                                                                  words, kept):
-    server.answer = lambda r: answer if question(r) == "bad" else (200, completion("fine"))
+    server.answer = lambda r: answer if question(r) == "bad" else FINE
     for _ in range(2):
-        a, bad, b = synth.chat(client(concurrency=1), ["a", "bad", "b"], "asking")
+        a, bad, b = synth.chat(client(), ["a", "bad", "b"], "asking")
         assert a == b == ("fine", "stop") and bad.ended == "refused"
         assert re.search(words, bad.text)
         assert "1 of 3 prompts were refused, the first: " in capsys.readouterr().err
@@ -327,52 +271,41 @@ def test_a_prompt_that_is_refused_is_told_apart_and_ends_nothing(client, server,
 @pytest.mark.parametrize("answer", [(400, "no"), (403, "flagged"), (200, completion(""))], ids=str)
 def test_a_run_ends_if_the_first_few_prompts_are_all_refused(client, server, answer):
     server.answer = lambda r: answer
-    with pytest.raises(OSError, match="all of the first 5 were refused.*; 0 answers are kept"):
-        ask(client(concurrency=1), *map(str, range(20)))
+    fails(client(), "all of the first 5 were refused.*; 0 answers are kept", *"abcdefgh")
     assert len(server.requests) == 5
 
 
 def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsys):
-    refused = {"top_p": "'top_p' is not supported", "temperature": "`temperature` and `stop`: one",
+    refused = {"top_p": "'top_p' is not supported", "temperature": "`temperature` and `top_p`: one",
                "max_tokens": "Use 'max_completion_tokens' instead of 'max_tokens'",
-               "response_format": "json_schema is not available", "stop": "Unknown: stop"}
-
-    def answer(r):
-        for name, words in refused.items():
-            if name in r.body:
-                return 400, {"error": {"message": words, "param": name}}
-        return 200, completion("fine")
-    server.answer = answer
-    c = client(concurrency=1, top_p=0.5, temperature=0.7, max_tokens=9)
-    synth.chat(c, ["a", "b"], "asking", schema={"type": "object"}, stop=["x"])
+               "response_format": "json_schema is not available"}
+    server.answer = lambda r: next(((400, {"error": {"message": words, "param": name}}) for
+                                    name, words in refused.items() if name in r.body), FINE)
+    c = client(extra='{"top_p": 0.5}', temperature=0.7, max_tokens=9)
+    synth.chat(c, ["a", "b"], "asking", schema={"type": "object"})
     assert server.requests[-1].body.keys() == {"model", "messages", "max_completion_tokens"}
     assert server.requests[-1].body["max_completion_tokens"] == 9
-    assert len(server.requests) == 5 + 2 and capsys.readouterr().err.count("left out") == 5
+    assert len(server.requests) == 4 + 2 and capsys.readouterr().err.count("left out") == 4
 
 
-# ---------------------------------------------------------------------------------------------
-# Embeddings
-
-def embedding(r, index, vector):
-    n = len(r.body["input"])
-    index = {"given": list(range(n))[::-1], "first missing": [None, *range(1, n)],
-             "missing": [None] * n, "all 0": [0] * n}[index]
-    order = index if index[-1] == 0 != index[0] else range(n)
-    return {"data": [{"embedding": vector(r.body["input"][i])} | ({} if k is None else {"index": k})
-                     for i, k in zip(order, index)], "usage": {"prompt_tokens": 1}}
+def embeddings(r, index, vector):
+    found = [{"embedding": vector(x)} | ({} if k is None else {"index": k})
+             for k, x in zip(index(len(r.body["input"])), r.body["input"])]
+    return 200, {"data": found[::-1] if index is range else found, "usage": {"prompt_tokens": 1}}
 
 
-@pytest.mark.parametrize("index", ["given", "first missing", "missing", "all 0"])
+@pytest.mark.parametrize("index", [
+    range, lambda n: [None, *range(1, n)], lambda n: [None] * n, lambda n: [0] * n])
 def test_embeddings_come_in_order_however_many_inputs_a_server_takes(client, server, index):
+    vector = lambda x: [3.0 * int(x), 4.0 * int(x)] if int(x) % 2 else [int(x), 0.0]
     server.answer = lambda r: (400, "batch size is invalid") if len(r.body["input"]) > 10 else (
-        200, embedding(r, index, lambda text: [3.0 * int(text), 4.0 * int(text)]
-                       if int(text) % 2 else [int(text), 0.0]))
+        embeddings(r, index, vector))
     vectors = synth.embed(client(), [str(i) for i in range(1, 71)], "e")
     np.testing.assert_allclose(vectors, [[0.6, 0.8], [1, 0]] * 35)
 
 
 @pytest.mark.parametrize("vector", [[None, None], [0, 0], [[1, 2]], ["a", "b"], "text", [], [True]])
 def test_broken_embeddings_are_an_error_and_not_kept(client, server, vector):
-    server.answer = lambda r: (200, embedding(r, "given", lambda text: vector))
+    server.answer = lambda r: embeddings(r, range, lambda text: vector)
     with pytest.raises(OSError, match="no embedding of numbers.*2 times; 0 answers are kept"):
         synth.embed(client(), ["a", "b"], "e")
