@@ -2,8 +2,7 @@
 
     python assets/figures.py out/toy-*-seed? --to figures
 
-Reads metrics.jsonl, and eval.json where evaluate.py has written one. Runs whose folders differ only
-in -seedN are one method: the mean over seeds, and their spread.
+Runs whose folders differ only in -seedN are one method: the mean over seeds, and their spread.
 """
 import argparse
 import json
@@ -16,27 +15,25 @@ import numpy as np
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 METRICS = {"jsd": "JSD ↓", "opinion": "opinion ↑", "cbc": "CBC ↑", "bpc": "BPC ↑", "rs": "RS ↑",
            "flip": "flip ↑", "w1": "W1 ↓", "sampled_jsd": "sampled ↓", "coverage": "coverage →1"}
-BARS = ("jsd", "bpc", "opinion", "cbc")
 
 
 def read_run(out):
-    """(loss, {examples: eval metrics}, eval.json or {}) of a run, or of a checkpoint as it is."""
-    result, log = out / "eval.json", out / "metrics.jsonl"
-    result = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    if result and not log.is_file():
-        return "", {}, result
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    lines = map(json.loads, log.read_text(encoding="utf-8").split("\n")[:-1])
-    evals = {x["step"] * config["batch_size"]: x["eval"] for x in lines if "eval" in x}
-    if len(evals) < 2 or not (out / "best").is_dir():
+    """(loss, {examples: eval metrics}, eval.json or {}, {prompt: a sampled answer}) of a run."""
+    text = {x.name: x.read_text(encoding="utf-8") for x in out.glob("*.json*")}
+    config, lines = json.loads(text["config.json"]), text["metrics.jsonl"].split("\n")[:-1]
+    evals = {x["step"] * config["batch_size"]: x["eval"] for x in map(json.loads, lines)
+             if "eval" in x}
+    if len(evals) < 2:
         raise ValueError("its training has not come far")
-    return config["loss"], evals, result
+    rows = [json.loads(x) for x in text.get("samples.jsonl", "").splitlines()]
+    answers = {row["prompt"]: row["answers"][0] for row in rows[::max(1, len(rows) // 3)][:3]}
+    return config["loss"], evals, json.loads(text.get("eval.json", "{}")), answers
 
 
 def plot_curve(ax, runs, metric, **style):
     """An eval metric over training: the mean over seeds, and a band from lowest to highest."""
-    steps = sorted(set.intersection(*(set(evals) for _, evals, _ in runs)))
-    y = np.array([[evals[x].get(metric) for x in steps] for _, evals, _ in runs], float)
+    steps = sorted(set.intersection(*(set(evals) for _, evals, *_ in runs)))
+    y = np.array([[evals[x].get(metric) for x in steps] for _, evals, *_ in runs], float)
     ax.plot(steps, y.mean(0), **style)
     ax.fill_between(steps, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
     ax.set_xlabel("training examples")
@@ -62,30 +59,27 @@ def draw_margins(pyplot, methods):
     return figure
 
 
-def draw_jsd(pyplot, panels):
+def draw_jsd(pyplot, methods):
     """Figure 4: JSD over training; dashed: what a model without training would have, if it fits."""
-    figure, axes = pyplot.subplots(1, len(panels), squeeze=False, layout="constrained",
-                                   figsize=(5.5 * len(panels), 4.5))
-    for ax, (title, methods) in zip(axes.flat, panels.items()):
-        for n, (method, runs) in enumerate(methods.items()):
-            plot_curve(ax, runs, "jsd", color=COLOURS[n % 8], marker="osD^v<>*"[n % 8],
-                       linestyle=["-", "--", "-.", ":"][n // 8 % 4], markersize=4, label=method)
-        runs = sum(methods.values(), [])
-        top = 1.08 * max(e["jsd"] for _, evals, _ in runs for e in evals.values())
-        for name, value in next((r["reference_jsd"] for *_, r in runs if r), {}).items():
-            if value < top:
-                ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
-                ax.text(1.01, value / top, name, transform=ax.transAxes, fontsize=8, va="center")
-        ax.set(ylim=(0, top), ylabel="mean Jensen-Shannon distance (eval split)")
-        ax.set_title(title, fontsize=9)
-        ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    figure, ax = pyplot.subplots(figsize=(5.5, 4.5), layout="constrained")
+    for n, (method, runs) in enumerate(methods.items()):
+        plot_curve(ax, runs, "jsd", color=COLOURS[n % 8], marker="osD^v<>*"[n % 8], markersize=4,
+                   linestyle=["-", "--", "-.", ":"][n // 8 % 4], label=method)
+    top = ax.get_ylim()[1]
+    results = [r for runs in methods.values() for *_, r, _ in runs if r]
+    for name, value in results[0]["reference_jsd"].items() if results else ():
+        if value < top:
+            ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
+            ax.text(1.01, value / top, name, transform=ax.transAxes, fontsize=8, va="center")
+    ax.set(ylim=(0, top), ylabel="mean Jensen-Shannon distance (eval split)")
+    ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     return figure
 
 
 def measured(runs, metric):
-    """(mean, half of its interval) from eval.json, of unseen questions if there are any; of seeds,
-    their standard deviation if that is larger. None where it is missing."""
-    found = [(r.get("unseen") or r["seen"]).get(metric) for *_, r in runs if r]
+    """(mean, half of its interval) on unseen questions if there are any; of seeds, their standard
+    deviation if that is larger. None where it is missing."""
+    found = [(r.get("unseen") or r["seen"]).get(metric) for *_, r, _ in runs if r]
     if not found or not all(found):
         return None
     means, halves = [v[0] for v in found], [(v[2] - v[1]) / 2 for v in found if v[1] is not None]
@@ -94,8 +88,9 @@ def measured(runs, metric):
 
 def draw_bars(pyplot, methods):
     """Figure 5: JSD, and how often the answer expresses its belief."""
-    shown = [k for k in BARS if any(measured(runs, k) for runs in methods.values())]
-    figure, axes = pyplot.subplots(1, len(shown), squeeze=False, figsize=(1 + 3 * len(shown), 3.2))
+    shown = [k for k in ("jsd", "bpc", "opinion", "cbc")
+             if any(measured(runs, k) for runs in methods.values())]
+    figure, axes = pyplot.subplots(1, max(1, len(shown)), squeeze=False, figsize=(9, 3.2))
     for ax, k in zip(axes.flat, shown):
         values = {m: v for m, runs in methods.items() if (v := measured(runs, k))}
         ax.bar([*values], [v for v, _ in values.values()], color=COLOURS[0], width=0.7, capsize=3,
@@ -107,20 +102,14 @@ def draw_bars(pyplot, methods):
 
 def tables(methods):
     """Table 2, a row per method and a column per metric, and Table 3, answers; Markdown."""
-    cells = {m: {k: f"{v[0]:.3f} ± {v[1]:.3f}" if (v := measured(runs, k)) else "" for k in METRICS}
-             for m, runs in methods.items()}
-    shown = [k for k in METRICS if any(row[k] for row in cells.values())]
-    rows = [["Table 2, unseen questions if there are any", *(METRICS[k] for k in shown)],
-            ["---"] * (len(shown) + 1)]
-    rows += [[method, *(row[k] for k in shown)] for method, row in cells.items()]
-    questions = {}
+    shown = [k for k in METRICS if any(measured(runs, k) for runs in methods.values())]
+    rows = [["Table 2", *(METRICS[k] for k in shown)], ["---"] * (len(shown) + 1)]
     for method, runs in methods.items():
-        for a in runs[0][2].get("answers", []):
-            said = [method, f"{a['class'] or ''} {a['belief'] or ''}", a["response"]]
-            questions.setdefault(a["prompt"], [a]).append(said)
-    for prompt, (a, *said) in questions.items():
-        shares = ", ".join(map(str, a["probabilities"]))
-        rows += [[], [f"Table 3. {prompt}", ", ".join(a["options"]), shares], ["---"] * 3, *said]
+        values = [measured(runs, k) for k in shown]
+        rows.append([method, *(f"{v[0]:.3f} ± {v[1]:.3f}" if v else "" for v in values)])
+    for prompt in dict.fromkeys(prompt for runs in methods.values() for prompt in runs[0][3]):
+        rows += [[], ["Table 3", prompt], ["---", "---"]]
+        rows += [[method, runs[0][3].get(prompt, "")] for method, runs in methods.items()]
     clean = lambda text: " ".join(text.split()).replace("|", "\\|")
     return "".join(f"| {' | '.join(map(clean, row))} |\n" if row else "\n" for row in rows)
 
@@ -144,14 +133,11 @@ def main():
             print(f"left out, no finished run: {out}: {e!r}", file=sys.stderr)
     if not methods:
         sys.exit("figures.py: error: none of these folders holds a finished run")
-    curves = {m: runs for m, runs in methods.items() if all(evals for _, evals, _ in runs)}
-    tuned = {m: runs for m, runs in curves.items() if "joint_majority" in [*runs[0][1].values()][0]}
-    panels = {"from the SFT checkpoint": tuned,
-              "SFT": {m: runs for m, runs in curves.items() if m not in tuned}}
-    bars = {m: runs for m, runs in methods.items() if any(measured(runs, k) for k in BARS)}
+    tuned = {m: runs for m, runs in methods.items()
+             if "joint_majority" in next(iter(runs[0][1].values()))}
     o.to.mkdir(parents=True, exist_ok=True)
-    for name, draw, shown in (("margins", draw_margins, tuned), ("bars", draw_bars, bars),
-                              ("jsd", draw_jsd, {k: v for k, v in panels.items() if v})):
+    for name, draw, shown in (("margins", draw_margins, tuned), ("jsd", draw_jsd, methods),
+                              ("bars", draw_bars, methods)):
         if shown:
             draw(pyplot, shown).savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
     (o.to / "tables.md").write_text(tables(methods), encoding="utf-8")
