@@ -218,9 +218,11 @@ def belief_preference_consistency(answers, rows, client, model):
              for k, (label, belief, response) in enumerate(parsed)
              if (belief if texts else label) and response.strip()}
     values, line = judge(client, model, [*asked.values()])
-    for (i, k), value in zip(asked, values):           # a review's rating is to be the class's
+    if asked and np.isnan(values).all():
+        return np.full_like(bpc, np.nan), line
+    for (i, k), value in zip(asked, values):           # a review's rating must be the class's
         bpc[i, k] = value if texts or np.isnan(value) else value == THREE.get(answers[i][k][0])
-    return bpc * (np.nan if asked and np.isnan(values).all() else 1), line
+    return bpc, line
 
 
 def check_judge(rows, client, model, n):
@@ -230,12 +232,13 @@ def check_judge(rows, client, model, n):
     if 0 in truth or rows[0].get("accept_choice"):
         raise ValueError("--judge_check is for reviews, whose classes are the ratings 1 to 5")
     found, line = judge(client, model, [("", None, r["accept_response"]) for r in rows], "checking")
-    good, f1 = ~np.isnan(found), 0.0
-    for c in (1, 2, 3) if good.any() else ():          # weighted by how often a class is true
-        told, true = found[good] == c, truth[good] == c
-        f1 += 2 * (told & true).sum() / max(1, told.sum() + true.sum()) * true.mean()
-    accuracy = (found == truth).sum() / max(1, good.sum())
-    return line + f"; in 3 classes accuracy {accuracy:.3f}, weighted F1 {f1:.3f}" * int(good.any())
+    found, truth, f1 = found[~np.isnan(found)], truth[~np.isnan(found)], 0.0
+    if not len(found):
+        return line
+    for c in (1, 2, 3):                                # weighted by how often a class is true
+        hits, both = ((found == c) & (truth == c)).sum(), (found == c).sum() + (truth == c).sum()
+        f1 += 2 * hits / max(1, both) * (truth == c).mean()
+    return f"{line}; in 3 classes accuracy {(found == truth).mean():.3f}, weighted F1 {f1:.3f}"
 
 
 def response_similarity(answers, rows, encode):
@@ -480,8 +483,9 @@ def over_seeds(results):
 
 
 def cell(v):
-    spread = "" if not v else f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}"
-    return f"{v[0]:.3f} {spread}" if v else "-"
+    if not v:
+        return "-"
+    return f"{v[0]:.3f} " + (f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}")
 
 
 def print_report(results):
@@ -490,16 +494,17 @@ def print_report(results):
     results, shown = over_seeds(results), {}
     width = min(30, max(map(len, results)))
     for part in dict.fromkeys(part for r in results.values() for part in r):
-        runs = {name[-width:]: r[part] for name, r in results.items() if part in r}
+        runs = {name: r[part] for name, r in results.items() if part in r}
         columns = [k for k in METRICS if any(r.get(k) for r in runs.values())]
         shown |= dict.fromkeys(columns)
-        rows, questions = ([*runs.values()][0].get(k, "") for k in ("rows", "questions"))
-        print(f"\n{part}" + f": {rows} rows, {questions} questions" * bool(rows))
+        first = next(iter(runs.values()))
+        print(f"\n{part}" + ": {rows} rows, {questions} questions".format(**first)
+              if "rows" in first else f"\n{part}")
         for start in range(0, len(columns), (100 - width) // 14):
             block = columns[start:start + (100 - width) // 14]
             print("\n" + " " * width + "".join(f" {METRICS[k][0]:>13}" for k in block))
             for name, r in runs.items():
-                print(f"{name:{width}}" + "".join(f" {cell(r.get(k)):>13}" for k in block))
+                print(f"{name[-width:]:{width}}" + "".join(f" {cell(r.get(k)):>13}" for k in block))
     print("\nunseen: questions that no training row asks; seen: that one does, in any wording\n"
           "±: half of the 95% bootstrap interval over questions, or the standard deviation "
           "of seeds\nif that is larger; *: fewer than 20 questions, too few for an interval")
