@@ -360,8 +360,8 @@ def measure(out, o, device, client):
         "out", f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}")
     about = {"split": o.split, "checkpoint": o.checkpoint, "data": data, "reference_jsd": {
         k: float(jsd(q, known).mean()) for k, q in reference_distributions(known).items()}}
-    r = SimpleNamespace(rows=rows, metrics=metrics, answers=answers, seen=seen, about=about,
-                        folder=folder)
+    r = SimpleNamespace(folder=folder, rows=rows, metrics=metrics, answers=answers, seen=seen,
+                        about=about)
     if rank_and_size()[0] == 0:
         lines = [{"prompt": row["prompt"], "answers": k} for row, k in zip(rows, texts)]
         write(folder / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
@@ -420,11 +420,10 @@ METRICS = {  # name -> (header, whose arrow says what is better; what it is, for
     "sampled_jsd": ("sampled ↓", "JSD of the sampled classes"),
     "sampling_floor": ("its floor", "the sampled JSD of a perfect model"),
     "coverage": ("coverage →1", "the group's classes among the samples, over a perfect model's"),
-    "given_majority": ("given maj ↑", "reward margin in nats of the answer after the accepted "
-                       "belief, which GDPO trains; the belief is the group's largest"),
-    "given_minority": ("given min ↑", "the same where it is the smallest"),
-    "joint_majority": ("joint maj", "margin of belief and answer, which DPO trains; the largest"),
-    "joint_minority": ("joint min", "the same for the smallest; GDPO may lower both")}
+    "given_majority": ("given maj ↑", "margin (nats) given the majority's belief; GDPO trains it"),
+    "given_minority": ("given min ↑", "the same given the belief of the smallest part"),
+    "joint_majority": ("joint maj", "margin of the majority's belief and answer; DPO trains it"),
+    "joint_minority": ("joint min", "the same for the smallest part; GDPO may lower both")}
 
 
 def interval(values, questions):
@@ -489,17 +488,16 @@ def cell(v):
 
 
 def print_report(results):
-    """For each part a line per run, in blocks of as many columns as fit 100 characters, and what
-    the columns mean."""
+    """For each part a line per run, in blocks of 100 characters, and what the columns mean."""
     results, shown = over_seeds(results), {}
     width = min(30, max(map(len, results)))
     for part in dict.fromkeys(part for r in results.values() for part in r):
         runs = {name: r[part] for name, r in results.items() if part in r}
         columns = [k for k in METRICS if any(r.get(k) for r in runs.values())]
         shown |= dict.fromkeys(columns)
-        first = next(iter(runs.values()))
-        print(f"\n{part}" + ": {rows} rows, {questions} questions".format(**first)
-              if "rows" in first else f"\n{part}")
+        first = next(iter(runs.values()))              # the worst group has no rows of its own
+        size = f": {first['rows']} rows, {first['questions']} questions" if "rows" in first else ""
+        print(f"\n{part}{size}")
         for start in range(0, len(columns), (100 - width) // 14):
             block = columns[start:start + (100 - width) // 14]
             print("\n" + " " * width + "".join(f" {METRICS[k][0]:>13}" for k in block))
@@ -619,8 +617,7 @@ def print_opinions(question, found):
 
 
 def measure_all(outs, o, client, device):
-    """Measure the runs, judge their answers, print all tables. What cannot be measured is left out
-    with a line."""
+    """Measure the runs, then print all tables. What cannot be measured is left out with a line."""
     runs, problems, encoder = {}, [], []
     on_first_rank(lambda: encoder.append(try_servers(o, client, device)))
     for out in outs:
@@ -636,8 +633,7 @@ def measure_all(outs, o, client, device):
 
 
 def try_servers(o, client, device):
-    """Try the judge and the encoder before hours of other work; returns the function from texts to
-    vectors, or None."""
+    """Try judge and encoder before hours of other work; the function from texts to vectors."""
     if o.judge:
         client.check(llm=o.judge)
     if o.embeddings.startswith("api:"):
