@@ -2,8 +2,7 @@
 
     python assets/figures.py out/toy-*-seed? --to figures
 
-Reads metrics.jsonl, and eval.json where evaluate.py has written one. Runs whose folders differ only
-in -seedN are one method: the mean over seeds, and their spread.
+Runs whose folders differ only in -seedN are one method: the mean over seeds, and their spread.
 """
 import argparse
 import json
@@ -16,111 +15,87 @@ import numpy as np
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 METRICS = {"jsd": "JSD ↓", "opinion": "opinion ↑", "cbc": "CBC ↑", "bpc": "BPC ↑", "rs": "RS ↑",
            "flip": "flip ↑", "w1": "W1 ↓", "sampled_jsd": "sampled ↓", "coverage": "coverage →1"}
-BARS = ("jsd", "bpc", "opinion", "cbc")
 
 
 def read_run(out):
-    """(loss, {examples: eval metrics}, eval.json or {}) of a run, or of a checkpoint as it is."""
-    result, log = out / "eval.json", out / "metrics.jsonl"
-    result = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    if result and not log.is_file():
-        return "", {}, result
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    lines = map(json.loads, log.read_text(encoding="utf-8").split("\n")[:-1])
-    evals = {x["step"] * config["batch_size"]: x["eval"] for x in lines if "eval" in x}
-    if len(evals) < 2 or not (out / "best").is_dir():
+    """(loss, {examples: eval metrics}, eval.json or {}, {prompt: a sampled answer}) of a run."""
+    text = {x.name: x.read_text(encoding="utf-8") for x in out.glob("*.json*")}
+    config, lines = json.loads(text["config.json"]), text["metrics.jsonl"].split("\n")[:-1]
+    evals = {x["step"] * config["batch_size"]: x["eval"] for x in map(json.loads, lines)
+             if "eval" in x}
+    if len(evals) < 2:
         raise ValueError("its training has not come far")
-    return config["loss"], evals, result
+    rows = [json.loads(x) for x in text.get("samples.jsonl", "").splitlines()]
+    answers = {row["prompt"]: row["answers"][0] for row in rows[::max(1, len(rows) // 3)][:3]}
+    return config["loss"], evals, json.loads(text.get("eval.json", "{}")), answers
 
 
 def plot_curve(ax, runs, metric, **style):
     """An eval metric over training: the mean over seeds, and a band from lowest to highest."""
-    steps = sorted(set.intersection(*(set(evals) for _, evals, _ in runs)))
-    y = np.array([[evals[x].get(metric) for x in steps] for _, evals, _ in runs], float)
+    steps = sorted(set.intersection(*(set(evals) for _, evals, *_ in runs)))
+    y = np.array([[evals[x].get(metric) for x in steps] for _, evals, *_ in runs], float)
     ax.plot(steps, y.mean(0), **style)
     ax.fill_between(steps, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
     ax.set_xlabel("training examples")
 
 
-def draw_margins(pyplot, methods):
+def draw_margins(methods, axes):
     """Figures 2 and 3: a panel per method, majority against minority, of the margin it trains."""
-    columns = min(3, len(methods))
-    rows = -(-len(methods) // columns)
-    figure, axes = pyplot.subplots(rows, columns, sharey=True, squeeze=False, layout="constrained",
-                                   figsize=(3.6 * columns, 2.8 * rows))
-    for ax in axes.flat[len(methods):]:
-        ax.remove()
-    for ax, (method, runs) in zip(axes.flat, methods.items()):
-        kind = "given" if "gdpo" in runs[0][0] else "joint"
+    for ax, (method, runs) in zip(axes, methods.items()):
+        kind, words = ("given", "answer given the belief") if "gdpo" in runs[0][0] else (
+            "joint", "belief and answer")
         for side, colour, dash in zip(("majority", "minority"), COLOURS, "-:"):
             plot_curve(ax, runs, f"{kind}_{side}", color=colour, linestyle=dash, label=side)
         ax.axhline(0, color="0.6", linewidth=0.8)
-        text = {"given": "answer given the belief", "joint": "belief and answer"}[kind]
-        ax.set_title(f"{method}: {text}", fontsize=9)
-    axes[0, 0].legend(fontsize=8)
-    figure.supylabel("reward margin (nats)", fontsize=10)
-    return figure
+        ax.set_title(f"{method}: {words}", fontsize=9)
+    axes[0].set_ylabel("reward margin (nats)")
+    axes[0].legend(fontsize=8)
 
 
-def draw_jsd(pyplot, panels):
+def draw_jsd(panels, axes):
     """Figure 4: JSD over training; dashed: what a model without training would have, if it fits."""
-    figure, axes = pyplot.subplots(1, len(panels), squeeze=False, layout="constrained",
-                                   figsize=(5.5 * len(panels), 4.5))
-    for ax, (title, methods) in zip(axes.flat, panels.items()):
+    for ax, (title, methods) in zip(axes, panels.items()):
         for n, (method, runs) in enumerate(methods.items()):
             plot_curve(ax, runs, "jsd", color=COLOURS[n % 8], marker="osD^v<>*"[n % 8],
-                       linestyle=["-", "--", "-.", ":"][n // 8 % 4], markersize=4, label=method)
-        runs = sum(methods.values(), [])
-        top = 1.08 * max(e["jsd"] for _, evals, _ in runs for e in evals.values())
-        for name, value in next((r["reference_jsd"] for *_, r in runs if r), {}).items():
+                       linestyle=["-", "--", "-."][n // 8 % 3], markersize=4, label=method)
+        top = 1.05 * ax.get_ylim()[1]
+        found = next((r[2] for runs in methods.values() for r in runs if r[2]), {})
+        for name, value in found.get("reference_jsd", {}).items():
             if value < top:
                 ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
                 ax.text(1.01, value / top, name, transform=ax.transAxes, fontsize=8, va="center")
         ax.set(ylim=(0, top), ylabel="mean Jensen-Shannon distance (eval split)")
         ax.set_title(title, fontsize=9)
         ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    return figure
 
 
 def measured(runs, metric):
-    """(mean, half of its interval) from eval.json, of unseen questions if there are any; of seeds,
-    their standard deviation if that is larger. None where it is missing."""
-    found = [(r.get("unseen") or r["seen"]).get(metric) for *_, r in runs if r]
+    """(mean, half of its interval) on unseen questions if there are any; of seeds, their standard
+    deviation if that is larger. None where it is missing."""
+    found = [(r[2].get("unseen") or r[2]["seen"]).get(metric) for r in runs if r[2]]
     if not found or not all(found):
         return None
     means, halves = [v[0] for v in found], [(v[2] - v[1]) / 2 for v in found if v[1] is not None]
     return np.mean(means), max(np.mean(halves or [0]), np.std(means, ddof=int(len(means) > 1)))
 
 
-def draw_bars(pyplot, methods):
+def draw_bars(bars, axes):
     """Figure 5: JSD, and how often the answer expresses its belief."""
-    shown = [k for k in BARS if any(measured(runs, k) for runs in methods.values())]
-    figure, axes = pyplot.subplots(1, len(shown), squeeze=False, figsize=(1 + 3 * len(shown), 3.2))
-    for ax, k in zip(axes.flat, shown):
-        values = {m: v for m, runs in methods.items() if (v := measured(runs, k))}
-        ax.bar([*values], [v for v, _ in values.values()], color=COLOURS[0], width=0.7, capsize=3,
-               yerr=[half for _, half in values.values()])
+    for ax, (metric, values) in zip(axes, bars.items()):
+        means, halves = zip(*values.values())
+        ax.bar([*values], means, yerr=halves, color=COLOURS[0], width=0.7, capsize=3)
         ax.tick_params(axis="x", labelrotation=60, labelsize=8)
-        ax.set_title(METRICS[k], fontsize=9)
-    return figure
+        ax.set_title(METRICS[metric], fontsize=9)
 
 
-def tables(methods):
+def tables(methods, values):
     """Table 2, a row per method and a column per metric, and Table 3, answers; Markdown."""
-    cells = {m: {k: f"{v[0]:.3f} ± {v[1]:.3f}" if (v := measured(runs, k)) else "" for k in METRICS}
-             for m, runs in methods.items()}
-    shown = [k for k in METRICS if any(row[k] for row in cells.values())]
-    rows = [["Table 2, unseen questions if there are any", *(METRICS[k] for k in shown)],
-            ["---"] * (len(shown) + 1)]
-    rows += [[method, *(row[k] for k in shown)] for method, row in cells.items()]
-    questions = {}
-    for method, runs in methods.items():
-        for a in runs[0][2].get("answers", []):
-            said = [method, f"{a['class'] or ''} {a['belief'] or ''}", a["response"]]
-            questions.setdefault(a["prompt"], [a]).append(said)
-    for prompt, (a, *said) in questions.items():
-        shares = ", ".join(map(str, a["probabilities"]))
-        rows += [[], [f"Table 3. {prompt}", ", ".join(a["options"]), shares], ["---"] * 3, *said]
+    rows = [["Table 2", *(METRICS[k] for k in values)], ["---"] * (len(values) + 1)]
+    rows += [[m, *("{:.3f} ± {:.3f}".format(*v[m]) if m in v else "" for v in values.values())]
+             for m in methods]
+    for prompt in dict.fromkeys(prompt for runs in methods.values() for prompt in runs[0][3]):
+        rows += [[], ["Table 3", prompt], ["---", "---"]]
+        rows += [[method, runs[0][3].get(prompt, "")] for method, runs in methods.items()]
     clean = lambda text: " ".join(text.split()).replace("|", "\\|")
     return "".join(f"| {' | '.join(map(clean, row))} |\n" if row else "\n" for row in rows)
 
@@ -131,11 +106,10 @@ def main():
     parser.add_argument("--to", default="figures", type=Path, help="folder to write")
     o, methods = parser.parse_args(), {}
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         sys.exit("figures.py: error: the figures need matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot.switch_backend("Agg")
     for out in filter(Path.is_dir, o.OUT):
         try:
             run = read_run(out)
@@ -144,17 +118,27 @@ def main():
             print(f"left out, no finished run: {out}: {e!r}", file=sys.stderr)
     if not methods:
         sys.exit("figures.py: error: none of these folders holds a finished run")
-    curves = {m: runs for m, runs in methods.items() if all(evals for _, evals, _ in runs)}
-    tuned = {m: runs for m, runs in curves.items() if "joint_majority" in [*runs[0][1].values()][0]}
+    tuned = {m: runs for m, runs in methods.items() if "joint_majority" in runs[0][1][0]}
     panels = {"from the SFT checkpoint": tuned,
-              "SFT": {m: runs for m, runs in curves.items() if m not in tuned}}
-    bars = {m: runs for m, runs in methods.items() if any(measured(runs, k) for k in BARS)}
+              "SFT": {m: runs for m, runs in methods.items() if m not in tuned}}
+    panels = {title: shown for title, shown in panels.items() if shown}
+    values = {k: {m: v for m, runs in methods.items() if (v := measured(runs, k))} for k in METRICS}
+    values = {k: v for k, v in values.items() if v}
+    bars = {k: values[k] for k in ("jsd", "bpc", "opinion", "cbc") if k in values}
     o.to.mkdir(parents=True, exist_ok=True)
-    for name, draw, shown in (("margins", draw_margins, tuned), ("bars", draw_bars, bars),
-                              ("jsd", draw_jsd, {k: v for k, v in panels.items() if v})):
+    for name, draw, shown, size in (("margins", draw_margins, tuned, (3.6, 2.8)),
+                                    ("jsd", draw_jsd, panels, (5.5, 4.5)),
+                                    ("bars", draw_bars, bars, (3.4, 3.2))):
         if shown:
-            draw(pyplot, shown).savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
-    (o.to / "tables.md").write_text(tables(methods), encoding="utf-8")
+            columns, rows = min(3, len(shown)), -(-len(shown) // 3)
+            figure, axes = pyplot.subplots(rows, columns, sharey=name == "margins", squeeze=False,
+                                           layout="constrained",
+                                           figsize=(size[0] * columns, size[1] * rows))
+            draw(shown, axes.flat)
+            for ax in axes.flat[len(shown):]:
+                ax.remove()
+            figure.savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
+    (o.to / "tables.md").write_text(tables(methods, values), encoding="utf-8")
     print(f"{o.to}: " + ", ".join(sorted(x.name for x in o.to.iterdir())))
 
 

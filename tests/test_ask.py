@@ -60,7 +60,7 @@ def test_the_dataset_knows_a_question_in_any_wording():
     rows = [row("Tell me: How is tea?", [1, 0]), row("How is coffee?", [0, 1], "x"),
             row("How is coffee?", [0.5, 0.5], "y")]
     assert group_shares("how is TEA", rows, "") == [1, 0]
-    assert group_shares("tea", rows, "") is None and group_shares("is", rows, "") is None
+    assert group_shares("rum", rows, "") is None and group_shares("is", rows, "") is None
     assert group_shares("How is coffee?", rows, "") is None                # of two groups
     assert group_shares("How is coffee?", rows, "y") == [0.5, 0.5]
 
@@ -95,15 +95,11 @@ def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, c
     (["--belief", "4<Good>yes"], "must be one of the classes"),
     (["--belief", "4", "--shares", "1,0,0,0,0,0"], "give one"),
     (["--group", "Atlantis"], "--group must be one that"),
-    (["--form", "<G>{group}<Q>{prompt}<A>"], "--group must be one that"),
 ])
 def test_what_does_not_fit_is_one_line(ask, flags, message):
     err = ask(*flags, check=2)
     assert message in err and len(err.strip().splitlines()) == 1
 
 
-def test_an_empty_question_a_chat_model_and_a_stray_flag_are_one_line(ask, runs, call):  # noqa: F811
+def test_an_empty_question_is_one_line(ask):
     assert "question is empty" in ask(question=" ", check=2)
-    assert "which chat:MODEL does not give" in ask(out=("chat:gpt-4o",), check=2)
-    p = call(evaluate, runs[1][0], "--belief", "4", cwd=runs[0], check=2)
-    assert "--belief, --shares, --group and --json need --ask" in p.stderr

@@ -11,10 +11,11 @@ from conftest import SMALL, cli, golden
 
 import evaluate
 from data import run
-from evaluate import (answer_metrics, expressed_opinion, interval, ordinal_metrics, over_seeds,
-                      parse_answer, preference_metrics, recalibrated, reference_distributions,
-                      sampled_counts, sampling_floor, summary, worst)
+from evaluate import (answer_metrics, differences, expressed_opinion, interval, ordinal_metrics,
+                      over_seeds, parse_answer, preference_metrics, reference_distributions,
+                      summary)
 from losses import Scores
+from model import load_model, save_model
 from train import jsd
 
 BASELINES, SAMPLED = golden("11")
@@ -35,37 +36,38 @@ def saved(cwd, out):
     return json.loads((cwd / out / "eval.json").read_text())
 
 
-# Beliefs
+def measured(values, seen=False, groups=None):
+    """What evaluate.measure returns, of a row per question and its JSD."""
+    rows = [{"prompt": str(n), "question_id": str(n), "group": g}
+            for n, g in enumerate(groups or [""] * len(values))]
+    return SimpleNamespace(rows=rows, seen=np.broadcast_to(seen, len(rows)),
+                           metrics={"jsd": np.array(values, float)})
 
-@pytest.mark.parametrize("theirs, ours", [
-    ("uniform", "uniform"), ("majority", "majority"), ("noise_0_05", "noise(0.05)"),
-    ("noise_0_1", "noise(0.1)"), ("reverse_as_in_paper_text", "reverse")])
-def test_reference_distributions_agree_with_golden_11(theirs, ours):
-    target, expected = np.array(BASELINES["probabilities"]), np.array(BASELINES[theirs])
-    got = jsd(reference_distributions(target)[ours], target)
-    if theirs == "noise_0_1":
-        # row 3: the authors' number is of the sorted vectors, where the noise makes
+
+# Beliefs and preferences
+
+def test_reference_distributions_agree_with_golden_11():
+    target = np.array(BASELINES["probabilities"])
+    names = {"uniform": "uniform", "majority": "majority", "noise(0.05)": "noise_0_05",
+             "noise(0.1)": "noise_0_1", "reverse": "reverse_as_in_paper_text"}
+    for name, q in reference_distributions(target).items():
+        # row 3 of noise(0.1): the authors' number is of the sorted vectors, where the noise makes
         # 0.2 0.2 0.2 0.2 0.1 0.1 of itself; in place it does not
-        assert got[3] > 0.1
-        got, expected = np.delete(got, 3), np.delete(expected, 3)
-    np.testing.assert_allclose(got, expected, atol=1e-9)
+        same = [n for n in range(len(target)) if (name, n) != ("noise(0.1)", 3)]
+        expected = np.array(BASELINES[names.pop(name)])
+        np.testing.assert_allclose(jsd(q, target)[same], expected[same], atol=1e-9)
+    assert not names
 
 
-def test_w1_knows_the_order_of_the_classes_and_jsd_does_not():
-    p = np.array([[0, 1.0, 0, 0, 0, 0]] * 3)
-    q = np.array([[0, 1.0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
-    m = ordinal_metrics(q, p, META)
-    assert m["w1"].tolist() == [0, 0.25, 1] and m["off_gap"].tolist() == [0, 0, 0]
+def test_w1_knows_the_order_of_the_classes_and_reads_only_those_on_the_scale():
+    p, q = np.eye(6)[[1, 1, 1]], np.eye(6)[[1, 2, 5]]
+    assert ordinal_metrics(q, p, META)["w1"].tolist() == [0, 0.25, 1]
     assert jsd(q, p)[1] == jsd(q, p)[2]
-
-
-def test_w1_is_of_what_is_on_the_scale_and_the_gap_apart():
-    m = ordinal_metrics([[0.5, 0.5, 0, 0, 0, 0]], [[0.2, 0.8, 0, 0, 0, 0]], META)
-    assert m["w1"] == pytest.approx([0]) and m["off_gap"] == pytest.approx([0.3])
-    assert np.isnan(ordinal_metrics([[0.5, 0.5, 0, 0, 0, 0]], [[1.0, 0, 0, 0, 0, 0]], META)["w1"])
+    half = [[0.5, 0.5, 0, 0, 0, 0]]
+    assert ordinal_metrics(half, [[0.2, 0.8, 0, 0, 0, 0]], META)["w1"] == pytest.approx([0])
+    assert np.isnan(ordinal_metrics(half, np.eye(6)[:1], META)["w1"])
     five = {"classes": list("12345"), "off_scale": None}
-    m = ordinal_metrics([[1.0, 0, 0, 0, 0]], [[0, 0, 0, 0, 1.0]], five)
-    assert m["w1"] == [1] and "off_gap" not in m
+    assert ordinal_metrics(np.eye(5)[:1], np.eye(5)[4:], five)["w1"] == [1]
 
 
 def test_minority_mass_is_a_ratio_of_sums_over_the_smallest_shares_above_zero():
@@ -73,18 +75,7 @@ def test_minority_mass_is_a_ratio_of_sums_over_the_smallest_shares_above_zero():
     p = [[0.1, 0, 0.3, 0, 0.6, 0], [0.99, 0, 0, 0, 0.01, 0]]
     pairs = ordinal_metrics(q, p, META)["minority"]
     np.testing.assert_allclose(pairs, [[0.05, 0.1], [0.1, 0.01]])
-    value, low, high = interval(pairs, ["a", "b"])
-    assert value == pytest.approx(0.15 / 0.11) and low is None and high is None
-
-
-def test_recalibration_finds_the_temperature_and_the_biases_that_were_put_in():
-    rng = np.random.default_rng(0)
-    p = rng.dirichlet(np.ones(6), size=300)
-    bias = np.array([1.0, 0, -1, 0.5, 0, 0])
-    fit = recalibrated(3 * np.log(p), p, 3 * np.log(p[:50]), p[:50])
-    assert fit["jsd_t"].max() < 1e-3 and jsd(p[:50] ** 3, p[:50]).mean() > 0.1
-    fit = recalibrated(3 * np.log(p) + bias, p, 3 * np.log(p[:50]) + bias, p[:50])
-    assert fit["jsd_bias"].max() < 1e-3 < 0.05 < fit["jsd_t"].mean()
+    assert interval(pairs, ["a", "b"])[0] == pytest.approx(0.15 / 0.11)
 
 
 def test_vote_and_flip_are_read_from_four_branches():
@@ -95,35 +86,34 @@ def test_vote_and_flip_are_read_from_four_branches():
     shares = torch.tensor([[0.6, 0.4]] * 3)
     items = [SimpleNamespace(accept=a, reject=b) for a, b in ((0, 1), (0, 1), (1, 1))]
     s = Scores(logps, None, shares.log(), None, torch.tensor([[0.75, 0.25]] * 3), None)
-    m = preference_metrics(s, items, beta=0.5)
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))
-    vote = 0.6 * sigmoid(2) + 0.4 * sigmoid(-1)
-    assert m["vote"][0] == pytest.approx((vote - 0.75) ** 2) and "flip_r" not in m
+    m = preference_metrics(s, items)
+    vote = 0.6 / (1 + np.exp(-2)) + 0.4 / (1 + np.exp(1))
+    assert m["vote"][0] == pytest.approx((vote - 0.75) ** 2)
     assert m["flip"][:2].tolist() == [1, 0] and np.isnan(m["flip"][2]) and np.isnan(m["vote"][2])
-    s.ref = torch.zeros(3, 4, 3)
-    s.ref[0, 0, 2] = -4                                 # the reference hates the chosen answer
-    m = preference_metrics(s, items, beta=0.5)
-    vote = 0.6 * sigmoid(0.5 * 6) + 0.4 * sigmoid(-0.5)
-    assert m["vote_r"][0] == pytest.approx((vote - 0.75) ** 2) and m["flip_r"][0] == 1
 
 
 # Answers
 
 def test_sampled_beliefs_and_cbc_agree_with_golden_11():
     answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
-    counts = sampled_counts(answers, META)
-    np.testing.assert_allclose(counts / 3, SAMPLED["sampled_class_distribution"], atol=1e-9)
     m = answer_metrics(answers, np.array(SAMPLED["probabilities"]), META)
     np.testing.assert_allclose(m["sampled_jsd"], SAMPLED["sampled_jsd"], atol=1e-9)
     assert m["cbc"].mean() == pytest.approx(SAMPLED["cbc"])
 
 
-def test_the_sampling_floor_is_that_of_a_perfect_sampler():
-    target = np.tile([0.1, 0.2, 0.3, 0.4], (400, 1))
-    floors = [sampling_floor(target, n).mean() for n in (8, 64, 256)]
-    assert floors[0] > floors[1] > floors[2] > 0
-    rng = np.random.default_rng(9)
-    assert jsd(rng.multinomial(64, target), target).mean() == pytest.approx(floors[1], rel=0.05)
+def test_a_perfect_sampler_has_the_floors_jsd_and_a_coverage_of_one():
+    rng, p = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0])
+    meta, target = {"classes": META["classes"]}, np.tile(p, (2000, 1))
+    floors = {}
+    for k in (8, 32):
+        answers = [[(str(c), None, "") for c in rng.choice(6, k, p=p)] for _ in target]
+        m = answer_metrics(answers, target, meta)
+        floors[k] = m["sampling_floor"].mean()
+        assert m["sampled_jsd"].mean() == pytest.approx(floors[k], rel=0.02)
+        assert m["coverage"].mean() == pytest.approx(1, abs=0.01)
+    assert floors[8] > floors[32] > 0
+    m = answer_metrics([[("0", None, "")] * 8], p[None], meta)
+    assert m["coverage"] == pytest.approx(1 / (1 - (1 - p) ** 8).sum())
 
 
 def test_the_opinion_rule_takes_the_first_stance_phrase():
@@ -143,18 +133,9 @@ def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     assert parse_answer(text, meta) == parsed
 
 
-def test_a_few_shot_answer_ends_where_the_model_asks_itself_the_next_question():
-    for text in (" 4<a>Yes.\n\nMore.", "4<a>Yes. Question: What?", "\n\n4<a>Yes.\n \nx"):
-        assert parse_answer(text, META, few_shot=True) == ("4", "a", "Yes.")
-
-
-def test_coverage_of_a_perfect_sampler_is_one_on_average():
-    rng, p = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0])
-    answers = [[(str(c), None, "") for c in rng.choice(6, 8, p=p)] for _ in range(4000)]
-    m = answer_metrics(answers, np.tile(p, (4000, 1)), {"classes": META["classes"]})
-    assert m["coverage"].mean() == pytest.approx(1, abs=0.01)
-    m = answer_metrics([[("0", None, "")] * 8], p[None], {"classes": META["classes"]})
-    assert m["coverage"] == pytest.approx(1 / (1 - (1 - p) ** 8).sum())
+@pytest.mark.parametrize("rest", [".\n\nMore.", ". Question: What?", ".\n \nx"])
+def test_a_few_shot_answer_ends_where_the_model_asks_itself_the_next_question(rest):
+    assert parse_answer(f"\n\n 4<a>Yes{rest}", META, few_shot=True) == ("4", "a", "Yes.")
 
 
 def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale():
@@ -162,46 +143,35 @@ def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale
     meta = {"classes": list("12345"), "off_scale": None}
     answers = [[(None, None, "junk")] * 8, [("1", None, "x")] + [(None, None, "junk")] * 7]
     m = answer_metrics(answers, np.full((2, 5), 0.2), meta)
-    assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["no_class"][0] == 1
+    assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["sampled_jsd"][1] > 0.7
     assert m["coverage"].tolist() == pytest.approx([0, 1 / (5 * (1 - 0.8 ** 8))])
-    assert m["sampled_jsd"][1] > 0.7 and m["no_class"][1] == 7 / 8
 
 
 # Intervals and tables
 
 def test_the_bootstrap_resamples_questions_not_rows():
-    """Ten rows of one question tell no more than one row of it."""
-    rng = np.random.default_rng(0)
-    values, questions = rng.normal(size=50), np.arange(50)
+    """Ten rows of one question tell no more than one row of it; 19 questions are too few."""
+    values, questions = np.random.default_rng(0).normal(size=50), np.arange(50)
     _, low, high = interval(values, questions)
     mean10, low10, high10 = interval(np.repeat(values, 10), np.repeat(questions, 10))
     assert mean10 == pytest.approx(values.mean())
     assert high10 - low10 == pytest.approx(high - low, rel=0.05)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(50), rel=0.15)
     assert interval(np.array([np.nan, np.nan]), np.array([1, 2])) is None
-
-
-def test_fewer_than_twenty_questions_have_no_interval():
     assert interval(np.ones(19), np.arange(19)) == [1, None, None]
-    assert interval(np.ones(20), np.arange(20)) == [1, 1, 1]
     assert evaluate.cell([0.5, None, None]).split() == ["0.500", "*"]
     assert evaluate.cell([0.5, 0.4, 0.6]) == "0.500 ±0.100" and evaluate.cell(None) == "-"
 
 
-def test_seen_and_unseen_questions_and_groups_are_kept_apart():
-    items = [SimpleNamespace(question=q, group=g) for q, g in zip("aabc", "xxyy")]
-    r = SimpleNamespace(items=items, seen=np.array([1, 1, 1, 0]) > 0, same=np.array([0, 0, 1, 0]))
-    out = summary({"jsd": np.array([1.0, 1, 1, 5])}, r)
+def test_seen_and_unseen_questions_groups_and_the_worst_of_them_are_kept_apart():
+    r = measured([1, 1, 1, 5], seen=[True, True, True, False], groups="xxyy")
+    r.rows[1]["question_id"] = "0"
+    out = summary(r, r.metrics | {"cbc": np.array([1.0, 1, 0, 0]), "rs": np.full(4, np.nan)})
     assert [*out] == ["unseen", "seen", "group x", "group y", "worst group"]
     assert out["seen"]["rows"] == 3 and out["seen"]["questions"] == 2 and out["seen"]["jsd"][0] == 1
-    assert out["seen"]["word_for_word"] == 1 and out["unseen"]["jsd"][0] == 5
-    assert out["worst group"]["jsd"][0] == 3
-
-
-@pytest.mark.parametrize("metric, bad", [("jsd", 3), ("cbc", 0.5), ("minority", 3)])
-def test_the_worst_group_is_the_farthest_or_the_least(metric, bad):
-    assert worst(metric, [[1.0, 1, 1], [3.0, 2, 4], [0.5, 0, 1]])[0] == bad
-    assert worst(metric, []) is None
+    assert out["unseen"]["jsd"][0] == 5
+    assert out["worst group"]["jsd"][0] == 3 and out["worst group"]["cbc"][0] == 0
+    assert out["worst group"]["rs"] is None
 
 
 def test_seeds_are_averaged_and_the_larger_interval_stands():
@@ -215,18 +185,15 @@ def test_seeds_are_averaged_and_the_larger_interval_stands():
     assert merged["a (2 seeds)"]["seen"]["jsd"] == pytest.approx([2, -2, 6])
 
 
-def test_paired_differences_are_narrower_than_two_intervals(capsys):
+def test_paired_differences_are_narrower_than_two_intervals():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=200)
-    items = [SimpleNamespace(question=n, group="") for n in range(200)]
-    run = lambda values: SimpleNamespace(rows=[0], items=items, seen=np.zeros(200, bool),
-                                         same=np.zeros(200, bool), metrics={"jsd": values})
     a, b = hard + 0.1 * rng.normal(size=200), hard - 0.2 + 0.1 * rng.normal(size=200)
-    evaluate.print_differences({"a": run(a), "b": run(b)}, "a")
-    mean, half = capsys.readouterr().out.split()[-2:]
-    assert float(mean) == pytest.approx(-0.2, abs=0.05) and float(half[1:]) < 0.03
+    found = differences(measured(b), measured(a), "a")["unseen, difference to a"]["jsd"]
+    assert found[0] == pytest.approx(-0.2, abs=0.05)
     _, low, high = interval(a, np.arange(200))
-    assert 2 * float(half[1:]) < 0.2 * (high - low)
+    assert found[2] - found[1] < 0.2 * (high - low)
+    assert differences(measured(b[:100]), measured(a), "a") == {}
 
 
 # The command
@@ -234,19 +201,21 @@ def test_paired_differences_are_narrower_than_two_intervals(capsys):
 def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
     cwd, (sft, gdpo) = runs
     p = call(evaluate, gdpo, sft, *FAST, "--against", sft, cwd=cwd)
-    table, differences = p.stdout.split(f"difference to {sft}")[0], p.stdout.split("difference")[1]
+    table, differences = p.stdout.split(f"difference to {sft}")[:2]
     for out in (sft, gdpo):
         line = next(x for x in table.splitlines() if x.startswith(out))
         assert f"{saved(cwd, out)['unseen']['jsd'][0]:.3f}" == line.split()[1]
-    assert table.index(gdpo) < table.index(sft) and gdpo in differences
-    assert "JSD ↓" in table and "given maj ↑" in table and differences.count(sft) == 1
+    assert table.index(gdpo) < table.index(sft) and gdpo in differences and sft not in differences
     assert max(map(len, p.stdout.splitlines())) <= 100
+    legend = p.stdout.split("unseen: questions")[1]
+    for header in ("JSD ↓", "given maj ↑", "minority →1"):
+        assert header in table and f"\n{header}: " in legend
     result = saved(cwd, gdpo)
-    for name in ("jsd", "cbc", "opinion", "flip", "flip_r", "given_majority", "minority"):
+    for name in ("jsd", "cbc", "opinion", "flip", "vote", "given_majority", "minority"):
         assert result["seen"][name], name
     assert "flip" in saved(cwd, sft)["seen"] and "given_majority" not in saved(cwd, sft)["seen"]
     assert set(result["reference_jsd"]) == {"majority", "reverse", "uniform", "noise(0.05)",
-                                            "noise(0.1)"} and len(result["answers"]) == 3
+                                            "noise(0.1)"}
     answers = [json.loads(x) for x in (cwd / gdpo / "samples.jsonl").read_text().splitlines()]
     assert len(answers) == 20 and len(answers[0]["answers"]) == 2
     call(evaluate, gdpo, *FAST, cwd=cwd)
@@ -264,23 +233,19 @@ def test_two_processes_evaluate_as_one_does(runs, call):
                                   v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
 
 
-def test_a_terminal_without_utf_8_gets_stand_ins(runs):
-    cwd, (_, out) = runs
-    p = cli("evaluate.py", out, "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
-    assert "JSD v" in p.stdout and "+-" in p.stdout and p.stdout.isascii()
-
-
-def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, world):
-    """A failed start, a file, a broken config and another's folder beside a good run."""
-    cwd, (sft, gdpo) = runs
+def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call):
+    """A failed start, a file, a broken config and another's folder beside a good run; ASCII."""
+    cwd, (sft, _) = runs
     for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
-        (cwd / "out" / name).mkdir(exist_ok=True)
+        (cwd / "out" / name).mkdir()
         (cwd / "out" / name / "config.json").write_text(text)
         (cwd / "out" / name / "metrics.jsonl").write_text("")
     (cwd / "out/answers.jsonl").write_text("")
-    p = call(evaluate, "out/begun", "out/odd", "out/answers.jsonl", sft, "--samples", 0, cwd=cwd)
-    assert "left out: out/begun is no finished run" in p.stderr.replace("out/begun: ", "", 1)
+    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", sft, "--samples", 0,
+            cwd=cwd, PYTHONIOENCODING="ascii")
+    assert "left out: out/begun: out/begun is no finished run" in p.stderr
     assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and sft in p.stdout
+    assert "JSD ?" in p.stdout and p.stdout.isascii()
     p = call(evaluate, "out/odd", cwd=cwd, check=2)
     assert len(p.stderr.strip().splitlines()) == 1
     for name in ("begun", "odd"):
@@ -293,12 +258,11 @@ def test_margins_need_the_checkpoint_that_the_run_began_with(runs, call, tmp_pat
     weights = tmp_path / sft / "best/model.safetensors"
     shutil.copy(tmp_path / gdpo / "best/model.safetensors", weights)
     p = call(evaluate, gdpo, "--samples", 0, cwd=tmp_path)
-    assert "no reference, no margins" in p.stderr and "given_majority" not in saved(
-        tmp_path, gdpo)["seen"]
+    assert "no reference, no margins" in p.stderr
+    assert "given_majority" not in saved(tmp_path, gdpo)["seen"]
 
 
 def test_a_model_without_any_probability_for_the_classes_is_one_line(runs, call, tmp_path):
-    from model import load_model, save_model
     cwd, (sft, _) = runs
     shutil.copytree(cwd / sft, tmp_path / sft)
     model = load_model(tmp_path / sft / "best")
@@ -309,7 +273,7 @@ def test_a_model_without_any_probability_for_the_classes_is_one_line(runs, call,
 
 
 @pytest.mark.parametrize("args, message", [
-    (["nowhere"], "nowhere is not the folder of a run"),
+    (["nowhere"], "nowhere is no finished run of train.py"),
     ([], "the following arguments are required: OUT"),
     (["x", "--samples", "many"], "'many' is no int"),
     (["x", "--samples", "-1"], "-1 is not a number from 0 on"),
@@ -317,8 +281,9 @@ def test_a_model_without_any_probability_for_the_classes_is_one_line(runs, call,
     (["x", "--judge", "j", "--samples", "0"], "--judge, --embeddings need --samples"),
     (["x", "--against", "y"], "--against y is none of the runs"),
     (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
-    (["chat:"], "as in chat:gpt-4o"),
-])
+    (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
+    (["chat:gpt-4o", "--ask", "Why?"], "which chat:MODEL does not give"),
+    (["chat:"], "as in chat:gpt-4o")])
 def test_bad_input_is_one_line_and_exit_2(args, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
@@ -342,7 +307,7 @@ def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path)
     text = (tmp_path / "f/tables.md").read_text(encoding="utf-8")
     for out in outs:
         assert f"| {out[4:-6]} | {saved(cwd, out)['unseen']['jsd'][0]:.3f} ±" in text
-    assert text.count("Table 3.") == 3 and (tmp_path / "f/jsd.png").stat().st_size > 10_000
+    assert text.count("Table 3") == 3 and (tmp_path / "f/jsd.png").stat().st_size > 10_000
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path):

