@@ -818,16 +818,21 @@ def classify(client, asked_in):
         for t, r in zip(asked_in, replies) if not found.get(t)]
 
 
+def like_named(country, known):
+    """Names with the same last word, because the table joins two surveys, which write some names
+    differently (S. Korea, South Korea); without any, those of similar letters."""
+    country = {"USA": "United States", "UK": "Britain"}.get(country.upper(), country)
+    same = [name for name in sorted(known) if country.rpartition(" ")[2] in name]
+    return same or difflib.get_close_matches(country, known) or sorted(known)
+
+
 def names_in(text, known):
     """The countries in a text with commas between them; ValueError for one that is not known."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
-            meant = {"USA": "United States", "US": "United States", "UK": "Britain"}.get(
-                name.upper(), name)
-            like = difflib.get_close_matches(meant, known) + [n for n in known if meant in n]
             raise ValueError(f"there is no country {name!r}; there is "
-                             f"{', '.join(dict.fromkeys(like or sorted(known)))}")
+                             f"{', '.join(like_named(name, known))}")
     return names
 
 
@@ -854,11 +859,10 @@ def opinions(o, flags):
                         [x / sum(p) for x in p])
                for n, text, options, p in whole if set(options) <= belief_map.keys()]
         groups[country] = fit[:most]
-        # the table joins two surveys, which write some names differently
-        like = ", ".join(difflib.get_close_matches(country, known, cutoff=0.65)[1:]) or "none"
-        print(f"{len(fit[:most])} questions for {country} (like it: {like}), of {len(rows)} rows: "
+        print(f"{len(fit[:most])} questions for {country}, of {len(rows)} rows: "
               f"{len(rows) - len(whole)} lack a text, two different options or their shares, "
-              f"{len(whole) - len(fit)} have options without a class", file=sys.stderr)
+              f"{len(whole) - len(fit)} have options without a class. Names like it: "
+              f"{', '.join(like_named(country, known))}", file=sys.stderr)
         if not fit:
             raise ValueError(f"no question of {country} has a class for all its options: extend "
                              "--map, or give --classify llm")
@@ -947,8 +951,8 @@ def published_row(row, group):
     if len(out["probabilities"]) not in (5, 6):
         raise ValueError("neither 6 shares (classes 0..5) nor 5 (ratings)")
     question = repr((out["options"], out["probabilities"])).encode()
-    return {"question_id": hashlib.sha256(question).hexdigest()[:12],
-            **({"group": group} if group else {}), **out}
+    out = {"question_id": hashlib.sha256(question).hexdigest()[:12]} | out
+    return {"group": group} | out if group else out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -975,8 +979,7 @@ codecs.register_error("cp1252", lambda e: (
 
 
 def lines_of(path, errors="strict"):
-    """The lines of a text file, plain or .gz, one at a time. errors: "cp1252" reads what is not
-    UTF-8 in that encoding."""
+    """The lines of a text file, plain or .gz. errors="cp1252" reads what is not UTF-8 as that."""
     open_it = gzip.open if str(path).endswith(".gz") else open
     try:
         with open_it(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n") as f:
@@ -1017,9 +1020,9 @@ def review_of(record):
     text = html.unescape(html.unescape(pick("review/text", "reviewText", "text")[0]))
     # tags, [[VIDEOID:...]] and [[ASIN:...]] are no words of the reviewer
     text = re.sub(r"</?[a-zA-Z][^<>]{0,200}>|\[\[[A-Z]+:.*?\]\]", " ", text)
-    return (pick("product/productId", "parent_asin", "asin"),
-            (pick("review/userId", "reviewerID", "user_id") or [None])[0],
-            str(int(rating)), " ".join(text.split()))
+    products = pick("product/productId", "parent_asin", "asin")
+    user = next(iter(pick("review/userId", "reviewerID", "user_id")), None)
+    return products, user, str(int(rating)), " ".join(text.split())
 
 
 def collect_reviews(o, titles, skipped):
@@ -1065,16 +1068,16 @@ def describe(titles, o):
         return {title: f"{title}." for title in titles}
     named = [re.fullmatch(r"(?s)(.*?)(?: \((\d{4})\))?", title).groups() for title in titles]
     queries = [{"t": t, "plot": "short"} | ({"y": year} if year else {}) for t, year in named]
-    answers = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl").ask(
+    films = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl").ask(
         "GET", o.omdb, queries, read_omdb, "OMDb", params={"apikey": key_from("OMDB_API_KEY")})
-    prompts = {}
-    for title, film in zip(titles, answers):
-        film = {k: " ".join(str(v).split()) for k, v in film.items() if v not in (None, "N/A")}
-        if film.get("Response") == "True":
-            head = ", ".join(film[k] for k in ("Title", "Year", "Director") if k in film)
-            genre = f" (Genre: {film['Genre']})" if "Genre" in film else ""
-            prompts[title] = f"{head}{genre}. {film.get('Plot', '')}".strip()
-    return prompts
+    return {t: film_prompt(f) for t, f in zip(titles, films) if f.get("Response") == "True"}
+
+
+def film_prompt(film):
+    film = {k: " ".join(str(v).split()) for k, v in film.items() if v not in (None, "N/A")}
+    head = ", ".join(film[k] for k in ("Title", "Year", "Director") if k in film)
+    genre = f" (Genre: {film['Genre']})" if "Genre" in film else ""
+    return f"{head}{genre}. {film.get('Plot', '')}".strip()
 
 
 def review_rows(title, prompt, shares, part, train, rng):
@@ -1095,17 +1098,15 @@ def reviews(o):
     try:
         rows = csv.reader(io.StringIO(read_text(o.titles), newline=""), skipinitialspace=True)
         titles = dict(row for row in rows if row)
-    except ValueError as e:
+    except (ValueError, csv.Error) as e:
         raise ValueError(f"{o.titles} must have lines of product,title, in UTF-8 and with a title "
                          f"with commas in quotes ({e})") from None
     counts, kept = collect_reviews(o, titles, skipped)
     usable = [t for t in sorted(kept, key=lambda t: (-counts[t].sum(), t)) if len(kept[t]) > 2
-              and len({rating for rating, *_ in kept[t]}) > 1][:o.max_titles or None]
-    skipped["of titles with too few reviews or one rating alone, or beyond --max_titles"] = sum(
-        len(kept[t]) for t in kept.keys() - set(usable))
-    prompts, title_of = describe(usable, o), {}
-    problems = [{"problem": "a title without metadata", "text": t}
-                for t in usable if t not in prompts]
+              and len({rating for rating, *_ in kept[t]}) > 1]
+    prompts, title_of = describe(usable[:o.max_titles or None], o), {}
+    problems = [{"problem": "a title without metadata, two ratings or 3 reviews, or beyond "
+                 "--max_titles", "text": t} for t in kept if t not in prompts]
     for title, prompt in prompts.items():  # titles of one film are merged: a prompt has one target
         first = title_of.setdefault(prompt, title)
         if first != title:
@@ -1199,11 +1200,11 @@ def group_statements(client, statements, most, size=200):
 def read_groups(text):
     """[(statement, number), ...] of a reply, in JSON or in lines `statement :: 1, 2`."""
     try:
-        return [(str(g["statement"]), int(n)) for g in json.loads(text)["groups"]
-                for n in g["numbers"]]
+        groups = [(g["statement"], g["numbers"]) for g in json.loads(text)["groups"]]
     except (ValueError, KeyError, TypeError):
-        return [(name, int(n)) for name, numbers in re.findall(
-            r"^[\W\d]*(.*?)[*_\s]*::(.*)$", text, re.M) for n in re.findall(r"\d+", numbers)]
+        groups = [(name, re.findall(r"\d+", numbers)) for name, numbers in re.findall(
+            r"^[\W\d]*(.*?)[*_\s]*::(.*)$", text, re.M)]
+    return [(str(name), int(n)) for name, numbers in groups for n in numbers]
 
 
 def parse_stances(text):

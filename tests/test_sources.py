@@ -91,40 +91,32 @@ def test_common_layouts_and_json_are_read(reply):
     assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
 
 
-@pytest.mark.parametrize("reply", [
-    "Q: a?\nA1: [Yes] y\nA2: Not certain.\nA3: [No] n",
-    "Q: a?\nA1: [Yes] y\nA2: [No] n\nI hope that helps!",
-    "Q: a?\nA1: [Yes] y\nA2: [No] n\n2. Formal and Polite",
-    "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: Well (yes) y\nA2: [No] n",
-    "Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
-    "Q: a?\nA1: [Yes] y\u2028A2: [No] n", "Q: a?\nA1: [Yes] y", "Q:\nA1: [Yes] y\nA2: [No] n",
-    "Q: a?\nA1: [Yes] y\nA2: [No] n\nA3: [Yes] y3", "Q: a?\nA1: [Yes]\nA2: [No] n",
-    '{"styles": [{"question": "a?", "answers": [{"option": "Yes", "answer": "y"}]}]}',
-    '{"styles": [{"question": "a?", "answers": ["Yes"]}]}'])
-def test_a_style_that_is_not_one_answer_to_each_option_is_listed_and_left_out(reply):
-    good, [problem] = synth.parse_dialogues(reply, ["Yes", "No"])
-    assert good == [] and problem["problem"] == "a style that is not one answer to each option"
-
-
-@pytest.mark.parametrize("text, ended, problem", [
-    ("Q: b?\nA1: [Yes] y\nA2: [No]", "length", "a style cut off by the length limit"),
-    (json.dumps(STYLES)[12:-40], "length", "a style cut off by the length limit"),
-    ("Q: how?\nA1: [Yes] a", "stop", "a style that is not one answer to each option"),
-    ("Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
-     "A2: [No] n", "stop", "the prompt's own example question")])
-def test_a_broken_style_takes_no_other_with_it(text, ended, problem):
-    first = json.dumps(STYLES) if text.startswith("{") else "Q: a?\nA1: [Yes] y\nA2: [No] n"
-    good, problems = synth.parse_dialogues(f"{first}\n\n{text}", ["Yes", "No"], ended)
-    assert good == [("a?", ["y", "n"])] and [p["problem"] for p in problems] == [problem]
-
-
-@pytest.mark.parametrize("text, ended, problem", [
-    ("I'm sorry, but I can't.", "stop", "a reply without a question line"),
-    ("A1: [Yes] y\nA2: [No] n", "stop", "a reply without a question line"),
-    ("400: no\nQ: a?\nA1: [Yes] y\nA2: [No] n", "refused", "a prompt that the server refused")])
-def test_a_refusal_gives_no_dialogue(text, ended, problem):
-    good, problems = synth.parse_dialogues(text, ["Yes", "No"], ended)
-    assert good == [] and [p["problem"] for p in problems] == [problem]
+@pytest.mark.parametrize("problem, ended, replies", [
+    ("a style that is not one answer to each option", "stop", [
+        "Q: a?\nA1: [Yes] y\nA2: Not certain.\nA3: [No] n",
+        "Q: a?\nA1: [Yes] y\nA2: [No] n\nI hope that helps!", "Q: a?\nA1: [Yes] y",
+        "Q: a?\nA1: [Yes] y\nA2: [No] n\n2. Formal and Polite",
+        "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: Well (yes) y\nA2: [No] n",
+        "Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
+        "Q: a?\nA1: [Yes] y\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n",
+        "Q: a?\nA1: [Yes] y\nA2: [No] n\nA3: [Yes] y3", "Q: a?\nA1: [Yes]\nA2: [No] n",
+        '{"styles": [{"question": "a?", "answers": [{"option": "Yes", "answer": "y"}]}]}',
+        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
+    ("a style cut off by the length limit", "length", [
+        "Q: b?\nA1: [Yes] y\nA2: [No]", json.dumps(STYLES)[12:-40]]),
+    ("the prompt's own example question", "stop", [
+        "Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
+        "A2: [No] n"]),
+    ("a reply without a question line", "stop", ["I can't.", "A1: [Yes] y\nA2: [No] n"]),
+    ("a prompt that the server refused", "refused", ["400: no\nQ: a?\nA1: [Yes] y\nA2: [No] n"])])
+def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
+    for reply in replies:
+        good, problems = synth.parse_dialogues(reply, ["Yes", "No"], ended)
+        assert good == [] and [p["problem"] for p in problems] == [problem]
+        if problem.startswith(("a style", "the prompt")):
+            first = json.dumps(STYLES) if reply[0] == "{" else "Q: a?\nA1: [Yes] y\nA2: [No] n"
+            good, problems = synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended)
+            assert good == [("a?", ["y", "n"])] and [p["problem"] for p in problems] == [problem]
 
 
 @pytest.mark.parametrize("label, texts", [
@@ -207,11 +199,6 @@ def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_p
     assert json.loads((tmp_path / "d/meta.json").read_text())["belief_to_class"] == {
         "No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2", "A bit": "2", "Not too much": "2",
         "A lot": "2"}
-    (tmp_path / "d").rename(tmp_path / "second")
-    (tmp_path / "d.answers.jsonl").unlink()
-    llm.spoil = lambda reply, prompt: "4 or 5" if "Option: Yes" in prompt else reply
-    p = opinions(call, llm, tmp_path, *flags, check=2)
-    assert "no question of Chile (rural) has a class for all its options" in p.stderr
 
 
 def test_the_survey_table_comes_from_the_hub(table, llm, tmp_path, call, monkeypatch):
@@ -310,11 +297,15 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
     ("/splits", {"error": "busy"}, "busy"), ("/splits", [], "no splits"),
     ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came whole"),
     ("/splits", {"splits": [{"config": "default", "split": "train"}]}, "no split eval or valid"),
-    ("", {}, "does not exist")])
-def test_odd_answers_of_the_hub_are_one_line(hub, path, answer, message):
-    hub.rows, good = {s: published_rows(3) for s in SPLITS}, hub.answer
+    ("/splits", {"splits": [{"config": "a", "split": "train"}]}, "in a default configuration"),
+    ("probabilities", None, "no probabilities in a row of ['accept"),
+    ("options", "Good|Bad", "not a list: 'Good|Bad'"), ("options", 5, "not a list: '5'"),
+    ("probabilities", [0.5, 0.5], "neither 6 shares")])
+def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
+    hub.rows, good = {s: published_rows(3, **{path: answer}) for s in SPLITS}, hub.answer
+    assert "does not exist" in hub.fetch("Other/set", check=2)
     hub.answer = lambda r: (200, answer) if r.path == path else good(r)
-    assert message in hub.fetch("Some/set" if path else "Other/set", check=2)
+    assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
 
 
 def test_a_published_row_with_an_empty_cell_is_left_out_and_counted(hub):
@@ -337,16 +328,6 @@ def test_a_published_set_of_reviews_has_five_classes(hub):
     assert meta["classes"] == ["1", "2", "3", "4", "5"] and not meta["off_scale"]
     assert rows["train"][0]["accept_choice_id"] == "5" and "accept_choice" not in rows["train"][0]
     assert rows["train"][0]["options"] == ["1", "2", "3", "4", "5"]
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"probabilities": None}, "no probabilities in a row of ['accept"),
-    ({"options": "Good|Bad"}, "not a list: 'Good|Bad'"), ({"options": 5}, "not a list: '5'"),
-    ({"probabilities": [0.5, 0.5]}, "neither 6 shares")])
-def test_a_published_set_of_another_form_stops_with_what_was_found(hub, change, message):
-    hub.rows = {s: published_rows(3, **change) for s in SPLITS}
-    err = hub.fetch(check=2).replace("\\", "")
-    assert "9 x a row with an empty or odd cell" in err and message in err
 
 
 # ---------------------------------------------------------------------------------------------
@@ -465,8 +446,9 @@ def test_the_later_amazon_forms_and_the_caps(tmp_path, call):
     err, rows = run_reviews(call, tmp_path, "P0,Zero\nP1,One\nP2,Two\n", "--metadata", "none",
                             "--max_titles", 2, "--max_reviews", 15, "--min_chars", 1)
     rows = sum(rows.values(), [])
-    assert "3 that are no review" in err and "20 of titles with too few reviews" in err
-    assert "1 that repeat the same user's text" in err
+    for reason in ("3 that are no review", "1 that repeat the same user's text",
+                   "1 x a title without metadata, two ratings or 3 reviews, or beyond --max"):
+        assert reason in err
     assert len({r["prompt"] for r in rows}) == 2 and {r["prompt"] for r in rows} <= {
         "Zero.", "One.", "Two."}
     assert len(rows) == 30 and rows[0]["probabilities"] == [0.2] * 5
@@ -670,8 +652,8 @@ def test_pairs_of_any_form_are_read_and_others_refused(tmp_path, row):
 @real_data
 def test_the_real_pairs_are_read():
     pairs = synth.read_pairs(SHARED / "hh_rlhf/helpful-base_test.jsonl.gz")
-    assert len(pairs) == 2354 and [text[:27] for text in pairs[0]] == [
-        "Do you know why turkeys bec", "To be honest, I didn’t even", "I know that the American In"]
+    assert len(pairs) == 2354 and [text[:20] for text in pairs[0]] == [
+        "Do you know why turk", "To be honest, I don’", "I know that the Amer"]
 
 
 # ---------------------------------------------------------------------------------------------
