@@ -110,21 +110,16 @@ def write_surveys(groups, o, writer, problems=(), **meta):
             for split, part in split_up(dialogues, normal(text) in held, text, problems).items():
                 n = round((o.pairs_per_question or len(dialogues)) * len(part) / len(dialogues))
                 splits[split] += draw_rows(q, part, max(1, n), group, rng, o.noise)
-    if o.shares == "counted":
-        count_shares(splits)
+    if o.shares == "counted":          # of the classes that a question's training rows accept
+        counts = defaultdict(Counter)
+        for row in splits["train"]:
+            counts[row["group"], row["question_id"]][row["accept_choice_id"]] += 1
+        for row in splits["train"] + splits["eval"]:
+            n = counts[row["group"], row["question_id"]]
+            row["probabilities"] = [round(n[c] / n.total(), 6) for c in CLASSES]
     save_dataset(o, splits, problems, classes=CLASSES, off_scale="0", groups=list(groups),
                  form=FORM if len(groups) == 1 else "<G>{group}" + FORM, belief_to_class={
                      t: CLASSES[k] for q in every for t, k in zip(q.options, q.classes)}, **meta)
-
-
-def count_shares(splits):
-    """Make the target, except in test, how often the question's training rows accept each class."""
-    counts = defaultdict(Counter)
-    for row in splits["train"]:
-        counts[row["group"], row["question_id"]][row["accept_choice_id"]] += 1
-    for row in splits["train"] + splits["eval"]:
-        n = counts[row["group"], row["question_id"]]
-        row["probabilities"] = [round(n[c] / n.total(), 6) for c in CLASSES]
 
 
 def holdout(ids, o):
@@ -132,8 +127,8 @@ def holdout(ids, o):
     if o.holdout_questions >= max(1, len(ids)):
         raise ValueError(f"--holdout_questions {o.holdout_questions} must leave some of the "
                          f"{len(ids)} questions for training")
-    order = np.random.default_rng([o.seed, 2]).permutation(len(ids))
-    return {sorted(ids)[i] for i in order[:o.holdout_questions]}
+    order = np.random.default_rng([o.seed, 2]).permutation(len(ids))[:o.holdout_questions]
+    return set(np.array(sorted(ids), object)[order])
 
 
 def split_up(items, held, question, problems):
@@ -952,7 +947,7 @@ def published_row(row, group):
         raise ValueError("neither 6 shares (classes 0..5) nor 5 (ratings)")
     question = repr((out["options"], out["probabilities"])).encode()
     out = {"question_id": hashlib.sha256(question).hexdigest()[:12]} | out
-    return {"group": group} | out if group else out
+    return ({"group": group} if group else {}) | out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1153,7 +1148,10 @@ def read_pairs(path):
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}, line {number} is not a pair of chosen and rejected in JSON "
                              f"({type(e).__name__}: {e})") from None
-    return pairs
+    good = [pair for pair in pairs if all(pair) and pair[1] != pair[2]]
+    print(f"{len(pairs)} pairs, of which {len(pairs) - len(good)} are left out (an empty text, or "
+          "the same answer twice)", file=sys.stderr)
+    return good
 
 
 def pair_of(row):
@@ -1200,11 +1198,11 @@ def group_statements(client, statements, most, size=200):
 def read_groups(text):
     """[(statement, number), ...] of a reply, in JSON or in lines `statement :: 1, 2`."""
     try:
-        groups = [(g["statement"], g["numbers"]) for g in json.loads(text)["groups"]]
+        return [(str(g["statement"]), int(n)) for g in json.loads(text)["groups"]
+                for n in g["numbers"]]
     except (ValueError, KeyError, TypeError):
-        groups = [(name, re.findall(r"\d+", numbers)) for name, numbers in re.findall(
-            r"^[\W\d]*(.*?)[*_\s]*::(.*)$", text, re.M)]
-    return [(str(name), int(n)) for name, numbers in groups for n in numbers]
+        groups = re.findall(r"^[\W\d]*(.*?)[*_\s]*::(.*)$", text, re.M)
+        return [(name, int(n)) for name, numbers in groups for n in re.findall(r"\d+", numbers)]
 
 
 def parse_stances(text):
@@ -1220,16 +1218,13 @@ def mine(o, flags):
     side agrees with it: the statement becomes the belief's text, the stance its class."""
     client, rng = Client(flags, f"{o.out}.answers.jsonl"), np.random.default_rng([o.seed, 1])
     pairs = read_pairs(o.pairs)
-    good = [pair for pair in pairs if all(pair) and pair[1] != pair[2]]
-    print(f"{len(pairs)} pairs, of which {len(pairs) - len(good)} are left out (an empty text, or "
-          "the same answer twice)", file=sys.stderr)
-    pairs = [good[i] for i in rng.permutation(len(good))[:o.max_pairs or None]]
+    pairs = [pairs[i] for i in rng.permutation(len(pairs))[:o.max_pairs or None]]
     swaps = rng.random(len(pairs)) < 0.5               # the order of the answers must tell nothing
     shown = [dict(prompt=p, first=r if swap else c, second=c if swap else r)
              for (p, c, r), swap in zip(pairs, swaps)]
     statements, rows_of, problems = {}, defaultdict(list), []
-    replies = chat(client, [PROMPTS["statement"].format(**x) for x in shown], "statements",
-                   max_tokens=100)
+    prompts = [PROMPTS["statement"].format(**x) for x in shown]
+    replies = chat(client, prompts, "statements", max_tokens=100)
     for i, reply in enumerate(replies):
         lines = [line.strip(" *\"“”") for line in reply.text.split("\n") if line.strip()]
         if reply.ended == "stop" and len(lines) == 1 and len(lines[0]) <= 200:

@@ -608,6 +608,7 @@ def test_statements_are_grouped_in_rounds_and_no_more_than_max_are_kept(judge, t
     of, problems = synth.group_statements(client, many, 3, size=6)
     assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
     assert problems == [] and len(judge.requests) == 4
+    assert synth.read_groups('{"groups": [{"statement": "a", "numbers": [null]}]}') == []
     of, problems = synth.group_statements(client, many, 1)
     assert set(of.values()) == {"Do not harm"} and len(problems) == 8
 
@@ -652,7 +653,7 @@ def test_pairs_of_any_form_are_read_and_others_refused(tmp_path, row):
 @real_data
 def test_the_real_pairs_are_read():
     pairs = synth.read_pairs(SHARED / "hh_rlhf/helpful-base_test.jsonl.gz")
-    assert len(pairs) == 2354 and [text[:20] for text in pairs[0]] == [
+    assert len(pairs) == 2348 and [text[:20] for text in pairs[0]] == [
         "Do you know why turk", "To be honest, I don’", "I know that the Amer"]
 
 
@@ -695,10 +696,8 @@ def test_shots_are_dropped_until_the_row_fits(tmp_path, call, world, capsys):
     for long, short, row in zip(whole, cut, rows["train"]):
         assert data.longest(short) <= 200 < data.longest(long)
         text, (first, *shots) = tok.decode(short.prompt), row["context"]
-        kept = [s for s in shots if s in text]
-        first *= bool(kept)                                 # no shot, no instruction
-        assert text == first + "".join(kept) + prompt_text(row, meta["form"])
-        assert kept == shots[len(shots) - len(kept):]
-        one_more = shots[len(shots) - len(kept) - 1:]
-        text = row["context"][0] + "".join(one_more) + prompt_text(row, meta["form"])
-        assert len(tok.encode(text)) + data.longest(short) - len(short.prompt) > 200
+        kept = [s for s in shots if s in text]              # no shot, no instruction
+        assert text == first * bool(kept) + "".join(kept) + prompt_text(row, meta["form"])
+        one_more = [first, *shots[len(shots) - len(kept) - 1:], prompt_text(row, meta["form"])]
+        size = len(tok.encode("".join(one_more)))
+        assert size + data.longest(short) - len(short.prompt) > 200
