@@ -1069,6 +1069,7 @@ def describe(titles, o):
 
 
 def film_prompt(film):
+    """The prompt of OMDb's record, in which N/A means unknown."""
     film = {k: " ".join(str(v).split()) for k, v in film.items() if v not in (None, "N/A")}
     head = ", ".join(film[k] for k in ("Title", "Year", "Director") if k in film)
     genre = f" (Genre: {film['Genre']})" if "Genre" in film else ""
@@ -1179,14 +1180,13 @@ def group_statements(client, statements, most, size=200):
     of, last = {s: s for s in statements}, False
     while of and not last:
         alive = list(dict.fromkeys(of.values()))
-        chunks, named = [alive[i:i + size] for i in range(0, len(alive), size)], {}
+        chunks = [alive[i:i + size] for i in range(0, len(alive), size)]
         prompts = [PROMPTS["groups"].format(most=most, statements="\n".join(
             f"{n}. {s}" for n, s in enumerate(chunk, 1))) for chunk in chunks]
         replies = chat(client, prompts, "groups", GROUPS, temperature=0.0, max_tokens=4096)
-        for chunk, reply in zip(chunks, replies):
-            for name, n in read_groups(reply.text):    # the first group that holds a number counts
-                if name and 1 <= n <= len(chunk):
-                    named.setdefault(chunk[n - 1], name)
+        named = {chunk[n - 1]: name for chunk, reply in zip(chunks, replies)
+                 for name, n in reversed(read_groups(reply.text))    # the first of two groups counts
+                 if name and 1 <= n <= len(chunk)}
         of = {s: named[g] for s, g in of.items() if g in named}
         last = len(chunks) == 1 or len(set(of.values())) == len(alive)
     large = dict(Counter(of[s] for s in statements if s in of).most_common(most))
