@@ -1185,7 +1185,7 @@ def group_statements(client, statements, most, size=200):
             f"{n}. {s}" for n, s in enumerate(chunk, 1))) for chunk in chunks]
         replies = chat(client, prompts, "groups", GROUPS, temperature=0.0, max_tokens=4096)
         named = {chunk[n - 1]: name for chunk, reply in zip(chunks, replies)
-                 for name, n in reversed(read_groups(reply.text))    # the first of two groups counts
+                 for name, n in reversed(read_groups(reply.text))   # the first of two groups wins
                  if name and 1 <= n <= len(chunk)}
         of = {s: named[g] for s, g in of.items() if g in named}
         last = len(chunks) == 1 or len(set(of.values())) == len(alive)
