@@ -1,24 +1,22 @@
 """Datasets of preference rows, from every source of the paper.
 
     python synth.py toy --out data/toy                                  # a made-up survey world
-    python synth.py opinions --country "United States" --map option_map.json --writer llm \
-        --out data/usa                                                  # GlobalOpinionQA, 5.1
+    python synth.py opinions --map option_map.json --writer llm --out data/usa     # GlobalOpinionQA
     python synth.py published --name Binwei01/mmoqa_usa --out data/usa  # the authors' own rows
     python synth.py reviews --reviews movies.txt.gz --titles titles.csv --out data/movies    # 5.2
     python synth.py mine --pairs hh.jsonl.gz --out data/hh              # find beliefs, Appendix I
     python synth.py icf --data data/usa --shots 3 --out data/usa-icf    # few-shot, Appendix E
 
-Last in reading order. A survey is a list of Questions. A writer (templates or an LLM) turns each
-into dialogues: a paraphrase of the question and one answer per option. Pairs are drawn as in
-section 5.1: the accepted belief from the group's shares, the rejected one uniformly from the other
-options. All draws depend on --seed alone. Answers of servers are kept in a file beside OUT, so a
-killed run continues where it stopped. A new source is one function and one entry in COMMANDS.
-Prompts and the words of the made-up world lie in assets/.
+Last in reading order. A writer (templates or an LLM) turns each Question of a survey into
+dialogues: a paraphrase and one answer per option. All draws depend on --seed alone. Answers of
+servers are kept in a file beside OUT, so a killed run continues where it stopped. A new source is
+one function and one entry in COMMANDS.
 """
 import ast
 import codecs
 import csv
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import html
@@ -69,69 +67,60 @@ def row_of(question, prompt, options, shares, accepted, rejected, **more):
     """A row in data.py's form. A side is (class, belief text or None, response)."""
     row = {"prompt": prompt, "options": options,
            "probabilities": [round(float(p), 6) for p in shares]}
-    for side, values in (("accept", accepted), ("reject", rejected)):
-        row |= {f"{side}_{name}": value for name, value
-                in zip(("choice_id", "choice", "response"), values) if value is not None}
-    return row | more | {"question_id": question}
+    for name, side in (("accept", accepted), ("reject", rejected)):
+        row |= zip((f"{name}_choice_id", f"{name}_choice", f"{name}_response"), side)
+    return {k: v for k, v in row.items() if v is not None} | more | {"question_id": question}
 
 
-def make_row(question, paraphrase, answers, others, group, rng, noise):
-    """One row as in section 5.1. answers: a dialogue's, one per option; others: another dialogue's.
-    noise: how often an answer expresses another option than its belief."""
-    n = len(question.options)
-    another = lambda k: (k + rng.integers(1, n)) % n
-    accept = rng.choice(n, p=question.shares)
-    reject = another(accept)
-    # differs: section 5.1 has no noise. People are not consistent, and without noise the preference
-    # term has nothing to teach. Both answers get it, by independent draws, because clean answers on
-    # one side would favour the losses that raise their likelihood.
-    said = [others[another(k)] if rng.random() < noise else answers[k] for k in (accept, reject)]
-    if said[0] == said[1]:             # both strayed to the same answer
-        said = answers[accept], answers[reject]
+def draw_rows(question, part, n, group, rng, noise):
+    """Yield n rows of a question, as in section 5.1, from its dialogues in turn. noise: how often
+    an answer expresses another option than its belief."""
+    k = len(question.options)
+    another = lambda option: (option + rng.integers(1, k)) % k
     target = np.zeros(len(CLASSES))
     np.add.at(target, question.classes, question.shares)     # options of one class add up
-    sides = [(CLASSES[question.classes[k]], question.options[k], text)
-             for k, text in zip((accept, reject), said)]
-    return row_of(question.id, paraphrase, question.options, target, *sides, group=group)
+    for i in range(n):
+        (asked, answers), (_, others) = part[i % len(part)], part[i % len(part) - 1]
+        accept = rng.choice(k, p=question.shares)
+        beliefs = [accept, another(accept)]
+        # differs: section 5.1 has no noise. People are not consistent, and without noise the
+        # preference term has nothing to teach. Noise on one side alone would favour the losses
+        # that raise the likelihood of clean answers, so both sides draw it independently.
+        said = [others[another(b)] if rng.random() < noise else answers[b] for b in beliefs]
+        if said[0] == said[1]:         # both strayed to the same answer
+            said = [answers[b] for b in beliefs]
+        sides = [(CLASSES[question.classes[b]], question.options[b], text)
+                 for b, text in zip(beliefs, said)]
+        yield row_of(question.id, asked, question.options, target, *sides, group=group)
 
 
 def write_surveys(groups, o, writer, problems=(), **meta):
     """Turn {group: [Question, ...]} into dialogues and rows, and write them to o.out."""
     rng = np.random.default_rng([o.seed, 1])
     every = [q for questions in groups.values() for q in questions]
-    held = holdout(sorted({q.id for q in every}), o)
+    held = holdout({q.id for q in every}, o)
     held = {normal(q.wordings[0]) for q in every if q.id in held}    # tables repeat some questions
     splits, problems = {s: [] for s in SPLITS}, list(problems)
     for group, questions in groups.items():
         written, failed = writer(questions, group, o, rng)
         problems += failed
+        if not any(written):           # do not ask a server that gives nothing for the next group
+            return save_dataset(o, {"train": []}, problems)
         for q, dialogues in zip(questions, written):
-            parts = split_up(dialogues, normal(q.wordings[0]) in held, q.wordings[0], problems)
-            for split, part in parts.items():
+            text = q.wordings[0]
+            for split, part in split_up(dialogues, normal(text) in held, text, problems).items():
                 n = round((o.pairs_per_question or len(dialogues)) * len(part) / len(dialogues))
-                for i in range(max(1, n)):
-                    (ask, answers), (_, others) = part[i % len(part)], part[i % len(part) - 1]
-                    splits[split].append(make_row(q, ask, answers, others, group, rng, o.noise))
-        if o.shares == "counted":
-            count_shares(splits["train"] + splits["eval"], splits["train"])
-        if not any(written):           # nothing for this group: ask no server for the next
-            splits = dict.fromkeys(SPLITS)
-            break
-    form = FORM if len(groups) == 1 else "<G>{group}" + FORM
-    belief_to_class = {t: CLASSES[k] for q in every for t, k in zip(q.options, q.classes)}
-    save_dataset(o, splits, problems, classes=CLASSES, off_scale="0", form=form,
-                 groups=list(groups), belief_to_class=belief_to_class, **meta)
-
-
-def count_shares(rows, trained):
-    """Replace the target of rows, in place, by what the training rows of a question tell: how often
-    each class is accepted."""
-    counts = defaultdict(Counter)
-    for row in trained:
-        counts[row["group"], row["question_id"]][row["accept_choice_id"]] += 1
-    for row in rows:
-        n = counts[row["group"], row["question_id"]]
-        row["probabilities"] = [round(n[c] / n.total(), 6) for c in CLASSES]
+                splits[split] += draw_rows(q, part, max(1, n), group, rng, o.noise)
+    if o.shares == "counted":          # of the classes that a question's training rows accept
+        counts = defaultdict(Counter)
+        for row in splits["train"]:
+            counts[row["group"], row["question_id"]][row["accept_choice_id"]] += 1
+        for row in splits["train"] + splits["eval"]:
+            n = counts[row["group"], row["question_id"]]
+            row["probabilities"] = [round(n[c] / n.total(), 6) for c in CLASSES]
+    save_dataset(o, splits, problems, classes=CLASSES, off_scale="0", groups=list(groups),
+                 form=FORM if len(groups) == 1 else "<G>{group}" + FORM, belief_to_class={
+                     t: CLASSES[k] for q in every for t, k in zip(q.options, q.classes)}, **meta)
 
 
 def holdout(ids, o):
@@ -139,14 +128,14 @@ def holdout(ids, o):
     if o.holdout_questions >= max(1, len(ids)):
         raise ValueError(f"--holdout_questions {o.holdout_questions} must leave some of the "
                          f"{len(ids)} questions for training")
-    rng = np.random.default_rng([o.seed, 2])
-    return {ids[i] for i in rng.permutation(len(ids))[:o.holdout_questions]}
+    order = np.random.default_rng([o.seed, 2]).permutation(len(ids))[:o.holdout_questions]
+    return set(np.array(sorted(ids), object)[order])
 
 
 def split_up(items, held, question, problems):
     """{split: part} of a question's items: 8 : 1 : 1, or a few for test alone if it is held out."""
     tenth = max(1, round(len(items) / 10))
-    if len(items) < 3:                 # one for each split
+    if len(items) < 3:                 # each split needs one
         problems.append({"problem": "a question with fewer than 3 texts", "text": question})
         return {}
     if held:
@@ -157,34 +146,30 @@ def split_up(items, held, question, problems):
 def save_dataset(o, splits, problems=(), **meta):
     """Write the folder o.out, first under a temporary name. problems: a dict for each thing left
     out; they become unparsed.jsonl, even if there are no rows."""
-    out = Path(o.out)
+    out, folder = Path(o.out), Path(f"{o.out}.tmp")
     for problem, n in Counter(p["problem"] for p in problems).most_common():
         print(f"left out: {n} x {problem}", file=sys.stderr)
     if not all(splits.values()):
         write_lines(f"{out}.unparsed.jsonl", problems)
         raise ValueError("too little could be used for rows of train, eval and test" + (
-            f"; the first problem is {problems[0]['problem']}: {problems[0].get('text')!r:.300} "
-            f"(all are in {out}.unparsed.jsonl)" if problems else ""))
-    folder = out.with_name(out.name + ".tmp")
+            f"; {out}.unparsed.jsonl says why, first {problems[0]!s:.300}" if problems else ""))
     shutil.rmtree(folder, ignore_errors=True)
     meta = {"made_by": type(o).__name__.lower(), "form": FORM, **meta,
             "options": dataclasses.asdict(o)}
     write(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
     for name, rows in {**splits, "unparsed": problems}.items():
         write_lines(folder / f"{name}.jsonl", rows)
-    if out.exists():
-        out.rmdir()                    # an empty folder, or an error
-    os.replace(folder, out)
+    os.replace(folder, out)            # an error if out is a folder with files in it
     seen, tested = ({r.get("question_id") for r in splits[s]} for s in ("train", "test"))
-    print(f"{out}: {', '.join(f'{len(rows)} {s}' for s, rows in splits.items())} rows from "
-          f"{len(seen | tested)} questions ({len(tested - seen)} of them in test alone)",
-          file=sys.stderr)
+    sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+    print(f"{out}: {sizes} rows from {len(seen | tested)} questions "
+          f"({len(tested - seen)} of them in test alone)", file=sys.stderr)
 
 
 def write_lines(path, rows):
     """Write rows as JSON lines, if there are any."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if text:                           # some files hold half a surrogate pair, which is no text
+    if text:                           # UTF-8 cannot hold the half surrogate pairs of some files
         write(path, text.encode("utf-8", "replace").decode())
 
 
@@ -192,20 +177,20 @@ def write_lines(path, rows):
 # The template writer. Each response opens with a stance phrase of its class, so a rule can tell
 # which opinion it expresses (evaluate.py finds the phrases in meta.json).
 
-WORLD = read_json(Path(__file__).with_name("assets") / "world.json")   # words, topics, aspects
+WORLD = read_json(ASSETS / "world.json")                     # words, topics, aspects
 STANCES = {phrase: c for c, phrases in WORLD["stances"].items() for phrase in phrases}
 
 
 def template_writer(questions, group, o, rng):
-    """A list of dialogues for each question: [(paraphrase, [one answer per option]), ...], all
-    paraphrases different. Also a list of problems, here always empty."""
+    """For each question a list of dialogues [(paraphrase, [one answer per option]), ...] with
+    different paraphrases; and a list of problems, here empty."""
     written = []
     for q in questions:
         asks = [(a, w, c) for a in WORLD["openers"] for w in q.wordings for c in WORLD["closers"]]
         if o.paraphrases > len(asks):
             raise ValueError(f"the template writer knows {len(asks)} paraphrases of a question, "
                              f"not {o.paraphrases}: lower --paraphrases")
-        # each group gets the same paraphrases, and answers of its own
+        # groups get the same paraphrases, but answers of their own
         order = np.random.default_rng([o.seed, 3, zlib.crc32(q.id.encode())])
         written.append([(" ".join(filter(None, asks[i])),
                          [template_answer(q, k, rng) for k in range(len(q.options))])
@@ -218,7 +203,7 @@ def template_answer(question, k, rng):
     pick = lambda texts: texts[rng.integers(len(texts))]
     lead, tail = pick(WORLD["leads"]), pick(WORLD["tails"]).format(topic=question.topic)
     stance = pick(WORLD["stances"][CLASSES[question.classes[k]]])
-    if question.topic == "this":       # a real question, whose options have words of their own
+    if question.topic == "this":       # the options of a real question have words of their own
         stance += f", {question.options[k]}"
     text = f"{lead} {stance}. " if lead else f"{stance[0].upper()}{stance[1:]}. "
     return text + tail[0].upper() + tail[1:]
@@ -241,25 +226,24 @@ class Toy:
 
 def toy(o):
     """A made-up survey: every topic under every aspect."""
-    groups = {}
+    groups = defaultdict(list)
     for country in names_in(o.country, WORLD["countries"]):
         rng = np.random.default_rng([o.seed, 0])
         tastes = rng.normal(size=(len(WORLD["topics"]), 3))          # the same for all countries
-        noises = rng.spawn(len(WORLD["topics"]) * len(WORLD["aspects"]))
-        questions = groups[country] = []
+        noises = iter(rng.spawn(len(WORLD["topics"]) * len(WORLD["aspects"])))
         for topic, taste in zip(WORLD["topics"], tastes):
             for n, aspect in enumerate(WORLD["aspects"]):
-                shares = toy_shares(taste, country, aspect, noises[len(questions)])
-                questions.append(Question(
+                groups[country].append(Question(
                     f"{topic}/{n}", [w.format(t=topic) for w in aspect["wordings"]], topic,
-                    list(aspect["options"]), list(aspect["options"].values()), shares))
+                    list(aspect["options"]), list(aspect["options"].values()),
+                    toy_shares(taste, country, aspect, next(noises))))
     write_surveys(groups, o, template_writer, stances=STANCES)
 
 
-def toy_shares(topic, country, aspect, rng):
+def toy_shares(taste, country, aspect, rng):
     """A group's shares: a softmax over the options, smooth in topic and aspect but for a little
     noise. So they can be learned, and carry over to questions that were never seen."""
-    like, heat, unsure = topic @ WORLD["countries"][country], topic[1], topic[2] - 0.8
+    like, heat, unsure = taste @ WORLD["countries"][country], taste[1], taste[2] - 0.8
     classes = np.array(list(aspect["options"].values()))
     degree = (classes - 3) / 2                         # -1 .. 1
     logits = (1.6 * (like + aspect["valence"]) * degree
@@ -703,39 +687,32 @@ class Opinions:
 
 
 def read_opinions(path):
-    """The rows of a survey in CSV: [(row number, question, options, {country: shares}), ...].
-        question    the text, such as Is it so?
-        options     a list of texts, such as ['Yes', 'No', 'DK/Refused']
-        selections  each country's share of each option, such as {'Chile': [0.6, 0.3, 0.1]}
-    Lists are written as in Python or JSON; shares need not sum to 1; other columns are ignored."""
+    """[(row number, question, options, {country: shares}), ...] from CSV with the columns question,
+    options (a list of texts) and selections (a dict: each country's share of each option)."""
     csv.field_size_limit(1 << 30)
     table = []
     for n, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
-        row, where = {str(k).strip().lower(): v or "" for k, v in row.items()}, f"{path}, row {n}"
-        if not {"question", "options", "selections"} <= set(row):
-            raise ValueError(f"{path} needs the columns question, options, selections; it has "
-                             f"{', '.join(row)}")
-        # Anthropic's table writes defaultdict(<class 'list'>, {...})
-        shares = re.sub(r"^defaultdict\([^{]*|\)$", "", row["selections"].strip())
-        shares = literal(shares, dict, where)
-        for country, p in shares.items():
-            if not (isinstance(p, list) and all(type(x) in (int, float) and 0 <= x < 2 for x in p)):
-                raise ValueError(f"{where}: the shares of {country} are {p!s:.60}")
-        options = [str(option) for option in literal(row["options"], list, where)]
-        table.append((n, row["question"].strip(), options, shares))
+        row = {str(k).strip().lower(): (v or "").strip() for k, v in row.items() if k}
+        try:
+            # Anthropic's table writes defaultdict(<class 'list'>, {...})
+            shares = literal(re.sub(r"^defaultdict\([^{]*|\)$", "", row["selections"]), dict)
+            shares = {country: [float(x) for x in p] for country, p in shares.items()}
+            options = [str(option) for option in literal(row["options"], list)]
+            table.append((n, row["question"], options, shares))
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}, row {n}: {e}; a survey needs the columns question, options "
+                             "(['Yes', 'No']) and selections ({'Chile': [0.6, 0.4]})") from None
     return table
 
 
-def literal(value, kind, where):
-    """A list or dict that a table may hold as text, in JSON or Python, or with numpy's scalars."""
-    if isinstance(value, str):
-        value = re.sub(r"\bnp\.\w+\(([^()]*)\)", r"\1", value)
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+def literal(value, kind):
+    """A list or dict that a table may hold as text, in JSON or Python."""
+    for parse in (json.loads, ast.literal_eval):
+        if isinstance(value, str):
+            with suppress(ValueError, SyntaxError):
                 value = parse(value)
-                break
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: not a {kind.__name__}: {str(value)[:80]!r}")
+        raise ValueError(f"not a {kind.__name__}: {str(value)[:80]!r}")
     return value
 
 
@@ -743,9 +720,9 @@ def read_map(path):
     """{option: class index} from a JSON file of that form, or from a dataset's meta.json."""
     belief_map = read_json(path)
     belief_map = belief_map.get("belief_to_class", belief_map)
-    for option, k in belief_map.items():
-        if str(k) not in CLASSES:
-            raise ValueError(f"{path}: {option!r} has class {k!r}, not one of {CLASSES}")
+    wrong = [option for option, k in belief_map.items() if str(k) not in CLASSES]
+    if wrong:
+        raise ValueError(f"{path}: the class of {wrong[0]!r} is not one of {CLASSES}")
     return {option: int(k) for option, k in belief_map.items()}
 
 
@@ -761,14 +738,11 @@ def classify(client, asked_in):
 
 
 def like_named(country, known):
-    """Known names that look like a country's. GlobalOpinionQA joins two surveys, which write some
-    names differently (Britain, Great Britain)."""
-    country = {"usa": "United States", "us": "United States", "uk": "Britain"}.get(
-        country.lower(), country)
-    words = lambda name: re.findall(r"\b(?!North|South|United)[^\W\d_]{5,}",
-                                    name.title().partition("(")[0])
-    return [name for name in sorted(known) if any(
-        a.startswith(b) or b.startswith(a) for a in words(name) for b in words(country))]
+    """Names with the same last word, because the table joins two surveys, which write some names
+    differently (S. Korea, South Korea); without any, those of similar letters."""
+    country = {"USA": "United States", "UK": "Britain"}.get(country.upper(), country)
+    same = [name for name in sorted(known) if country.rpartition(" ")[2] in name]
+    return same or difflib.get_close_matches(country, known) or sorted(known)
 
 
 def names_in(text, known):
@@ -777,15 +751,14 @@ def names_in(text, known):
     for name in names:
         if name not in known:
             raise ValueError(f"there is no country {name!r}; there is "
-                             f"{', '.join(like_named(name, known) or sorted(known)[:8])}")
+                             f"{', '.join(like_named(name, known))}")
     return names
 
 
 def opinions(o, flags):
     """Rows from a survey such as GlobalOpinionQA."""
     if not o.map and not o.classify:
-        raise ValueError("each option needs a class: give --map FILE (Appendix B), --classify llm, "
-                         "or both")
+        raise ValueError("each option needs a class: give --map FILE, --classify llm, or both")
     client, groups, problems = Client(flags, f"{o.out}.answers.jsonl"), {}, []
     belief_map, most = read_map(o.map) if o.map else {}, o.max_questions or None
     table = read_opinions(o.csv or hub_file("datasets/Anthropic/llm_global_opinions",
@@ -794,22 +767,21 @@ def opinions(o, flags):
     for country in names_in(o.country, known):
         rows = [(n, text, options, shares[country]) for n, text, options, shares in table
                 if country in shares]
-        whole = [(n, text, options, p) for n, text, options, p in rows
-                 if text and 1 < len(options) == len(set(options)) == len(p) and sum(p)]
-        if o.classify:                 # only what will be used
+        whole = [(n, text, options, p) for n, text, options, p in rows if text
+                 and 1 < len(options) == len(set(options)) == len(p) and min(p) >= 0 < sum(p)]
+        if o.classify:                 # only what will be used; reversed: a first question counts
             found, failed = classify(client, {
                 t: text for _, text, options, _ in reversed(whole[:most])
                 for t in options if t not in belief_map})
             belief_map, problems = belief_map | found, problems + failed
         fit = [Question(str(n), [text], "this", options, [belief_map[t] for t in options],
                         [x / sum(p) for x in p])
-               for n, text, options, p in whole if set(options) <= set(belief_map)]
+               for n, text, options, p in whole if set(options) <= belief_map.keys()]
         groups[country] = fit[:most]
-        like = [name for name in like_named(country, known) if name != country]
-        print(f"{len(groups[country])} questions for {country}, of {len(rows)} rows: "
+        print(f"{len(fit[:most])} questions for {country}, of {len(rows)} rows: "
               f"{len(rows) - len(whole)} lack a text, two different options or their shares, "
-              f"{len(whole) - len(fit)} have options without a class"
-              + f". The table also has {', '.join(like)}" * bool(like), file=sys.stderr)
+              f"{len(whole) - len(fit)} have options without a class. Names like it: "
+              f"{', '.join(like_named(country, known))}", file=sys.stderr)
         if not fit:
             raise ValueError(f"no question of {country} has a class for all its options: extend "
                              "--map, or give --classify llm")
@@ -829,154 +801,127 @@ class Published:
     out: str = ""                # folder to write
 
 
-def ask_hub(client, what, queries):
-    """Answers of the rows API to /splits or /rows; environment: HF_DATASETS_SERVER, HF_TOKEN."""
-    server = os.environ.get("HF_DATASETS_SERVER") or "https://datasets-server.huggingface.co"
-    return client.ask("GET", f"{server.rstrip('/')}/{what}", queries, lambda response: (
-        read_json_answer(response, what), [0, 0]), f"pages of {what}", hub_headers())
-
-
-def hub_rows(client, query, spans):
-    """The rows of these (offset, length) spans. Long cells come cut off from a page of many rows,
-    which is then asked for again in halves."""
-    rows, queries = [], [query | {"offset": start, "length": n} for start, n in spans]
-    for (start, n), page in zip(spans, ask_hub(client, "rows", queries)):
-        if not any(r.get("truncated_cells") for r in page["rows"]):
-            rows += [r["row"] for r in page["rows"]]
-        elif n > 1:
-            rows += hub_rows(client, query, [(start, n // 2), (start + n // 2, n - n // 2)])
-        else:
-            raise ValueError(f"the hub cuts off the texts of row {start} of {query['split']}")
-    return rows
+GROUP_OF = {"mmoqa_usa": "United States", "mmoqa_pk": "Pakistan", "mmoqa_sa": "S. Africa"}
 
 
 def published(o):
     """Rows of a set on the hub. Six shares are classes 0..5 (0 off the scale), five are ratings."""
     client = Client(Chat(concurrency=4), f"{o.out}.rows.jsonl")    # keeps every page
-    [answer] = ask_hub(client, "splits", [{"dataset": o.name}])
-    listed = [(s["config"], s["split"]) for s in answer["splits"]]
-    config, *more = sorted({c for c, _ in listed}, key=lambda c: (c != "default", c))
-    if more and config != "default":
-        raise ValueError(f"{o.name} has no default among its configurations {config}, "
-                         f"{', '.join(more)}: copy one into a folder of your own")
-    splits, problems, classes_of = {s: [] for s in SPLITS}, [], defaultdict(Counter)
-    for split in SPLITS:
-        names = ("eval", "validation", "valid", "dev") if split == "eval" else (split,)
-        name = next((n for n in names if (config, n) in listed), None)
-        if name is None:
-            raise ValueError(f"{o.name} has no split {' or '.join(names)}; it has {listed}")
-        query = {"dataset": o.name, "config": config, "split": name}
-        [first] = ask_hub(client, "rows", [query | {"offset": 0, "length": 100}])
-        rows = hub_rows(client, query, [(n, 100) for n in range(0, first["num_rows_total"], 100)])
-        if first.get("partial") or len(rows) != first["num_rows_total"]:
-            raise ValueError(f"{o.name}: the hub gave only part of {name}, or the set has changed: "
-                             f"remove {client.cache} and try again")
-        for n, row in enumerate(rows):
-            row = published_row(row, o, f"{o.name}, {name}, row {n}")
-            if row is None:
-                problems.append({"problem": "a row with an empty cell", "text": f"{name}, row {n}"})
-                continue
-            splits[split].append(row)
-            for side in ("accept", "reject"):
-                classes_of[row.get(f"{side}_choice")][row[f"{side}_choice_id"]] += 1
-    classes_of.pop(None, None)                         # reviews have no belief texts
-    sizes = {len(row["probabilities"]) for rows in splits.values() for row in rows} or {6}
-    if sizes not in ({5}, {6}):
-        raise ValueError(f"{o.name}: rows of {sorted(sizes)} shares; 5 (ratings) or 6 are known")
-    save_dataset(o, splits, problems, classes=CLASSES[-max(sizes):],
-                 off_scale="0" if classes_of else None,
-                 belief_to_class={t: c.most_common(1)[0][0] for t, c in classes_of.items()})
+    server = os.environ.get("HF_DATASETS_SERVER") or "https://datasets-server.huggingface.co"
+
+    def ask(what, queries):
+        return client.ask("GET", f"{server}/{what}", [{"dataset": o.name} | q for q in queries],
+                          lambda response: (read_json_answer(response, what), [0, 0]),
+                          f"pages of {what}", hub_headers())
+
+    group = o.group or next((g for key, g in GROUP_OF.items() if key in o.name), None)
+    listed = [s["split"] for s in ask("splits", [{}])[0]["splits"] if s["config"] == "default"]
+    splits, problems = {s: [] for s in SPLITS}, []
+    for split, rows in splits.items():
+        names = ["eval", "validation", "valid", "dev"] if split == "eval" else [split]
+        fit = [name for name in names if name in listed]
+        if not fit:
+            raise ValueError(f"{o.name} has no split {' or '.join(names)} in a default "
+                             f"configuration; it has {listed}")
+        query = {"config": "default", "split": fit[0]}
+        for n, row in enumerate(hub_rows(ask, query, client.cache)):
+            try:
+                rows.append(published_row(row, group))
+            except (TypeError, ValueError) as e:       # TypeError: a null among numbers
+                problems.append({"problem": "a row with an empty or odd cell",
+                                 "text": f"{fit[0]}, row {n}: {e}"})
+    ratings = any(len(row["probabilities"]) == 5 for row in splits["train"])
+    counts = Counter((row[f"{side}_choice"], row[f"{side}_choice_id"]) for rows in splits.values()
+                     for row in rows for side in ("accept", "reject") if f"{side}_choice" in row)
+    save_dataset(o, splits, problems, off_scale=None if ratings else "0",
+                 classes=STARS if ratings else CLASSES,   # the most frequent class of a belief wins
+                 belief_to_class=dict(pair for pair, _ in reversed(counts.most_common())))
 
 
-def published_row(row, o, where):
-    """A published row in our columns, or None if a cell is empty. Numbers may be texts, and lists
-    literals. Without a question_id, rows of the same options and shares are about one question."""
-    lacking = [name for name in FIELDS if name not in row]
-    if lacking:
-        raise ValueError(f"{where} has no column {', '.join(lacking)}; it has {sorted(row)}")
-    if not all(str(row[name] or "").strip() for name in FIELDS):
-        return None
+def hub_rows(ask, query, cache):
+    """All rows of a split, 100 to a page. A page of many rows cuts off long cells, so their rows
+    are asked for again, one by one."""
+    page = lambda start, length: query | {"offset": start, "length": length}
+    [first] = ask("rows", [page(0, 100)])
+    total = first["num_rows_total"]
+    pages = [first, *ask("rows", [page(n, 100) for n in range(100, total, 100)])]
+    cut = [r["row_idx"] for p in pages for r in p["rows"] if r.get("truncated_cells")]
+    pages += ask("rows", [page(n, 1) for n in cut])
+    rows = {r["row_idx"]: r["row"] for p in pages for r in p["rows"]
+            if not r.get("truncated_cells")}
+    if first.get("partial") or rows.keys() != set(range(total)):
+        raise ValueError(f"{len(rows)} of {total} rows of {query['split']} came whole: the hub has "
+                         f"only part of them, or they changed; remove {cache} and try again")
+    return [rows[n] for n in range(total)]
+
+
+def published_row(row, group):
+    """A published row in our columns; ValueError if a cell is empty. Numbers may be texts, and
+    lists literals. Without a question_id, rows of the same options and shares are one question."""
     out = {name: str(row[name]) for name in (*FIELDS, *TEXTS) if row.get(name) not in (None, "")}
-    out["options"] = [str(x) for x in literal(row["options"], list, where)]
-    out["probabilities"] = literal(row["probabilities"], list, where)
-    if None in out["probabilities"]:
-        return None
-    for name in ("accept_choice_id", "reject_choice_id"):
-        out[name] = re.sub(r"\.0+$", "", out[name])    # 4, "4" and 4.0 are one class
+    empty = [name for name in FIELDS if not out.get(name, "").strip()]
+    if empty:
+        raise ValueError(f"no {', '.join(empty)} in a row of {sorted(row)}")
+    out |= {name: re.sub(r"\.0+$", "", out[name])      # 4, "4" and 4.0 are one class
+            for name in ("accept_choice_id", "reject_choice_id")}
     out["prompt"] = re.sub("^<Q>(.*)<A>$", r"\1", out["prompt"], flags=re.S)
+    out["options"] = [str(x) for x in literal(row["options"], list)]
+    out["probabilities"] = [x + 0 for x in literal(row["probabilities"], list)]
+    if len(out["probabilities"]) not in (5, 6):
+        raise ValueError("neither 6 shares (classes 0..5) nor 5 (ratings)")
     question = repr((out["options"], out["probabilities"])).encode()
-    country = re.search("mmoqa_(usa|pk|sa)(_large)?$", o.name)
-    group = o.group or country and {"usa": "United States", "pk": "Pakistan", "sa": "S. Africa"}[
-        country[1]]
-    return {"question_id": hashlib.sha256(question).hexdigest()[:12],
-            **({"group": group} if group else {}), **out}
+    out = {"question_id": hashlib.sha256(question).hexdigest()[:12]} | out
+    return ({"group": group} if group else {}) | out
 
 
 # ---------------------------------------------------------------------------------------------
 # Movie reviews (section 5.2): the belief is the rating
 
-STARS = CLASSES[1:]
-
-
 @dataclass
 class Reviews:
     reviews: str = ""            # SNAP's movies.txt, or JSON lines of a later Amazon set; or .gz
     titles: str = ""             # CSV of product,title; "The Ring (2002)" asks for that year's film
-    metadata: str = "omdb"       # omdb (key: OMDB_API_KEY), none, or JSON lines of OMDb's answers
+    metadata: Literal["omdb", "none"] = "omdb"  # who describes the films; omdb's key: OMDB_API_KEY
     out: str = ""                # folder to write
     min_chars: int = 20          # shorter reviews are left out
     max_chars: int = 2000        # longer reviews are left out
-    max_reviews: int = 0         # of each title, drawn evenly; 0: all
+    max_reviews: int = 0         # of each film, drawn evenly; 0: all
     max_titles: int = 0          # the most reviewed ones; 0: all
     holdout_questions: int = 0   # films of which no review is trained on
     seed: int = 0                # of draws and split
     omdb: str = "https://www.omdbapi.com/"  # where metadata is asked for
 
 
+STARS = CLASSES[1:]
 codecs.register_error("cp1252", lambda e: (
     e.object[e.start:e.end].decode("cp1252", "replace"), e.end))
 
 
 def lines_of(path, errors="strict"):
-    """The lines of a text file, plain or .gz, one at a time. errors: "cp1252" reads what is not
-    UTF-8 in that encoding."""
+    """The lines of a text file, plain or .gz. errors="cp1252" reads what is not UTF-8 as that."""
+    open_it = gzip.open if str(path).endswith(".gz") else open
     try:
-        open_it = gzip.open if str(path).endswith(".gz") else open
         with open_it(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n") as f:
             yield from f
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: save it with that encoding") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise ValueError(f"{path} is damaged ({e}): fetch it again") from None
-
-
-def json_lines(path, read, what):
-    """read(object) for each object of a JSON-lines file; ValueError names the first bad line."""
-    found = []
-    for number, line in enumerate(lines_of(path), 1):
-        try:
-            if line.strip():
-                found.append(read(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}, line {number} is not {what} in JSON "
-                             f"({type(e).__name__}: {e})") from None
-    return found
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is not UTF-8 text, or damaged ({e}): save it with that encoding, "
+                         "or fetch it again") from None
 
 
 def read_reviews(path, skipped):
     """Stream (product ids, user, rating "1".."5", text). SNAP's form has a line for each field,
     such as `product/productId: B00...`, and an empty line after each review."""
-    record, read, first = {}, 0, ""
+    record, first, read = {}, "", 0
     for line in map(str.strip, chain(lines_of(path, "cp1252"), [""])):
-        first, field = first or line, re.match(r"((?:product|review)/\w+):(?: (.*))?$", line)
-        if field:
-            record[field[1]] = field[2] or ""
-        elif line and not line.startswith("{"):        # the text goes on
-            record["review/text"] = f"{record.get('review/text', '')} {line}"
+        first = first or line
+        if line and not line.startswith("{"):
+            key, _, value = line.partition(": ")
+            record[key] = value
         elif line or record:
             try:
-                yield review_of(literal(line, dict, path) if line else record)
+                review = review_of(literal(line, dict) if line else record)
                 read += 1
+                yield review
             except (IndexError, TypeError, ValueError):
                 skipped["that are no review"] += 1
             record = {}
@@ -992,22 +937,33 @@ def review_of(record):
     if rating not in (1, 2, 3, 4, 5):
         raise ValueError(f"a rating of {rating}")
     text = html.unescape(html.unescape(pick("review/text", "reviewText", "text")[0]))
-    # without tags, [[VIDEOID:...]] and [[ASIN:...]]
+    # tags, [[VIDEOID:...]] and [[ASIN:...]] are no words of the reviewer
     text = re.sub(r"</?[a-zA-Z][^<>]{0,200}>|\[\[[A-Z]+:.*?\]\]", " ", text)
-    return (pick("product/productId", "parent_asin", "asin"),
-            (pick("review/userId", "reviewerID", "user_id") or [None])[0],
-            str(int(rating)), " ".join(text.split()))
+    products = pick("product/productId", "parent_asin", "asin")
+    user = next(iter(pick("review/userId", "reviewerID", "user_id")), None)
+    return products, user, str(int(rating)), " ".join(text.split())
 
 
-def read_titles(path):
-    """{product: title} from CSV."""
-    rows = [[cell.strip() for cell in row]
-            for row in csv.reader(io.StringIO(read_text(path), newline="")) if row]
-    for row in rows or [[]]:
-        if len(row) != 2 or not all(row):
-            raise ValueError(f"{path} must have lines of product,title (a title with commas in "
-                             f"quotes), not {','.join(row)!r}")
-    return dict(rows)
+def collect_reviews(o, titles, skipped):
+    """One pass over the file: {title: (5,) counts of ratings} and {title: [a row's side, ...]}.
+    skipped counts what is left out, by reason."""
+    counts, kept, seen = defaultdict(lambda: np.zeros(5)), defaultdict(list), set()
+    for products, user, rating, text in progress(read_reviews(o.reviews, skipped), desc="reviews",
+                                                 unit="review"):
+        title = next((titles[p] for p in products if p in titles), None)
+        copy = hash((user, text))
+        if title is None:
+            skipped["of a product without a title"] += 1
+        elif user and copy in seen:    # the editions of a film repeat its reviews
+            skipped["that repeat the same user's text"] += 1
+        else:
+            seen.add(copy)
+            counts[title][STARS.index(rating)] += 1
+            if o.min_chars <= len(text) <= o.max_chars:
+                kept[title].append((rating, None, text))
+            else:
+                skipped["too short or too long"] += 1
+    return counts, kept
 
 
 def read_omdb(response):
@@ -1019,99 +975,72 @@ def read_omdb(response):
     except ValueError:                 # an answer about no film is asked for again
         answer = {"Error": "not found" if text.startswith('{"Title"') else text[:200]}
     error = str(answer.get("Error"))
-    if "limit" in error:
-        raise ValueError(f"OMDb: {error}")
     if answer.get("Response") != "True" and "not found" not in error:
-        raise TryAgain(f"OMDb: {error}")
+        raise TryAgain(f"OMDb: {error}", 1 if "limit" in error else TRIES)
     return answer, [0, 0]
 
 
-def find_metadata(titles, o, records):
-    """{title: OMDb's record}, without unknown films. records: those of a file, from which a title
-    without a year must be one film's."""
+def describe(titles, o):
+    """{title: prompt}, as in Table 7: title, year, director (Genre: genre). plot. Films that OMDb
+    does not know are absent."""
     if o.metadata == "none":
-        return {title: {"Title": title} for title in titles}
-    named = [re.fullmatch(r"(.*?)(?: \((\d{4})\))?", title).groups() for title in titles]
-    if o.metadata == "omdb":
-        queries = [{"t": t, "plot": "short"} | ({"y": year} if year else {}) for t, year in named]
-        answers = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl").ask(
-            "GET", o.omdb, queries, read_omdb, "OMDb", params={"apikey": key_from("OMDB_API_KEY")})
-        return {t: r for t, r in zip(titles, answers) if r.get("Response") == "True"}
-    films = defaultdict(dict)
-    for r in records:
-        films[plain(str(r.get("Title")))][str(r.get("Year"))[:4]] = r
-    fits = [[r for y, r in films[plain(t)].items() if year in (None, y)] for t, year in named]
-    return {t: fit[0] for t, fit in zip(titles, fits) if len(fit) == 1}
+        return {title: f"{title}." for title in titles}
+    named = [re.fullmatch(r"(?s)(.*?)(?: \((\d{4})\))?", title).groups() for title in titles]
+    queries = [{"t": t, "plot": "short"} | ({"y": year} if year else {}) for t, year in named]
+    films = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl").ask(
+        "GET", o.omdb, queries, read_omdb, "OMDb", params={"apikey": key_from("OMDB_API_KEY")})
+    return {t: film_prompt(f) for t, f in zip(titles, films) if f.get("Response") == "True"}
 
 
-def describe(r):
-    """The prompt, as in Table 7: title, year, director (Genre: genre). plot"""
-    get = lambda name: "" if r.get(name) in (None, "N/A") else " ".join(str(r[name]).split())
-    head = ", ".join(filter(None, map(get, ("Title", "Year", "Director"))))
-    return (head + f" (Genre: {get('Genre')})" * bool(get("Genre")) + ". " + get("Plot")).strip()
+def film_prompt(film):
+    """The prompt of OMDb's record, in which N/A means unknown."""
+    film = {k: " ".join(str(v).split()) for k, v in film.items() if v not in (None, "N/A")}
+    head = ", ".join(film[k] for k in ("Title", "Year", "Director") if k in film)
+    genre = f" (Genre: {film['Genre']})" if "Genre" in film else ""
+    return f"{head}{genre}. {film.get('Plot', '')}".strip()
 
 
-def collect_reviews(o, titles, rng):
-    """One pass over the file: {title: (5,) counts of ratings}, {title: [(rating, text, user), ...]}
-    with at most --max_reviews each, and {reason: number left out}."""
-    counts, kept = defaultdict(lambda: np.zeros(5)), defaultdict(list)
-    fit, seen, skipped = Counter(), set(), Counter()
-    for products, user, rating, text in progress(read_reviews(o.reviews, skipped), desc="reviews",
-                                                 unit="review"):
-        title = next((titles[p] for p in products if p in titles), None)
-        same = hash((title, user, text))
-        if title is None:
-            skipped["of a product without a title"] += 1
-        elif user and same in seen:    # editions of a film repeat its reviews
-            skipped["that repeat the same user's text"] += 1
-        else:
-            seen.add(same)
-            counts[title][int(rating) - 1] += 1
-            if not o.min_chars <= len(text) <= o.max_chars:
-                skipped["too short or too long"] += 1
-                continue
-            fit[title] += 1            # reservoir sampling: each review has the same chance
-            full = 0 < o.max_reviews <= len(kept[title])
-            place = rng.integers(fit[title]) if full else len(kept[title])
-            if not full or place < o.max_reviews:
-                kept[title][place:place + 1] = [(rating, text, user)]
-    return counts, kept, skipped
+def review_rows(title, prompt, shares, part, train, rng):
+    """A row for each review of a part, which it accepts. The rejected review has another rating. It
+    comes from the same part, so that no text is in two splits, or from train if there is none."""
+    for side in part:
+        others = [x for x in part if x[0] != side[0]] or [x for x in train if x[0] != side[0]]
+        if others:
+            other = others[rng.integers(len(others))]
+            yield row_of(title, prompt, STARS, shares, side, other)
 
 
 def reviews(o):
     """Rows from movie reviews: accepted a review, rejected another rating's of the same film."""
     if o.metadata == "omdb" and not key_from("OMDB_API_KEY"):
-        raise ValueError("OMDb needs a key: set OMDB_API_KEY (omdbapi.com gives one), or give "
-                         "--metadata FILE or --metadata none")
-    records = [] if o.metadata in ("omdb", "none") else json_lines(o.metadata, dict, "a film")
-    rng = np.random.default_rng([o.seed, 1])
-    counts, kept, skipped = collect_reviews(o, read_titles(o.titles), rng)
+        raise ValueError("set OMDB_API_KEY (omdbapi.com gives one), or give --metadata none")
+    rng, skipped = np.random.default_rng([o.seed, 1]), Counter()
+    try:
+        rows = csv.reader(io.StringIO(read_text(o.titles), newline=""), skipinitialspace=True)
+        titles = dict(row for row in rows if row)
+    except (ValueError, csv.Error) as e:
+        raise ValueError(f"{o.titles} must have lines of product,title, in UTF-8 and with a title "
+                         f"with commas in quotes ({e})") from None
+    counts, kept = collect_reviews(o, titles, skipped)
     usable = [t for t in sorted(kept, key=lambda t: (-counts[t].sum(), t)) if len(kept[t]) > 2
-              and len({rating for rating, *_ in kept[t]}) > 1][:o.max_titles or None]
-    skipped["of titles with too few reviews or one rating alone, or beyond --max_titles"] = sum(
-        len(kept[t]) for t in kept.keys() - set(usable))
-    about, films = find_metadata(usable, o, records), {}
-    problems = [{"problem": "a title without metadata", "text": t}
-                for t in usable if t not in about]
-    for title, record in about.items():    # titles of one film are merged: a prompt has one target
-        ratings, texts, _ = films.setdefault(describe(record), (np.zeros(5), {}, title))
-        ratings += counts[title]
-        texts.update({(user or (title, n), text): (rating, None, text)
-                      for n, (rating, text, user) in enumerate(kept[title])})
-    held, splits = holdout(sorted(films), o), {s: [] for s in SPLITS}
-    for prompt, (ratings, texts, title) in films.items():
-        sides = [list(texts.values())[i] for i in rng.permutation(len(texts))]
-        parts = split_up(sides, prompt in held, title, problems)
+              and len({rating for rating, *_ in kept[t]}) > 1]
+    prompts, title_of = describe(usable[:o.max_titles or None], o), {}
+    problems = [{"problem": "a title without metadata, two ratings or 3 reviews, or beyond "
+                 "--max_titles", "text": t} for t in kept if t not in prompts]
+    for title, prompt in prompts.items():  # titles of one film are merged: a prompt has one target
+        first = title_of.setdefault(prompt, title)
+        if first != title:
+            counts[first] += counts[title]
+            kept[first] += kept[title]
+    held, splits = holdout(title_of, o), {s: [] for s in SPLITS}
+    for prompt, title in title_of.items():
+        shares = counts[title] / counts[title].sum()
+        sides = [kept[title][i] for i in rng.permutation(len(kept[title]))]
+        parts = split_up(sides[:o.max_reviews or None], prompt in held, title, problems)
         for split, part in parts.items():
-            for side in part:          # rejected: from the same split, so that no text is in two
-                others = ([x for x in part if x[0] != side[0]]
-                          or [x for x in parts.get("train", ()) if x[0] != side[0]])
-                skipped["without another rating to reject"] += not others
-                if others:
-                    splits[split].append(row_of(title, prompt, STARS, ratings / ratings.sum(), side,
-                                                others[rng.integers(len(others))]))
-    print("reviews left out: " + (", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
-                                  or "none"), file=sys.stderr)
+            splits[split] += review_rows(title, prompt, shares, part, parts.get("train", ()), rng)
+    print("reviews left out: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items()),
+          file=sys.stderr)
     save_dataset(o, splits, problems, classes=STARS, off_scale=None)
 
 
@@ -1129,22 +1058,38 @@ class Mine:
     seed: int = 0                # of draws and split
 
 
-STANCE_CLASSES = {"disagree": "1", "neutral": "2", "agree": "3"}
+STANCES_OF = {"1": "disagree", "2": "neutral", "3": "agree"}
 GROUPS = closed(groups=[closed(statement=TEXT, numbers=[{"type": "integer"}])])
-TWO_STANCES = closed(**{f"answer_{n}": {"enum": list(STANCE_CLASSES)} for n in "12"})
+TWO_STANCES = closed(**{f"answer_{n}": {"enum": list(STANCES_OF.values())} for n in "12"})
+
+
+def read_pairs(path):
+    """[(prompt, chosen, rejected), ...] from JSON lines; ValueError names the first bad line."""
+    pairs = []
+    for number, line in enumerate(lines_of(path), 1):
+        try:
+            if line.strip():
+                pairs.append(pair_of(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}, line {number} is not a pair of chosen and rejected in JSON "
+                             f"({type(e).__name__}: {e})") from None
+    good = [pair for pair in pairs if all(pair) and pair[1] != pair[2]]
+    print(f"{len(pairs)} pairs, of which {len(pairs) - len(good)} are left out (an empty text, or "
+          "the same answer twice)", file=sys.stderr)
+    return good
 
 
 def pair_of(row):
     """(prompt, chosen, rejected) of HH-RLHF or of TRL's lists of messages. A dialogue that holds
     its prompt is cut before the last turn of the assistant at which both sides agree."""
     def text_of(turns):
-        return turns or "" if not isinstance(turns, list) else "".join(
+        return turns or "" if not isinstance(turns, list) else "".join(    # a null is an empty text
             f"\n\n{'Human' if m['role'] == 'user' else m['role'].title()}: {m['content']}"
             for m in turns)
 
     prompt, chosen, rejected = map(text_of, (row.get("prompt"), row["chosen"], row["rejected"]))
     inside = not prompt or isinstance(row["chosen"], list) and len(row["chosen"]) > 1
-    if inside and chosen and rejected:                 # a null is an empty text
+    if inside and chosen and rejected:
         end = os.path.commonprefix([chosen, rejected]).rfind("\n\nAssistant:")
         if end < 0:
             raise KeyError("no common `Assistant:` turn, and no prompt")
@@ -1156,108 +1101,93 @@ def pair_of(row):
 def group_statements(client, statements, most, size=200):
     """{statement: the one that speaks for its group}, by an LLM, `size` statements at a time until
     one request holds them all; and the problems."""
-    of, alive, before = {s: s for s in statements}, list(dict.fromkeys(statements)), 0
-    while alive and len(alive) != before:
+    of, last = {s: s for s in statements}, False
+    while of and not last:
+        alive = list(dict.fromkeys(of.values()))
         chunks = [alive[i:i + size] for i in range(0, len(alive), size)]
         prompts = [PROMPTS["groups"].format(most=most, statements="\n".join(
             f"{n}. {s}" for n, s in enumerate(chunk, 1))) for chunk in chunks]
-        replies = chat(client, prompts, "groups", GROUPS, temperature=0.0,
-                       max_tokens=4096)
+        replies = chat(client, prompts, "groups", GROUPS, temperature=0.0, max_tokens=4096)
         named = {chunk[n - 1]: name for chunk, reply in zip(chunks, replies)
-                 for name, numbers in reversed(read_groups(reply.text)) for n in numbers
-                 if 1 <= n <= len(chunk) and name}     # reversed: the first group named counts
+                 for name, n in reversed(read_groups(reply.text))   # the first of two groups wins
+                 if name and 1 <= n <= len(chunk)}
         of = {s: named[g] for s, g in of.items() if g in named}
-        before, alive = len(alive), list(dict.fromkeys(of.values()))
-        if len(chunks) == 1:
-            break
+        last = len(chunks) == 1 or len(set(of.values())) == len(alive)
     large = dict(Counter(of[s] for s in statements if s in of).most_common(most))
     return {s: g for s, g in of.items() if g in large}, [
-        {"problem": "a statement beyond --max_statements" if s in of else
-         "a statement in no group", "text": s} for s in dict.fromkeys(statements)
-        if of.get(s) not in large]
+        {"problem": "a statement in no group, or beyond --max_statements", "text": s}
+        for s in dict.fromkeys(statements) if of.get(s) not in large]
 
 
 def read_groups(text):
-    """[(statement, numbers), ...] of a reply, in JSON or in lines `statement :: 1, 2`."""
+    """[(statement, number), ...] of a reply, in JSON or in lines `statement :: 1, 2`."""
     try:
-        return [(str(g["statement"]), [int(n) for n in g["numbers"]])
-                for g in json.loads(text)["groups"]]
+        return [(str(g["statement"]), int(n)) for g in json.loads(text)["groups"]
+                for n in g["numbers"]]
     except (ValueError, KeyError, TypeError):
-        found = re.findall(r"^[\W\d]*(.*?)[*_\s]*::(.*)$", text, re.M)
-        return [(name, [int(n) for n in re.findall(r"\d+", numbers)]) for name, numbers in found]
+        groups = re.findall(r"^[\W\d]*(.*?)[*_\s]*::(.*)$", text, re.M)
+        return [(name, int(n)) for name, numbers in groups for n in re.findall(r"\d+", numbers)]
 
 
 def parse_stances(text):
-    """The classes of answers 1 and 2 in a reply, or None."""
-    try:
-        sides = [json.loads(text)[f"answer_{n}"] for n in "12"]
-    except (ValueError, KeyError, TypeError):
-        sides = [m and m[1] for m in (re.search(
-            rf"^\W*(?:answer )?{n}\W+(agree|neutral|disagree)s?\W*$", text, re.I | re.M)
-            for n in "12")]
-    classes = [STANCE_CLASSES.get(str(side).lower()) for side in sides]
-    return classes if all(classes) else None
+    """The classes of answers 1 and 2 in a reply, in JSON or words, or None."""
+    stance = r"\W+(agree|neutral|disagree)s?\W+"
+    sides = re.fullmatch(rf"\W*(?:answer.)?1{stance}(?:answer.)?2{stance}", f"{text}.", re.I)
+    return sides and [c for side in sides.groups() for c, name in STANCES_OF.items()
+                      if name == side.lower()]
 
 
 def mine(o, flags):
     """Rows from pairs without beliefs. An LLM states what each pair is in conflict about, and which
     side agrees with it: the statement becomes the belief's text, the stance its class."""
     client, rng = Client(flags, f"{o.out}.answers.jsonl"), np.random.default_rng([o.seed, 1])
-    pairs = json_lines(o.pairs, pair_of, "a pair of chosen and rejected")
-    good = [pair for pair in pairs if all(pair) and pair[1] != pair[2]]
-    print(f"{len(pairs)} pairs, of which {len(pairs) - len(good)} are left out (an empty text, or "
-          "the same answer twice)", file=sys.stderr)
-    pairs = [good[i] for i in rng.permutation(len(good))[:o.max_pairs or None]]
+    pairs = read_pairs(o.pairs)
+    pairs = [pairs[i] for i in rng.permutation(len(pairs))[:o.max_pairs or None]]
     swaps = rng.random(len(pairs)) < 0.5               # the order of the answers must tell nothing
     shown = [dict(prompt=p, first=r if swap else c, second=c if swap else r)
              for (p, c, r), swap in zip(pairs, swaps)]
-    statements, found, problems = {}, defaultdict(list), []
-
-    def problem(reply, what):
-        problems.append({"problem": "a prompt that the server refused" if reply.ended == "refused"
-                         else what, "text": reply.text})
-
-    replies = chat(client, [PROMPTS["statement"].format(**x) for x in shown], "statements",
-                   max_tokens=100)
+    statements, rows_of, problems = {}, defaultdict(list), []
+    prompts = [PROMPTS["statement"].format(**x) for x in shown]
+    replies = chat(client, prompts, "statements", max_tokens=100)
     for i, reply in enumerate(replies):
         lines = [line.strip(" *\"“”") for line in reply.text.split("\n") if line.strip()]
         if reply.ended == "stop" and len(lines) == 1 and len(lines[0]) <= 200:
             statements[i] = lines[0]
         else:
-            problem(reply, "a reply that is no statement")
+            problems.append({"problem": f"no statement ({reply.ended})", "text": reply.text})
     of, failed = group_statements(client, list(statements.values()), o.max_statements)
     asked = {i: of[s] for i, s in statements.items() if s in of}
     prompts = [PROMPTS["stances"].format(statement=s, **shown[i]) for i, s in asked.items()]
-    replies = chat(client, prompts, "stances", TWO_STANCES, temperature=0.0,
-                   max_tokens=60)
-    for i, reply in zip(asked, replies):
+    replies = chat(client, prompts, "stances", TWO_STANCES, temperature=0.0, max_tokens=60)
+    for (i, statement), reply in zip(asked.items(), replies):
         stances = parse_stances(reply.text)
         if stances and stances[0] != stances[1]:
-            found[asked[i]].append((pairs[i], stances[::-1] if swaps[i] else stances))
+            stances = stances[::-1] if swaps[i] else stances
+            rows_of[statement].append(row_of(
+                statement, pairs[i][0], ["Disagree", "Neutral", "Agree"], [0, 0, 0],
+                *zip(stances, (statement, statement), pairs[i][1:])))
         else:
-            problem(reply, "a pair whose sides hold the same stance" if stances else
-                    "a reply that names no two stances")
-    save_mined(o, found, problems + failed)
+            problems.append({"problem": f"no two different stances ({reply.ended})",
+                             "text": reply.text})
+    save_mined(o, rows_of, problems + failed)
 
 
-def save_mined(o, found, problems):
-    """Rows of {statement: [(pair, (accepted class, rejected class)), ...]}. The target is the
-    distribution of the accepted stances."""
-    large = {s: items for s, items in found.items() if len(items) >= o.min_pairs}
+def save_mined(o, rows_of, problems):
+    """Write {statement: rows}. The target is the distribution of the accepted stances."""
+    large = {s: rows for s, rows in rows_of.items() if len(rows) >= o.min_pairs}
     problems += [{"problem": "a statement with fewer than --min_pairs pairs", "text": s}
-                 for s in found if s not in large]
-    held, splits, labels = holdout(sorted(large), o), {s: [] for s in SPLITS}, ["1", "2", "3"]
-    for statement, items in large.items():
-        shares = [sum(stances[0] == c for _, stances in items) / len(items) for c in labels]
+                 for s in rows_of if s not in large]
+    held, splits = holdout(large, o), {s: [] for s in SPLITS}
+    for statement, rows in large.items():
+        counts = Counter(row["accept_choice_id"] for row in rows)
         by_prompt = defaultdict(list)                  # the pairs of a prompt go to one split
-        for (prompt, *responses), stances in items:
-            by_prompt[prompt].append(zip(stances, (statement, statement), responses))
-        parts = split_up(list(by_prompt.items()), statement in held, statement, problems)
+        for row in rows:
+            row["probabilities"] = [round(counts[c] / len(rows), 6) for c in STANCES_OF]
+            by_prompt[row["prompt"]].append(row)
+        parts = split_up(list(by_prompt.values()), statement in held, statement, problems)
         for split, part in parts.items():
-            splits[split] += [row_of(statement, prompt, ["Disagree", "Neutral", "Agree"], shares,
-                                     *sides) for prompt, same in part for sides in same]
-    save_dataset(o, splits, problems, classes=labels, off_scale=None,
-                 stance={c: s for s, c in STANCE_CLASSES.items()})
+            splits[split] += sum(part, [])
+    save_dataset(o, splits, problems, classes=list(STANCES_OF), off_scale=None, stance=STANCES_OF)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1330,8 +1260,8 @@ def main():
     for name in ("out", "reviews", "titles", "pairs", "data", "name"):
         if flags.get(name) == "":
             raise ValueError(f"--{name} is needed")
-    flags["out"] = str(Path(flags["out"]))             # without a slash at its end
     out = Path(flags["out"])
+    flags["out"] = str(out)                            # without a slash at its end
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty: give another, or remove it first")
     make(*(config(**{f.name: flags[f.name] for f in dataclasses.fields(config)})

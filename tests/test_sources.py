@@ -2,9 +2,7 @@
 import gzip
 import json
 import re
-import tracemalloc
 
-import numpy as np
 import pytest
 from conftest import SHARED, completion, real_data
 
@@ -93,50 +91,41 @@ def test_common_layouts_and_json_are_read(reply):
     assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
 
 
-@pytest.mark.parametrize("reply", [
-    "Q: a?\nA1: [Yes] y\nA2: Not certain.\nA3: [No] n",
-    "Q: a?\nA1: [Yes] y\nA2: [No] n\nI hope that helps!",
-    "Q: a?\nA1: [Yes] y\nA2: [No] n\n2. Formal and Polite",
-    "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: Well (yes) y\nA2: [No] n",
-    "Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
-    "Q: a?\nA1: [Yes] y\u2028A2: [No] n", "Q: a?\nA1: [Yes] y", "Q:\nA1: [Yes] y\nA2: [No] n",
-    "Q: a?\nA1: [Yes] y\nA2: [No] n\nA3: [Yes] y3", "Q: a?\nA1: [Yes]\nA2: [No] n",
-    '{"styles": [{"question": "a?", "answers": [{"option": "Yes", "answer": "y"}]}]}',
-    '{"styles": [{"question": "a?", "answers": ["Yes"]}]}'])
-def test_a_style_that_is_not_one_answer_to_each_option_is_listed_and_left_out(reply):
-    good, [problem] = synth.parse_dialogues(reply, ["Yes", "No"])
-    assert good == [] and problem["problem"] == "a style that is not one answer to each option"
+@pytest.mark.parametrize("problem, ended, replies", [
+    ("a style that is not one answer to each option", "stop", [
+        "Q: a?\nA1: [Yes] y\nA2: Not certain.\nA3: [No] n",
+        "Q: a?\nA1: [Yes] y\nA2: [No] n\nI hope that helps!", "Q: a?\nA1: [Yes] y",
+        "Q: a?\nA1: [Yes] y\nA2: [No] n\n2. Formal and Polite",
+        "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: Well (yes) y\nA2: [No] n",
+        "Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
+        "Q: a?\nA1: [Yes] y\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n",
+        "Q: a?\nA1: [Yes] y\nA2: [No] n\nA3: [Yes] y3", "Q: a?\nA1: [Yes]\nA2: [No] n",
+        '{"styles": [{"question": "a?", "answers": [{"option": "Yes", "answer": "y"}]}]}',
+        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
+    ("a style cut off by the length limit", "length", [
+        "Q: b?\nA1: [Yes] y\nA2: [No]", json.dumps(STYLES)[12:-40]]),
+    ("the prompt's own example question", "stop", [
+        "Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
+        "A2: [No] n"]),
+    ("a reply without a question line", "stop", ["I can't.", "A1: [Yes] y\nA2: [No] n"]),
+    ("a prompt that the server refused", "refused", ["400: no\nQ: a?\nA1: [Yes] y\nA2: [No] n"])])
+def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
+    for reply in replies:
+        good, problems = synth.parse_dialogues(reply, ["Yes", "No"], ended)
+        assert good == [] and [p["problem"] for p in problems] == [problem]
+        if problem.startswith(("a style", "the prompt")):
+            first = json.dumps(STYLES) if reply[0] == "{" else "Q: a?\nA1: [Yes] y\nA2: [No] n"
+            good, problems = synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended)
+            assert good == [("a?", ["y", "n"])] and [p["problem"] for p in problems] == [problem]
 
 
-@pytest.mark.parametrize("text, ended, problem", [
-    ("Q: b?\nA1: [Yes] y\nA2: [No]", "length", "a style cut off by the length limit"),
-    (json.dumps(STYLES)[12:-40], "length", "a style cut off by the length limit"),
-    ("Q: how?\nA1: [Yes] a", "stop", "a style that is not one answer to each option"),
-    ("Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
-     "A2: [No] n", "stop", "the prompt's own example question")])
-def test_a_broken_style_takes_no_other_with_it(text, ended, problem):
-    first = json.dumps(STYLES) if text.startswith("{") else "Q: a?\nA1: [Yes] y\nA2: [No] n"
-    good, problems = synth.parse_dialogues(f"{first}\n\n{text}", ["Yes", "No"], ended)
-    assert good == [("a?", ["y", "n"])] and [p["problem"] for p in problems] == [problem]
-
-
-@pytest.mark.parametrize("text, ended, problem", [
-    ("I'm sorry, but I can't.", "stop", "a reply without a question line"),
-    ("A1: [Yes] y\nA2: [No] n", "stop", "a reply without a question line"),
-    ("400: no\nQ: a?\nA1: [Yes] y\nA2: [No] n", "refused", "a prompt that the server refused")])
-def test_a_refusal_gives_no_dialogue(text, ended, problem):
-    good, problems = synth.parse_dialogues(text, ["Yes", "No"], ended)
-    assert good == [] and [p["problem"] for p in problems] == [problem]
-
-
-@pytest.mark.parametrize("text, label", [
-    ("The rating is 3.", "3"), ("Rating: 2", "2"), ("3/3", "3"), ("3.0", "3"), ("Answer: 4", "4"),
-    ("**3**", "3"), ("The predicted rating is: **3**", "3"), ('{"rating": 3}', "3"), (" 5.\n", "5"),
-    ('{"answer": "1"}', "1"), ("1. The film is dull", None), ("1: France", None), ("4 or 5", None),
-    ("6", None), ("10", None), ("-3", None), ("", None), ("{}", None), ("agree", None),
-    ("1\n2", None), ('{"a": 1, "b": 2}', None), ("[3", "3")])
-def test_one_of_a_few_labels_is_read_and_never_guessed(text, label):
-    assert synth.read_label(text, ["1", "2", "3", "4", "5"]) == label
+@pytest.mark.parametrize("label, texts", [
+    ("3", ["The rating is 3.", "3/3", "3.0", "**3**", "The predicted rating is: **3**", "[3",
+           '{"rating": 3}', " 3.\n", "Answer: 3"]),
+    (None, ["1. The film is dull", "1: France", "4 or 5", "6", "10", "-3", "", "{}", "agree",
+            "1\n2", '{"a": 1, "b": 2}'])])
+def test_one_of_a_few_labels_is_read_and_never_guessed(label, texts):
+    assert [synth.read_label(t, ["1", "2", "3", "4", "5"]) for t in texts] == [label] * len(texts)
     assert synth.read_label("answer: yes", ["Yes", "No"]) == "Yes"
 
 
@@ -148,7 +137,6 @@ def opinions(call, llm, tmp_path, *flags, **kwargs):
 def test_an_llm_writes_the_dialogues(table, llm, tmp_path, call):
     flags = (*table, "--writer", "llm", "--noise", 0, "--pairs_per_question", 90)
     p = opinions(call, llm, tmp_path, *flags)
-    assert "3 questions for Chile (rural)" in p.stderr
     assert "Chile (rural): 12 of 12 replies could be read" in p.stderr
     body = llm.requests[0].body
     assert "Chile (rural), please generate 10 different" in body["messages"][0]["content"]
@@ -160,18 +148,13 @@ def test_an_llm_writes_the_dialogues(table, llm, tmp_path, call):
     for r in sum(rows.values(), []):                        # the answer is the one to its belief
         assert r["accept_response"].endswith(f": {r['accept_choice']}.")
         assert r["reject_response"].endswith(f": {r['reject_choice']}.")
-        styles = {re.search(r"\d+\.\d+", t)[0] for t in (r["prompt"], r["accept_response"],
-                                                        r["reject_response"])}
-        assert len(styles) == 1
+        texts = r["prompt"], r["accept_response"], r["reject_response"]
+        assert len({re.search(r"\d+\.\d+", t)[0] for t in texts}) == 1       # of one style
     prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
-    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2]
-    sent = len(llm.requests)
+    assert not prompts[0] & (prompts[1] | prompts[2])
     (tmp_path / "d").rename(tmp_path / "first")
     opinions(call, llm, tmp_path, *flags)                   # a second run asks nothing
-    assert len(llm.requests) == sent
-    for s in SPLITS:
-        assert ((tmp_path / f"d/{s}.jsonl").read_bytes()
-                == (tmp_path / f"first/{s}.jsonl").read_bytes())
+    assert len(llm.requests) == 12 and load_dataset(str(tmp_path / "d"), SPLITS)[1] == rows
 
 
 def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path, call):
@@ -186,12 +169,11 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path, call):
     for what in ("4 x a reply without a question line", "30 x a wording given before",
                  "4 x a prompt that the server refused", "2 x a question with fewer than 3 texts"):
         assert what in p.stderr
-    listed = lines(tmp_path / "d/unparsed.jsonl")
     assert {"group": "Chile (rural)", "question": "1", "problem": "a reply without a question line",
-            "text": "I'm sorry, I cannot."} in listed
-    rows = [load_rows(tmp_path / f"d/{s}.jsonl", synth.CLASSES) for s in SPLITS]
-    assert {r["question_id"] for r in rows[0]} == {"0"}
-    assert sum(map(len, rows)) == len({r["prompt"] for r in sum(rows, [])}) == 10
+            "text": "I'm sorry, I cannot."} in lines(tmp_path / "d/unparsed.jsonl")
+    rows = sum((load_rows(tmp_path / f"d/{s}.jsonl", synth.CLASSES) for s in SPLITS), [])
+    assert {r["question_id"] for r in rows} == {"0"}
+    assert len(rows) == len({r["prompt"] for r in rows}) == 10
 
 
 def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm, tmp_path, call):
@@ -202,44 +184,30 @@ def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm,
     assert len(lines(tmp_path / "d.unparsed.jsonl")) >= 20 and not (tmp_path / "d").exists()
 
 
-def test_an_option_without_a_class_gets_one(table, llm, tmp_path, call):
-    (tmp_path / "map.json").write_text(json.dumps({"No": 1}))
-    p = opinions(call, llm, tmp_path, *table, "--classify", "llm")
-    assert "4 questions" in p.stderr and len(llm.requests) == 6
-    assert json.loads((tmp_path / "d/meta.json").read_text())["belief_to_class"] == {
-        "No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2", "A bit": "2", "Not too much": "2",
-        "A lot": "2"}
-    for r in llm.requests:
-        assert r.body["temperature"] == 0 and r.body["max_tokens"] == 50
-        schema = r.body["response_format"]["json_schema"]["schema"]
-        assert schema["properties"] == {"answer": {"enum": synth.CLASSES}}
-
-
-def test_only_the_options_of_questions_that_are_used_are_asked_for(table, llm, tmp_path, call):
+def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_path, call):
     flags = [*table[:2], *table[4:], "--classify", "llm", "--max_questions", 1,
              "--holdout_questions", 0]                      # no --map
     opinions(call, llm, tmp_path, *flags)
-    asked = {re.search("Option: (.*)", r.body["messages"][0]["content"])[1] for r in llm.requests}
-    assert asked == {"Yes", "Don't know", "No"} and len(llm.requests) == 3
-    llm.spoil = lambda reply, prompt: "4 or 5" if "Option: Yes" in prompt else reply
-    (tmp_path / "d.answers.jsonl").unlink()
+    body = llm.requests[0].body
+    assert len(llm.requests) == 3 and body["temperature"] == 0 and body["max_tokens"] == 50
+    assert body["response_format"]["json_schema"]["schema"]["properties"] == {
+        "answer": {"enum": synth.CLASSES}}
     (tmp_path / "d").rename(tmp_path / "first")
-    p = opinions(call, llm, tmp_path, *flags, check=2)
-    assert "no question of Chile (rural) has a class for all its options" in p.stderr
+    (tmp_path / "map.json").write_text(json.dumps({"No": 1}))
+    p = opinions(call, llm, tmp_path, *table, "--classify", "llm")     # and what --map lacks
+    assert "4 questions" in p.stderr and len(llm.requests) == 3 + 6 - 2
+    assert json.loads((tmp_path / "d/meta.json").read_text())["belief_to_class"] == {
+        "No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2", "A bit": "2", "Not too much": "2",
+        "A lot": "2"}
 
 
 def test_the_survey_table_comes_from_the_hub(table, llm, tmp_path, call, monkeypatch):
-    text, paths = (tmp_path / "t.csv").read_text(), []
+    text = (tmp_path / "t.csv").read_text()
     monkeypatch.setenv("HF_ENDPOINT", llm.url)
-
-    def answer(r):
-        paths.append(r.path)
-        return 200, text, ("ETag", '"abc"'), ("X-Repo-Commit", "c0ffee")
-    llm.answer = answer
-    p = opinions(call, llm, tmp_path, *table[2:])           # no --csv
-    assert "3 questions for Chile" in p.stderr
-    assert set(paths) == {"/datasets/Anthropic/llm_global_opinions/resolve/main/data/"
-                          "global_opinions.csv"}
+    llm.answer = lambda r: (200, text, ("ETag", '"abc"'), ("X-Repo-Commit", "c0ffee"))
+    assert "3 questions for Chile" in opinions(call, llm, tmp_path, *table[2:]).stderr   # no --csv
+    assert {r.path for r in llm.requests} == {
+        "/datasets/Anthropic/llm_global_opinions/resolve/main/data/global_opinions.csv"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,14 +227,13 @@ def hub(server, monkeypatch, tmp_path, call):
     than one row. .fetch(name, check) runs the command."""
     monkeypatch.setattr(data, "PAUSE", 0.01)
     monkeypatch.setenv("HF_DATASETS_SERVER", server.url)
-    server.rows, server.long, server.configs = {}, [], ["default"]
+    server.rows, server.long = {}, []
 
     def answer(r):
         if not r.query.get("dataset", "").startswith("Some/"):
             return 404, {"error": "The dataset does not exist."}
         if r.path == "/splits":
-            return 200, {"splits": [{"config": c, "split": s} for c in server.configs
-                                    for s in server.rows], "pending": [], "failed": []}
+            return 200, {"splits": [{"config": "default", "split": s} for s in server.rows]}
         rows, start, length = server.rows[r.query["split"]], *(
             int(r.query[k]) for k in ("offset", "length"))
         assert r.query["config"] == "default" and length <= 100
@@ -278,7 +245,7 @@ def hub(server, monkeypatch, tmp_path, call):
     def fetch(name="Some/set", check=0):
         p = call(synth, "published", "--name", name, "--out", "d", cwd=tmp_path, check=check)
         return p.stderr if check else (p.stderr, *load_dataset(str(tmp_path / "d"), SPLITS))
-    server.answer, server.fetch = answer, fetch
+    server.answer, server.fetch, server.folder = answer, fetch, tmp_path
     return server
 
 
@@ -298,64 +265,59 @@ def test_a_published_set_is_fetched(hub):
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
 
 
-@pytest.mark.parametrize("split", ["eval", "valid", "dev"])
-def test_published_rows_know_their_question_and_group(hub, split):
+def test_published_rows_know_their_question_and_group(hub):
     """Rows of one question share options and shares; the country is in the set's name. A belief of
     more than one class counts for its most frequent one."""
     rows = published_rows(3) + published_rows(3, probabilities="[0, 0, 0.5, 0, 0.5, 0]")
     rows += published_rows(1, accept_choice_id=5)
-    hub.rows = {"train": rows, split: rows, "test": rows}
+    hub.rows = {"train": rows, "dev": rows, "test": rows}
     _, meta, rows = hub.fetch("Some/mmoqa_pk_large")
     assert len({r["question_id"] for r in rows["train"]}) == 2
     assert {r["group"] for r in rows["train"]} == {"Pakistan"}
     assert meta["belief_to_class"]["Good"] == "4"
 
 
-def test_a_killed_fetch_goes_on_where_it_was(hub):
+def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
     hub.rows = {s: published_rows(450) for s in SPLITS}
     good = hub.answer
     hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "300" else good(r)
     assert "400" in hub.fetch(check=2)
     hub.answer, sent = good, len(hub.requests)
-    _, _, rows = hub.fetch()
-    assert [r["accept_response"] for r in rows["train"]] == [f"ok {i}" for i in range(450)]
+    whole, hub.rows = hub.rows, {s: published_rows(150) for s in SPLITS}
+    assert "remove d.rows.jsonl and try again" in hub.fetch(check=2)
     again = [r.query["offset"] for r in hub.requests[sent:] if r.query.get("split") == "train"]
     assert "300" in again and "0" not in again and len(again) <= 3
-
-
-def test_a_set_that_changed_meanwhile_is_not_stitched(hub):
-    hub.rows = {s: published_rows(250) for s in SPLITS}
-    good = hub.answer
-    hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "200" else good(r)
-    hub.fetch(check=2)
-    hub.answer, hub.rows = good, {s: published_rows(150) for s in SPLITS}
-    assert "remove d.rows.jsonl and try again" in hub.fetch(check=2)
+    (hub.folder / "d.rows.jsonl").unlink()
+    hub.rows = whole
+    assert [r["accept_response"] for r in hub.fetch()[2]["train"]] == [
+        f"ok {i}" for i in range(450)]
 
 
 @pytest.mark.parametrize("path, answer, message", [
     ("/splits", {"error": "busy"}, "busy"), ("/splits", [], "no splits"),
-    ("/rows", {"rows": [], "num_rows_total": 5, "partial": True}, "only part of train"),
-    ("/splits", {"splits": [{"config": c, "split": "train"} for c in "ab"]},
-     "no default among its configurations a, b"),
+    ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came whole"),
     ("/splits", {"splits": [{"config": "default", "split": "train"}]}, "no split eval or valid"),
-])
-def test_odd_answers_of_the_hub_are_one_line(hub, path, answer, message):
-    hub.rows, good = {s: published_rows(3) for s in SPLITS}, hub.answer
-    hub.answer = lambda r: (200, answer) if r.path == path else good(r)
-    assert message in hub.fetch(check=2)
-    hub.answer = good
+    ("/splits", {"splits": [{"config": "a", "split": "train"}]}, "in a default configuration"),
+    ("probabilities", None, "no probabilities in a row of ['accept"),
+    ("options", "Good|Bad", "not a list: 'Good|Bad'"), ("options", 5, "not a list: '5'"),
+    ("probabilities", [0.5, 0.5], "neither 6 shares")])
+def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
+    hub.rows, good = {s: published_rows(3, **{path: answer}) for s in SPLITS}, hub.answer
     assert "does not exist" in hub.fetch("Other/set", check=2)
+    hub.answer = lambda r: (200, answer) if r.path == path else good(r)
+    assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
 
 
-def test_a_published_row_without_a_text_is_left_out_and_counted(hub):
-    rows = published_rows(120)
+def test_a_published_row_with_an_empty_cell_is_left_out_and_counted(hub):
+    rows = published_rows(120, reject_choice_id=0)
     rows[7]["reject_response"] = " "
     rows[8]["prompt"] = rows[9]["accept_choice_id"] = ""
     rows[10]["accept_response"] = rows[11]["options"] = None
     rows[12]["probabilities"] = "[0, 0, 0.4, null, 0.6, 0]"
     hub.rows = {s: rows for s in SPLITS}
     err, _, rows = hub.fetch()
-    assert len(rows["train"]) == 114 and "18 x a row with an empty cell" in err
+    assert len(rows["train"]) == 114 and "18 x a row with an empty or odd cell" in err
+    assert rows["train"][0]["reject_choice_id"] == "0"      # which is no empty cell
 
 
 def test_a_published_set_of_reviews_has_five_classes(hub):
@@ -366,17 +328,6 @@ def test_a_published_set_of_reviews_has_five_classes(hub):
     assert meta["classes"] == ["1", "2", "3", "4", "5"] and not meta["off_scale"]
     assert rows["train"][0]["accept_choice_id"] == "5" and "accept_choice" not in rows["train"][0]
     assert rows["train"][0]["options"] == ["1", "2", "3", "4", "5"]
-
-
-@pytest.mark.parametrize("change, message", [
-    ("probabilities", "has no column probabilities; it has ['accept"),
-    ({"options": "Good|Bad"}, "row 0: not a list: 'Good|Bad'"), ({"options": 5}, "not a list: '5'"),
-    ({"probabilities": [0.5, 0.5]}, "5 (ratings) or 6")])
-def test_a_published_set_of_another_form_stops_with_what_was_found(hub, change, message):
-    hub.rows = {s: published_rows(3) for s in SPLITS}
-    for row in hub.rows["train"]:
-        row.pop(change) if isinstance(change, str) else row.update(change)
-    assert message in hub.fetch(check=2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,6 +350,7 @@ PROMPT = ("The Ring, 2002, Gore Verbinski (Genre: Horror, Mystery). A journalist
 
 
 def snap(path, opener=open):
+    """40 reviews of products P0 and P1, and 7 that are to be left out."""
     with opener(path, "wt") as f:
         for n in range(40):
             record = SNAP.format(f"{5 if n % 4 else 2}.0", TEXTS[not n % 4].format(n))
@@ -409,13 +361,6 @@ def snap(path, opener=open):
         f.write(SNAP.format("4.0", "a product that has no title").replace("P1", "P9"))
 
 
-def amazon(path, product, users=60, stars=lambda n: 1 + 4 * (n % 3 > 0)):
-    with open(path, "a") as f:
-        for n in range(users):
-            f.write(json.dumps({"asin": product, "reviewerID": f"U{n}", "overall": stars(n),
-                                "reviewText": f"the words of user {n} on the film"}) + "\n")
-
-
 def run_reviews(call, tmp_path, titles, *flags, name="r.jsonl", **kwargs):
     (tmp_path / "t.csv").write_text(titles)
     p = call(synth, "reviews", "--reviews", name, "--titles", "t.csv", "--out", "d", *flags,
@@ -424,78 +369,89 @@ def run_reviews(call, tmp_path, titles, *flags, name="r.jsonl", **kwargs):
 
 
 @pytest.mark.parametrize("name, opener", [("movies.txt", open), ("movies.txt.gz", gzip.open)])
-def test_reviews_become_rows(tmp_path, call, name, opener):
+def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(
+        tmp_path, call, server, monkeypatch, name, opener):
+    """Two titles are one film to OMDb, which does not know a third."""
+    monkeypatch.setattr(data, "PAUSE", 0.01)
+    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
     snap(tmp_path / name, opener)
-    older = META | {"Year": "1995", "Plot": "Another ring."}
-    (tmp_path / "omdb.jsonl").write_text(json.dumps(older) + "\n" + json.dumps(META) + "\n")
-    err, rows = run_reviews(call, tmp_path, 'P0,"The Ring (2002)"\n\nP1,The Ring (2002)\n',
-                            "--metadata", "omdb.jsonl", name=name)
+    busy = [(503, "busy"), (200, {"Response": "False", "Error": "Error getting data."})]
+    server.answer = lambda r: busy.pop() if busy else (200, META)
+    flags = ('P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url)
+    err, rows = run_reviews(call, tmp_path, *flags, name=name)
     for reason in ("1 that repeat the same user's text", "2 that are no review",
                    "2 too short or too long", "1 of a product without a title"):
         assert reason in err
     assert len(rows["train"]) == 32
     for r in sum(rows.values(), []):
         assert r["prompt"] == PROMPT and "accept_choice" not in r
-        counts = np.array([1, 10, 0, 1, 30])                # with those of odd length
-        assert r["probabilities"] == pytest.approx(counts / 42, abs=1e-6)
+        assert r["probabilities"] == pytest.approx(         # with those of odd length
+            [1 / 42, 10 / 42, 0, 1 / 42, 30 / 42], abs=1e-6)
         assert r["accept_choice_id"] != r["reject_choice_id"]
         for side in ("accept", "reject"):
             assert r[f"{side}_response"].startswith(
                 "Good film & fun. It's" if r[f"{side}_choice_id"] == "5" else "Bad, bad film")
     train = {r[f"{s}_response"] for r in rows["train"] for s in ("accept", "reject")}
     assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
+    assert {"t": "The Ring", "y": "2002", "plot": "short", "apikey": "omdb-secret"} in [
+        r.query for r in server.requests]
+    assert "secret" not in (tmp_path / "d.omdb.jsonl").read_text() + err
+    (tmp_path / "d").rename(tmp_path / "first")
+    run_reviews(call, tmp_path, *flags, name=name)
+    assert len(server.requests) == 4                        # two films, two that were tried again
 
 
-def test_the_later_amazon_form_and_the_caps(tmp_path, call):
+def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
+        tmp_path, call, server, monkeypatch):
+    monkeypatch.setattr(data, "PAUSE", 0.001)
+    snap(tmp_path / "m.txt")
+    flags = ("P0,The Ring (2002)\nP1,Unheard Of\n", "--omdb", server.url)
+    assert "set OMDB_API_KEY" in run_reviews(call, tmp_path, *flags, name="m.txt", check=2)[0]
+    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
+    for status, words in ((401, "Invalid API key!"), (200, "Request limit reached!")):
+        server.answer = lambda r: (status, {"Response": "False", "Error": words})
+        err, _ = run_reviews(call, tmp_path, *flags, name="m.txt", check=2)
+        assert words in err and "secret" not in err and not (tmp_path / "d.omdb.jsonl").exists()
+    server.answer = lambda r: (200, META if r.query["t"] == "The Ring" else {
+        "Response": "False", "Error": "Movie not found!"})
+    err, rows = run_reviews(call, tmp_path, *flags, name="m.txt")
+    assert "1 x a title without metadata" in err
+    assert {r["prompt"] for r in rows["train"]} == {PROMPT}
+
+
+@pytest.mark.parametrize("text, plot", [
+    (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}', 'in\\spiritual "peace"'),
+    ('{"Title":"T","Plot":"from\x1f peace.\tSo.","Response":"True"}', "from\x1f peace.\tSo."),
+    ('{"Title":"T","Plot":"half a', None), ("<html>", "again"), ('{"Response":"False"}', "again")])
+def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
+    response = type("Response", (), {"text": text})
+    if plot == "again":
+        with pytest.raises(data.TryAgain):
+            synth.read_omdb(response)
+    else:
+        assert synth.read_omdb(response)[0].get("Plot") == plot
+
+
+def test_the_later_amazon_forms_and_the_caps(tmp_path, call):
+    """Equal words of different users count, and a user's copies do not."""
     with open(tmp_path / "r.jsonl", "w") as f:
         for n in range(60):
-            f.write(json.dumps({"asin": f"P{n % 3}", "overall": 5.0 - n // 3 % 5, "reviewText":
-                                f"review {n} " * 5} if n % 2 else
-                               {"parent_asin": f"P{n % 3}", "rating": 5 - n // 3 % 5, "text":
-                                f"review {n} " * 5}) + "\n")
-        f.write('{"broken\n{"asin": "P0", "overall": 5.0}\n{}\n')
+            asin, stars, text = f"P{n % 3}", 5 - n // 3 % 5, f"{'the same' if n % 2 else n} " * 5
+            f.write(json.dumps({"asin": asin, "overall": stars, "reviewText": text, "reviewerID": n}
+                               if n % 2 else {"asin": f"V{n}", "parent_asin": asin, "rating": stars,
+                                              "text": text, "user_id": n // 4}) + "\n")
+        f.write(json.dumps({"asin": "P1", "overall": 5, "reviewText": "the same " * 5,
+                            "reviewerID": 1}))
+        f.write('\n{"broken\n{"asin": "P0", "overall": 5.0}\n{}\n')
     err, rows = run_reviews(call, tmp_path, "P0,Zero\nP1,One\nP2,Two\n", "--metadata", "none",
-                            "--max_titles", 2, "--max_reviews", 15)
+                            "--max_titles", 2, "--max_reviews", 15, "--min_chars", 1)
     rows = sum(rows.values(), [])
-    assert "3 that are no review" in err and "15 of titles with too few reviews" in err
-    assert {r["prompt"] for r in rows} <= {"Zero.", "One.", "Two."}
-    assert len({r["prompt"] for r in rows}) == 2
-    assert len({r["accept_response"] for r in rows}) <= 30
-
-
-def test_the_reservoir_keeps_each_review_with_the_same_chance(tmp_path):
-    amazon(tmp_path / "r.jsonl", "P0", users=20)
-    o, times = synth.Reviews(reviews=str(tmp_path / "r.jsonl"), max_reviews=5), synth.Counter()
-    for seed in range(300):
-        _, kept, _ = synth.collect_reviews(o, {"P0": "T"}, np.random.default_rng(seed))
-        assert len(kept["T"]) == 5
-        times.update(user for _, _, user in kept["T"])
-    assert len(times) == 20 and max(abs(n - 75) for n in times.values()) < 4 * 7.5
-
-
-def test_titles_of_one_film_are_one_and_no_text_is_in_two_splits(tmp_path, call):
-    """Two titles, one OMDb record, the same reviews under both products."""
-    for product in ("P0", "P1"):
-        amazon(tmp_path / "r.jsonl", product)
-    (tmp_path / "m.jsonl").write_text(json.dumps(META) + "\n")
-    _, rows = run_reviews(call, tmp_path, "P0,The Ring (2002)\nP1,The Ring\n", "--metadata",
-                          "m.jsonl")
-    assert sum(map(len, rows.values())) == 60
-    train = {r["accept_response"] for r in rows["train"]}
-    assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
-    assert rows["train"][0]["probabilities"] == pytest.approx([1 / 3, 0, 0, 0, 2 / 3], abs=1e-6)
-
-
-def test_equal_words_of_different_users_count_and_a_users_copies_do_not(tmp_path, call):
-    with open(tmp_path / "r.jsonl", "w") as f:
-        for n in range(100):
-            f.write(json.dumps({"asin": f"V{n}", "parent_asin": f"P{n % 2}",
-                                "user_id": f"U{n // 2}", "rating": 5 if n < 80 else 1,
-                                "text": "Great movie, loved it!!!" if n < 80 else
-                                f"not my film, says number {n // 2}"}) + "\n")
-    err, rows = run_reviews(call, tmp_path, "P0,Film\nP1,Film\n", "--metadata", "none")
-    assert rows["train"][0]["probabilities"] == [0.2, 0, 0, 0, 0.8]
-    assert "50 that repeat the same user's text" in err
+    for reason in ("3 that are no review", "1 that repeat the same user's text",
+                   "1 x a title without metadata, two ratings or 3 reviews, or beyond --max"):
+        assert reason in err
+    assert len({r["prompt"] for r in rows}) == 2 and {r["prompt"] for r in rows} <= {
+        "Zero.", "One.", "Two."}
+    assert len(rows) == 30 and rows[0]["probabilities"] == [0.2] * 5
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "cp1252"])
@@ -503,7 +459,7 @@ def test_text_is_cleaned_whatever_its_form(tmp_path, encoding):
     quotes = "“”" if encoding == "cp1252" else "''"
     (tmp_path / "r.txt").write_bytes(f"""product/productId: P1\r
 review/score: 5.0\r
-review/text: Amélie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="x">so</a>\r
+review/text: Amélie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="x">so</a> \
 on the next 3 < 4 {quotes} [[VIDEOID:f6a7]] [[ASIN:B00 The Film]]\r
 \r
 product/productId: P1
@@ -526,80 +482,10 @@ def test_a_file_without_a_readable_review_is_shown(tmp_path, text):
     assert f"It begins with {text.partition(chr(10))[0]!r}" in str(e.value)
 
 
-@pytest.mark.parametrize("titles, message", [
-    ("P1,The Good, the Bad\n", "not 'P1,The Good,the Bad'"), ("P1,\n", "not 'P1,'"), ("", "not ''"),
-    ('P1,"open\n', None)])
-def test_a_table_of_titles_is_read_or_refused(tmp_path, titles, message):
-    (tmp_path / "t.csv").write_bytes(titles.encode())
-    if message:
-        with pytest.raises(ValueError, match=f"must have lines of product,title .*{message}"):
-            synth.read_titles(tmp_path / "t.csv")
-    (tmp_path / "t.csv").write_bytes("P1,Amélie\n".encode("utf-8-sig"))
-    assert synth.read_titles(tmp_path / "t.csv") == {"P1": "Amélie"}
-
-
-def test_memory_grows_by_a_few_bytes_a_review(tmp_path):
-    """Ten times the reviews of the same titles, capped: only a hash of each is kept."""
-    peaks = []
-    for size in (2000, 20000):
-        with open(tmp_path / "big.txt", "w") as f:
-            for n in range(size):
-                record = SNAP.format(f"{1 + n % 5}.0", f"text {n} " * 20)
-                f.write(record.replace("P1", f"P{n % 100}").replace("userId: A", f"userId: {n}"))
-        tracemalloc.start()
-        o = synth.Reviews(reviews=str(tmp_path / "big.txt"), max_reviews=10)
-        synth.collect_reviews(o, {f"P{n}": f"T{n % 3}" for n in range(100)},
-                              np.random.default_rng(0))
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 18000 * 250
-
-
-def test_omdb_is_asked_once_and_what_it_lacks_is_counted(tmp_path, call, server, monkeypatch):
-    monkeypatch.setattr(data, "PAUSE", 0.01)
-    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
-    snap(tmp_path / "m.txt")
-    answers = [(503, "busy"), (200, {"Response": "False", "Error": "Error getting data."})]
-
-    def answer(r):
-        if answers:
-            return answers.pop()
-        if r.query["t"] == "The Ring":
-            return 200, META
-        return 200, {"Response": "False", "Error": "Movie not found!"}
-    server.answer = answer
-    flags = ("P0,The Ring (2002)\nP1,Unheard Of\n", "--omdb", server.url)
-    err, rows = run_reviews(call, tmp_path, *flags, name="m.txt")
-    assert "1 x a title without metadata" in err
-    assert {"t": "The Ring", "y": "2002", "plot": "short", "apikey": "omdb-secret"} in [
-        r.query for r in server.requests]
-    assert {r["prompt"] for r in rows["train"]} == {PROMPT}
-    assert "secret" not in (tmp_path / "d.omdb.jsonl").read_text() + err
-    sent = len(server.requests)
-    (tmp_path / "d").rename(tmp_path / "first")
-    run_reviews(call, tmp_path, *flags, name="m.txt")
-    assert len(server.requests) == sent
-    (tmp_path / "d").rename(tmp_path / "second")
-    for status, words in ((401, "Invalid API key!"), (200, "Request limit reached!")):
-        (tmp_path / "d.omdb.jsonl").unlink(missing_ok=True)
-        server.answer = lambda r: (status, {"Response": "False", "Error": words})
-        err, _ = run_reviews(call, tmp_path, *flags, name="m.txt", check=2)
-        assert words in err and "secret" not in err and not (tmp_path / "d.omdb.jsonl").exists()
-    monkeypatch.delenv("OMDB_API_KEY")
-    assert "set OMDB_API_KEY" in run_reviews(call, tmp_path, *flags, name="m.txt", check=2)[0]
-
-
-@pytest.mark.parametrize("text, plot", [
-    (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}', 'in\\spiritual "peace"'),
-    ('{"Title":"T","Plot":"from\x1f peace.\tSo.","Response":"True"}', "from\x1f peace.\tSo."),
-    ('{"Title":"T","Plot":"half a', None), ("<html>", "again"), ('{"Response":"False"}', "again")])
-def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
-    response = type("Response", (), {"text": text})
-    if plot == "again":
-        with pytest.raises(data.TryAgain):
-            synth.read_omdb(response)
-    else:
-        assert synth.read_omdb(response)[0].get("Plot") == plot
+@pytest.mark.parametrize("titles", ["P1,The Good, the Bad\n", "P1\n"])
+def test_a_table_of_titles_is_refused_if_it_has_not_two_columns(tmp_path, call, titles):
+    err, _ = run_reviews(call, tmp_path, titles, "--metadata", "none", check=2)
+    assert "t.csv must have lines of product,title" in err.splitlines()[-1]
 
 
 @real_data
@@ -614,22 +500,6 @@ def test_the_real_reviews_give_rows(tmp_path, call, name, titles):
         f"Film {t}" for t in titles}
     assert not any("<br" in r["accept_response"] or "&quot;" in r["accept_response"]
                    for r in rows["train"])
-
-
-@real_data
-def test_the_real_omdb_answers_describe_a_film():
-    records = synth.json_lines(SHARED / "movies/omdb_responses.jsonl", dict, "a film")
-    about = synth.find_metadata(["Iron Man", "iron man (2008)", "Iron Man (1999)", "No Such"],
-                                synth.Reviews(metadata="a file"), records)
-    assert list(about) == ["Iron Man", "iron man (2008)"]
-    assert synth.describe(about["Iron Man"]).startswith(
-        "Iron Man, 2008, Jon Favreau (Genre: Action, Adventure, Sci-Fi). After being held captive")
-
-
-def test_a_title_that_two_films_have_is_neither_of_them():
-    films = [{"Title": "The Ring", "Year": y, "Response": "True"} for y in ("1995", "2002")]
-    about = synth.find_metadata(["The Ring", "The Ring (1995)"], synth.Reviews(metadata="f"), films)
-    assert about == {"The Ring (1995)": films[0]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -726,9 +596,8 @@ def test_what_cannot_be_used_costs_one_pair_and_is_counted(tmp_path, call, judge
     judge.spoil = lambda reply, prompt: next(
         (r for (a, b), r in replies.items() if a in prompt and b in prompt), reply)
     err, _, rows = run_mine(call, judge, tmp_path)
-    for what in ("1 x a reply that is no statement", "1 x a reply that names no two stances",
-                 "1 x a pair whose sides hold the same stance",
-                 "2 x a prompt that the server refused"):
+    for what in ("1 x no statement (stop)", "2 x no two different stances (stop)",
+                 "1 x no statement (refused)", "1 x no two different stances (refused)"):
         assert what in err
     assert sum(map(len, rows.values())) == 55 and len(lines(tmp_path / "d/unparsed.jsonl")) == 5
 
@@ -739,15 +608,15 @@ def test_statements_are_grouped_in_rounds_and_no_more_than_max_are_kept(judge, t
     of, problems = synth.group_statements(client, many, 3, size=6)
     assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
     assert problems == [] and len(judge.requests) == 4
+    assert synth.read_groups('{"groups": [{"statement": "a", "numbers": [null]}]}') == []
     of, problems = synth.group_statements(client, many, 1)
-    assert set(of.values()) == {"Do not harm"}
-    assert [p["problem"] for p in problems] == ["a statement beyond --max_statements"] * 8
+    assert set(of.values()) == {"Do not harm"} and len(problems) == 8
 
 
 @pytest.mark.parametrize("text, classes", [
     ("1: agree\n2: disagree", ["3", "1"]), ("Answer 1: **Agrees**.\n2. Neutral", ["3", "2"]),
     ("1: agree or disagree\n2: disagree", None), ("1: disagree/agree\n2: agree", None),
-    ("1: agree, neutral or disagree\n2: agree", None), ("1: agree", None), ("", None),
+    ("1: agree, but\n2: agree", None), ("1: agree", None), ("", None),
     ('{"answer_1": "agree", "answer_2": "neutral"}', ["3", "2"]), ('{"answer_1": "agree"}', None),
     ('{"answer_1": "agree", "answer_2": "maybe"}', None)])
 def test_stances_are_never_guessed(text, classes):
@@ -771,26 +640,21 @@ def test_pairs_of_any_form_are_read_and_others_refused(tmp_path, row):
                 '{"prompt": "Hi?", "chosen": ["a"], "rejected": "b"}'):
         path.write_text("\ufeff" + json.dumps(row) + "\n" + bad + "\n", encoding="utf-8")
         with pytest.raises(ValueError, match="p.jsonl, line 2 is not a pair of chosen"):
-            synth.json_lines(path, synth.pair_of, "a pair of chosen and rejected")
+            synth.read_pairs(path)
     path.write_text(json.dumps(row | {"prompt": "Qué?"}, ensure_ascii=False), encoding="cp1252")
     with pytest.raises(ValueError, match="p.jsonl is not UTF-8"):
-        synth.json_lines(path, synth.pair_of, "a pair")
-
-
-def test_a_damaged_archive_is_one_line(tmp_path):
+        synth.read_pairs(path)
     hh(tmp_path / "hh.jsonl.gz")
     (tmp_path / "cut.gz").write_bytes((tmp_path / "hh.jsonl.gz").read_bytes()[:400])
-    with pytest.raises(ValueError, match="cut.gz is damaged .*fetch it again"):
-        list(synth.lines_of(tmp_path / "cut.gz"))
+    with pytest.raises(ValueError, match="cut.gz is not UTF-8 text, or damaged .*fetch it again"):
+        synth.read_pairs(tmp_path / "cut.gz")
 
 
 @real_data
 def test_the_real_pairs_are_read():
-    pairs = synth.json_lines(SHARED / "hh_rlhf/helpful-base_test.jsonl.gz", synth.pair_of, "a pair")
-    assert len(pairs) == 2354
-    prompt, chosen, rejected = pairs[0]
-    assert prompt.startswith("Do you know why turkeys") and chosen.startswith("To be honest")
-    assert rejected.startswith("I know that the American Indians")
+    pairs = synth.read_pairs(SHARED / "hh_rlhf/helpful-base_test.jsonl.gz")
+    assert len(pairs) == 2348 and [text[:20] for text in pairs[0]] == [
+        "Do you know why turk", "To be honest, I don’", "I know that the Amer"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -832,10 +696,8 @@ def test_shots_are_dropped_until_the_row_fits(tmp_path, call, world, capsys):
     for long, short, row in zip(whole, cut, rows["train"]):
         assert data.longest(short) <= 200 < data.longest(long)
         text, (first, *shots) = tok.decode(short.prompt), row["context"]
-        kept = [s for s in shots if s in text]
-        first *= bool(kept)                                 # no shot, no instruction
-        assert text == first + "".join(kept) + prompt_text(row, meta["form"])
-        assert kept == shots[len(shots) - len(kept):]
-        one_more = shots[len(shots) - len(kept) - 1:]
-        text = row["context"][0] + "".join(one_more) + prompt_text(row, meta["form"])
-        assert len(tok.encode(text)) + data.longest(short) - len(short.prompt) > 200
+        kept = [s for s in shots if s in text]              # no shot, no instruction
+        assert text == first * bool(kept) + "".join(kept) + prompt_text(row, meta["form"])
+        one_more = [first, *shots[len(shots) - len(kept) - 1:], prompt_text(row, meta["form"])]
+        size = len(tok.encode("".join(one_more)))
+        assert size + data.longest(short) - len(short.prompt) > 200

@@ -1,5 +1,6 @@
 """python -m pytest tests/test_synth.py: the shipped world, and surveys with the template writer"""
 import csv
+import re
 import sys
 from collections import Counter
 
@@ -15,11 +16,26 @@ CLASSES = synth.CLASSES
 SPLITS = ("train", "eval", "test")
 
 
+def load(folder):
+    return {s: load_rows(folder / f"{s}.jsonl", CLASSES) for s in SPLITS}
+
+
+def toy(folder, **flags):
+    synth.toy(synth.Toy(out=str(folder), **flags))
+    return load(folder)
+
+
+def fits(rows, side, meta):
+    """Whether each row's answer of a side expresses its belief."""
+    return expressed_opinion([[(r[f"{side}_choice_id"], r[f"{side}_choice"], r[f"{side}_response"])]
+                              for r in rows], meta)[:, 0]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "toy"
-    synth.toy(synth.Toy(out=str(folder)))
-    return folder, load_meta(folder), {s: load_rows(folder / f"{s}.jsonl", CLASSES) for s in SPLITS}
+    rows = toy(folder)
+    return folder, load_meta(folder), rows
 
 
 def test_the_same_seed_writes_the_same_bytes(whole, tmp_path):
@@ -27,8 +43,7 @@ def test_the_same_seed_writes_the_same_bytes(whole, tmp_path):
     for s in SPLITS:
         assert ((tmp_path / "again" / f"{s}.jsonl").read_bytes()
                 == (whole[0] / f"{s}.jsonl").read_bytes())
-    synth.toy(synth.Toy(out=str(tmp_path / "other"), seed=1))
-    assert (tmp_path / "other/train.jsonl").read_bytes() != (whole[0] / "train.jsonl").read_bytes()
+    assert toy(tmp_path / "other", seed=1)["train"] != whole[2]["train"]
 
 
 def test_the_world_is_as_large_and_as_split_as_it_says(whole):
@@ -56,59 +71,51 @@ def test_the_accepted_belief_follows_the_shares_and_the_rejected_is_another(whol
 def test_accepted_and_rejected_answers_are_noisy_alike_and_independently(whole, tmp_path):
     """--noise 0.15: the share of answers whose stance is not their belief's, on either side."""
     _, meta, rows = whole
-    fits = {side: expressed_opinion(
-        [[(r[f"{side}_choice_id"], r[f"{side}_choice"], r[f"{side}_response"])]
-         for r in rows["train"]], meta)[:, 0] for side in ("accept", "reject")}
+    accept, reject = (1 - fits(rows["train"], side, meta) for side in ("accept", "reject"))
     # a stray answer can express another option of the same class: nearly none here
-    assert 1 - fits["accept"].mean() == pytest.approx(0.15, abs=0.015)     # sd 0.0056
-    assert 1 - fits["reject"].mean() == pytest.approx(0.15, abs=0.015)
-    both = ((1 - fits["accept"]) * (1 - fits["reject"])).mean()
-    assert both == pytest.approx(0.15 ** 2, abs=0.008)
-    synth.toy(synth.Toy(out=str(tmp_path / "clean"), noise=0.0, paraphrases=3))
-    rows = load_rows(tmp_path / "clean/train.jsonl", CLASSES)
-    assert expressed_opinion([[(r[f"{side}_choice_id"], r[f"{side}_choice"], r[f"{side}_response"])]
-                              for r in rows for side in ("accept", "reject")], meta).all()
-
-
-def test_countries_share_the_questions_and_differ_in_shares(tmp_path, whole):
-    synth.toy(synth.Toy(out=str(tmp_path / "b"), country="Borduria"))
-    one = {r["question_id"]: r["probabilities"] for r in whole[2]["train"]}
-    other = {r["question_id"]: r["probabilities"]
-             for r in load_rows(tmp_path / "b/train.jsonl", CLASSES)}
-    assert one.keys() == other.keys()
-    assert np.mean([np.abs(np.subtract(one[q], other[q])).sum() / 2 for q in one]) > 0.2
+    assert [accept.mean(), reject.mean()] == pytest.approx([0.15, 0.15], abs=0.015)    # sd 0.0056
+    assert (accept * reject).mean() == pytest.approx(0.15 ** 2, abs=0.008)
+    clean = toy(tmp_path / "clean", noise=0.0, paraphrases=3)["train"]
+    assert fits(clean, "accept", meta).all() and fits(clean, "reject", meta).all()
 
 
 def test_two_countries_make_one_set_with_the_group_in_the_prompt(tmp_path, whole):
-    synth.toy(synth.Toy(out=str(tmp_path / "two"), country="Avalon, Borduria", paraphrases=3))
+    rows = toy(tmp_path / "two", country="Avalon, Borduria", paraphrases=3)
     meta = load_meta(tmp_path / "two")
-    rows = {s: load_rows(tmp_path / f"two/{s}.jsonl", CLASSES) for s in SPLITS}
     assert {r["group"] for r in rows["train"]} == {"Avalon", "Borduria"} == set(meta["groups"])
     row = rows["train"][-1]
     assert prompt_text(row, meta["form"]) == f"<G>Borduria<Q>{row['prompt']}<A>"
     seen, tested = ({(r["group"], r["question_id"]) for r in rows[s]} for s in ("train", "test"))
     for group in meta["groups"]:                            # held out is held out for all
         assert {(group, q) for _, q in tested - seen} <= tested - seen
-    both = [{(r["question_id"], *r["probabilities"]) for r in some if r["group"] == "Avalon"}
-            for some in (whole[2]["train"], rows["train"])]
-    assert both[0] == both[1]
+    one, other = ({r["question_id"]: r["probabilities"] for r in rows["train"] if r["group"] == g}
+                  for g in ("Avalon", "Borduria"))          # the same questions, other shares
+    assert one == {r["question_id"]: r["probabilities"] for r in whole[2]["train"]}
+    assert one.keys() == other.keys()
+    assert np.mean([np.abs(np.subtract(one[q], other[q])).sum() / 2 for q in one]) > 0.2
+
+
+def test_counted_shares_are_those_of_the_training_rows_and_test_keeps_the_known(whole, tmp_path):
+    counted = toy(tmp_path / "counted", shares="counted")
+    assert counted["test"] == whole[2]["test"]
+    rows = [r for r in counted["train"] if r["question_id"] == counted["train"][0]["question_id"]]
+    shares = [sum(r["accept_choice_id"] == c for r in rows) / len(rows) for c in CLASSES]
+    assert rows[0]["probabilities"] == pytest.approx(shares, abs=1e-6)
+    assert rows[0]["probabilities"] != whole[2]["train"][0]["probabilities"]
 
 
 def test_a_survey_table_becomes_rows(table, tmp_path, call):
     p = call(synth, "opinions", *table, "--out", tmp_path / "d/", cwd=tmp_path)
     assert ("3 questions for Chile (rural), of 6 rows: 2 lack a text, two different options or "
             "their shares, 1 have options without a class") in p.stderr
-    meta = load_meta(tmp_path / "d")
-    rows = sum((load_rows(tmp_path / f"d/{s}.jsonl", CLASSES) for s in SPLITS), [])
+    meta, rows = load_meta(tmp_path / "d"), sum(load(tmp_path / "d").values(), [])
     by_question = {r["question_id"]: r for r in rows}
     assert by_question["0"]["probabilities"] == pytest.approx([0.3, 0, 0.1, 0, 0.6, 0])
     assert by_question["1"]["probabilities"] == pytest.approx(
         [0, 0, 0.5, 0, 0, 0.5])                                      # classes add up
     assert all("Is it so?" in r["prompt"] for r in rows if r["question_id"] == "0")
-    assert all(r["accept_choice"] in by_question[r["question_id"]]["options"] for r in rows)
     assert all(any(t in r["reject_response"] for t in r["options"]) for r in rows)
-    said = [[(r["reject_choice_id"], r["reject_choice"], r["reject_response"])] for r in rows]
-    assert 0.7 < expressed_opinion(said, meta).mean() < 1            # --noise 0.15
+    assert 0.7 < fits(rows, "reject", meta).mean() < 1               # --noise 0.15
     again = call(synth, "opinions", *table, "--map", tmp_path / "d/meta.json", "--out",
                  tmp_path / "e", cwd=tmp_path)                       # one set's map for the next
     assert "3 questions" in again.stderr
@@ -130,21 +137,18 @@ def test_a_question_that_the_table_repeats_is_held_out_in_both_rows(tmp_path):
     (["--writer", "poet"], "invalid choice: 'poet'"),
     (["--writer", "llm"], "no key for api.openai.com: set OPENAI_API_KEY"),
     (["--writer", "llm", "--base_url", "localhost"], "is no http(s) address"),
-    (["--max_usd", 1], "--max_usd needs prices"),
-    (["--csv", "no.csv"], "no.csv"),
+    (["--max_usd", 1], "--max_usd needs prices"), (["--csv", "no.csv"], "no.csv"),
     (["--holdout_questions", 3], "must leave some of the 3 questions"),
     (["--paraphrases", 1000], "knows 48 paraphrases of a question, not 1000"),
     (["--paraphrases", 2], "a question with fewer than 3 texts"),
-    (["--map", ""], "each option needs a class: give --map FILE"),
-    (["--classify", "magic"], "invalid choice: 'magic'"),
-    (["--noise", "nan"], "--noise"), (["--seed", -1], "--seed"), (["--seed", "x"], "--seed"),
-    (["--out", ""], "--out is needed"), (["--colour", "red"], "unrecognized arguments"),
-])
+    (["--map", ""], "each option needs a class: give --map FILE"), (["--noise", "nan"], "--noise"),
+    (["--seed", -1], "--seed"), (["--out", ""], "--out is needed"),
+    (["--colour", "red"], "unrecognized arguments")])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
         table, tmp_path, change, message, monkeypatch, capsys):
     for name in ("API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "1")                    # left over in the environment: still heard
+    monkeypatch.setenv("RANK", "1")                    # left over in the environment
     monkeypatch.chdir(tmp_path)
     flags = ["synth.py", "opinions", *table, "--out", tmp_path / "d", *change]
     monkeypatch.setattr(sys, "argv", [str(x) for x in flags])
@@ -155,25 +159,21 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize("cell, column, message", [
-    ("{'Chile (rural)': ['a', 0.5]}", 1, "row 0: the shares of Chile"),
-    ("{'Chile (rural)': 0.5}", 1, "row 0: the shares of Chile"),
-    ("{'Chile (rural)': [-0.5, 1.5]}", 1, "row 0: the shares of Chile"),
-    ("", 1, "row 0: not a dict"), ("Yes", 2, "row 0: not a list"), ("None", 1, "row 0: not a dict"),
-])
-def test_a_broken_cell_of_the_table_is_named(tmp_path, cell, column, message):
+@pytest.mark.parametrize("column, cell, message", [
+    (1, "{'Chile (rural)': ['a', 0.5]}", "could not convert string"),
+    (1, "{'Chile (rural)': 0.5}", "not iterable"), (1, "", "not a dict"), (2, "Yes", "not a list")])
+def test_a_broken_cell_of_the_table_is_named(tmp_path, column, cell, message):
     row = list(SURVEY[0])
     row[column] = cell
     with open(tmp_path / "t.csv", "w", newline="") as f:
         csv.writer(f).writerows([["question", "selections", "options", "source"], row])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"row 0: .*{message}.*needs the columns"):
         synth.read_opinions(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("encoding, selections, options", [
     ("utf-8-sig", "{'Chile': [0.6, 0.4]}", "['Sí', 'No']"),
     ("utf-8", '{"Chile": [0.6, 0.4]}', '["Sí", "No"]'),              # one's own, in JSON
-    ("utf-8", "{'Chile': [np.float64(0.6), np.float64(0.4)]}", "['Sí', 'No']"),
     ("cp1252", "{'Chile': [0.6, 0.4]}", "['Sí', 'No']"), ("utf-16", "{}", "[]")])
 def test_a_survey_of_ones_own_is_read_if_it_is_utf8(tmp_path, encoding, selections, options):
     with open(tmp_path / "t.csv", "w", newline="", encoding=encoding) as f:
@@ -185,34 +185,28 @@ def test_a_survey_of_ones_own_is_read_if_it_is_utf8(tmp_path, encoding, selectio
     else:
         with pytest.raises(ValueError, match="t.csv is not UTF-8"):
             synth.read_opinions(tmp_path / "t.csv")
-    (tmp_path / "u.csv").write_text("question,answers\na,b\n")
-    with pytest.raises(ValueError, match="u.csv needs the columns question, options, selections"):
-        synth.read_opinions(tmp_path / "u.csv")
 
 
 @pytest.mark.parametrize("country, like", [
-    ("S. Korea", ["S. Korea", "South Korea"]), ("Great Britain", ["Britain", "Great Britain"]),
-    ("Czechia", ["Czech Rep.", "Czechia"]), ("USA", ["United States"]), ("uk", ["Britain",
-     "Great Britain"]), ("South Africa", ["S. Africa"]), ("North Macedonia", ["North Macedonia"]),
-    ("India", ["India (Old national sample)"]), ("Narnia", [])])
+    ("S. Korea", "S. Korea, South Korea"), ("USA", "United States"), ("South Africa", "S. Africa"),
+    ("uk", "Britain, Great Britain"), ("India", "India (Old national sample)"),
+    ("Brittain", "Britain"), ("Narnia", "Britain, Great Britain, India")])
 def test_like_named_countries_are_found(country, like):
-    known = ["S. Korea", "South Korea", "S. Africa", "Britain", "Great Britain", "Czech Rep.",
-             "Czechia", "United States", "North Macedonia", "Northern Ireland",
-             "India (Old national sample)", "Angola (Non-national sample)"]
-    assert synth.like_named(country, known) == sorted(like)
+    known = ["S. Korea", "South Korea", "S. Africa", "Britain", "Great Britain", "United States",
+             "India (Old national sample)"]
+    assert ", ".join(synth.like_named(country, known)).startswith(like)
     if country not in known:
-        with pytest.raises(ValueError) as e:
-            synth.names_in(f"Czechia, {country}", known)
-        assert f"no country {country!r}; there is {(like or ['Angola'])[0]}" in str(e.value)
+        with pytest.raises(ValueError, match=re.escape(f"no country {country!r}; there is {like}")):
+            synth.names_in(f"Britain, {country}", known)
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path, call):
+def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, call):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/precious").write_text("x")
     p = call(synth, "toy", "--out", tmp_path / "d", cwd=tmp_path, check=2)
     assert "is not empty: give another, or remove it first" in p.stderr
     with pytest.raises(OSError):                       # nor by who calls the function
-        synth.toy(synth.Toy(out=str(tmp_path / "d"), paraphrases=3))
+        toy(tmp_path / "d", paraphrases=3)
     assert [x.name for x in (tmp_path / "d").iterdir()] == ["precious"]
 
 
@@ -220,23 +214,10 @@ def test_a_folder_that_holds_something_is_not_overwritten(table, tmp_path, call)
 def test_the_real_table_gives_the_known_numbers_of_questions(tmp_path, call):
     belief_map = synth.read_map(SHARED / "option_map.json")
     assert Counter(belief_map.values()) == {0: 4, 1: 42, 2: 118, 3: 33, 4: 126, 5: 50}   # Table 5
-    table = synth.read_opinions(SHARED / "goqa/global_opinions.csv")
-    assert len({c for *_, shares in table for c in shares}) == 138
+    countries = ("United States", "Pakistan", "S. Africa")
     call(synth, "opinions", "--csv", SHARED / "goqa/global_opinions.csv", "--map",
          SHARED / "option_map.json", "--paraphrases", 3, "--out", "d", "--country",
-         "United States, Pakistan, S. Africa", cwd=tmp_path)
-    found = {(r["group"], r["question_id"]) for s in SPLITS
-             for r in load_rows(tmp_path / f"d/{s}.jsonl", CLASSES)}
-    ids = {c: {q for g, q in found if g == c} for c in ("United States", "Pakistan", "S. Africa")}
-    us = ids["United States"]
-    assert (len(us), len(us & ids["Pakistan"]), len(us & ids["S. Africa"])) == (668, 283, 261)
-
-
-def test_counted_shares_are_those_of_the_training_rows_and_test_keeps_the_known(whole, tmp_path):
-    synth.toy(synth.Toy(out=str(tmp_path / "counted"), shares="counted"))
-    counted = {s: load_rows(tmp_path / f"counted/{s}.jsonl", CLASSES) for s in ("train", "test")}
-    assert counted["test"] == whole[2]["test"]
-    rows = [r for r in counted["train"] if r["question_id"] == counted["train"][0]["question_id"]]
-    shares = [sum(r["accept_choice_id"] == c for r in rows) / len(rows) for c in CLASSES]
-    assert rows[0]["probabilities"] == pytest.approx(shares, abs=1e-6)
-    assert rows[0]["probabilities"] != whole[2]["train"][0]["probabilities"]
+         ", ".join(countries), cwd=tmp_path)
+    rows = sum(load(tmp_path / "d").values(), [])
+    us, pk, sa = ({r["question_id"] for r in rows if r["group"] == c} for c in countries)
+    assert (len(us), len(us & pk), len(us & sa)) == (668, 283, 261)
