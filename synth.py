@@ -498,17 +498,19 @@ def read_chat(response):
 
 
 def chat(client, prompts, desc, schema=None, **settings):
-    """An LLM's answers to prompts: [Reply]. schema: the JSON schema of an answer, dropped if the
-    server does not know it. settings replace the Chat flags of the same name, but --max_tokens
-    holds if it is given."""
+    """An LLM's answers to prompts: [Reply]. schema: the JSON schema of the answers, or a list of
+    one per prompt, dropped if the server does not know it. settings replace the Chat flags of the
+    same name, but --max_tokens holds if it is given."""
     o = dataclasses.replace(client.o, **settings)
     body = {"model": o.llm, "temperature": o.temperature,
             "max_tokens": client.o.max_tokens or o.max_tokens}
-    if schema:
-        body["response_format"] = {"type": "json_schema", "json_schema": {
-            "name": "answer", "strict": True, "schema": schema}}
-    body = {k: v for k, v in (body | client.extra).items() if v is not None}
-    bodies = [body | {"messages": [{"role": "user", "content": p}]} for p in prompts]
+    bodies = []
+    for prompt, form in zip(prompts, schema if isinstance(schema, list) else [schema] * len(prompts)):
+        fields = {"messages": [{"role": "user", "content": prompt}], "response_format": form and {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "strict": True, "schema": form}}}
+        fields = body | fields | client.extra
+        bodies.append({k: v for k, v in fields.items() if v is not None})
     url, headers = endpoint(o, "chat/completions")
     replies = [Reply(*r) for r in client.ask("POST", url, bodies, read_chat, desc, headers)]
     refused = [r.text for r in replies if r.ended == "refused"]
@@ -560,7 +562,10 @@ def closed(**fields):
 
 
 EXAMPLE = "What's your stance on defeating terrorism through military force?"      # in the prompt
-STYLES = closed(styles=[closed(question=TEXT, answers=[closed(option=TEXT, answer=TEXT)])])
+def styles_of(options):
+    """The JSON schema of dialogues: each has an answer to every option, under the option's name, so
+    that even a weak model can forget none."""
+    return closed(styles=[closed(question=TEXT, answers=closed(**dict.fromkeys(options, TEXT)))])
 
 
 def llm_writer(client, questions, group, o, rng):
@@ -571,13 +576,14 @@ def llm_writer(client, questions, group, o, rng):
     prompts = [PROMPTS["dialogues"].format(
         country=group, n=n, k=len(q.options), question=q.wordings[0],
         choices=json.dumps(q.options, ensure_ascii=False)) for q, n in asked]
-    write = partial(chat, client, desc=f"dialogues, {group}", schema=STYLES, max_tokens=4096)
+    schemas = [styles_of(q.options) for q, _ in asked]
+    write = partial(chat, client, desc=f"dialogues, {group}", max_tokens=4096)
     # Equal requests get different answers within one call only: keep a question's together.
     first = len(sizes) * max(1, 20 // max(1, len(sizes)))
-    replies = write(prompts[:first])
+    replies = write(prompts[:first], schema=schemas[:first])
     if prompts[first:] and any(parse_dialogues(reply.text, q.options)[0]
                                for (q, _), reply in zip(asked, replies)):
-        replies += write(prompts[first:])
+        replies += write(prompts[first:], schema=schemas[first:])
     dialogues, problems, read = {q.id: {} for q in questions}, [], 0
     for (q, _), reply in zip(asked, replies):
         found, failed = parse_dialogues(reply.text, q.options, reply.ended)
@@ -648,12 +654,12 @@ def parse_dialogues(text, options, ended="stop"):
 
 
 def in_words(text):
-    """A reply in JSON (STYLES, perhaps cut off) in the layout of Appendix A; another as it is."""
-    layout = {"question": "\nQ: {}", "option": "\n[{}] ", "answer": "{}"}
-    string = r'"(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*"'
-    found = re.findall(rf'"({"|".join(layout)})"\s*:\s*({string})', text)
-    return "".join(layout[field].format(one_line(json.loads(value, strict=False)))
-                   for field, value in found) or text
+    """A reply in JSON (styles_of, perhaps cut off) in the layout of Appendix A; another as it is."""
+    string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
+    found = re.findall(rf"{string}\s*:\s*{string}", text)
+    pairs = [[one_line(json.loads(x, strict=False)) for x in pair] for pair in found]
+    return "\n".join(f"Q: {value}" if name == "question" else f"[{name}] {value}"
+                     for name, value in pairs) or text
 
 
 def read_label(text, labels):

@@ -199,10 +199,12 @@ def test_a_timeout_is_tried_three_times_and_names_the_flags_that_help(client, se
 
 
 @pytest.mark.parametrize("headers, text, seconds", [
-    ({"Retry-After": formatdate(time.time() + 500, usegmt=True)}, "", 455),
+    ({"Retry-After": "a date"}, "", 455),
     ({"Retry-After": "7"}, "", 7), ({"Retry-After": "99999"}, "", 600), ({}, "", 0),
     ({"ratelimit": '"api";r=0;t=40'}, "", 40), ({}, '{"retryDelay": "2.5s"}', 2.5)])
 def test_the_wait_that_a_server_names_is_read(headers, text, seconds):
+    if headers.get("Retry-After") == "a date":
+        headers = {"Retry-After": formatdate(time.time() + 490, usegmt=True)}
     assert seconds <= data.wait_of(SimpleNamespace(headers=headers, text=text)) <= seconds * 1.1
 
 

@@ -31,8 +31,7 @@ A4: [DK/Refused] I'd rather not say.
 
 I hope that these small talks help!
 """
-STYLES = {"styles": [{"question": "a?", "answers": [{"option": "Yes", "answer": "y"}, {
-    "option": "no.", "answer": "[No] n"}]}]}
+STYLES = {"styles": [{"question": "a?", "answers": {"Yes": "y", "no.": "[No] n"}}]}
 
 
 def lines(path):
@@ -100,7 +99,7 @@ def test_common_layouts_and_json_are_read(reply):
         "Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
         "Q: a?\nA1: [Yes] y\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n",
         "Q: a?\nA1: [Yes] y\nA2: [No] n\nA3: [Yes] y3", "Q: a?\nA1: [Yes]\nA2: [No] n",
-        '{"styles": [{"question": "a?", "answers": [{"option": "Yes", "answer": "y"}]}]}',
+        '{"styles": [{"question": "a?", "answers": {"Yes": "y"}}]}',
         '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
     ("a style cut off by the length limit", "length", [
         "Q: b?\nA1: [Yes] y\nA2: [No]", json.dumps(STYLES)[12:-40]]),
