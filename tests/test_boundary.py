@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-import requests
 from conftest import ROOT
 
 import data
@@ -76,8 +75,7 @@ def test_a_mistyped_flag_is_one_line(args, words):
 
 @pytest.mark.parametrize("error, line", [
     (ValueError("no\nsuch  thing"), "no such thing"), (FloatingPointError("nan"), "nan"),
-    (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: Not a directory"),
-    (requests.exceptions.InvalidHeader("Bearer secret"), "InvalidHeader")])
+    (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: Not a directory")])
 def test_an_error_is_one_line_below_the_bar(monkeypatch, capsys, error, line):
     def main():
         for _ in progress(range(9), desc="bar"):

@@ -152,7 +152,6 @@ def test_learned_merges_survive_saving(tmp_path):
 @pytest.mark.parametrize("parts, words", [
     ({"model": {"type": "Unigram", "vocab": []}}, "model Unigram"),
     ({"model": {"type": "WordPiece", "vocab": {}}}, "model WordPiece"),
-    ({"model": {"type": "BPE", "byte_fallback": True}}, "byte_fallback"),
     ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer.*Metaspace"),
     ({"pre_tokenizer": None}, "pre_tokenizer"), (steps(split("(")), "Parsing|missing"),
     ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
