@@ -23,7 +23,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -387,7 +387,7 @@ def mix(meta, other, folder):
     for key in ("classes", "off_scale", "form"):
         if other.get(key) != meta.get(key):
             raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not {meta.get(key)!r} as "
-                             "in the first dataset: they cannot be mixed (--form gives all one form)")
+                             "in the first dataset: they cannot be mixed (--form sets one form)")
     for key in ("belief_to_class", "stances"):
         for text, c in other[key].items():
             if str(meta[key].setdefault(text, c)) != str(c):
@@ -732,7 +732,7 @@ def key_from(*names):
 
 
 def check_address(url, where="the address"):
-    """ValueError for what is no http address, or holds user:password@, which would be kept."""
+    """ValueError for no http address, or one with user:password@, which would be written down."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
         raise ValueError(f"{where} holds user:password@ or is no http(s) address: give a key by the "
                          "environment instead")
@@ -834,9 +834,9 @@ def fetch(url, folder, file):
 
 def download(url, part):
     """GET the rest of url into the file `part` -> its commit, size and sha256 ("" if not named).
-    Each byte is written at its own place, so two processes at one file do not disturb each other."""
-    part.touch()
-    have, told = max(0, part.stat().st_size - 1), {}   # a range past the end would be refused
+    Each byte is written at its own place, so two processes do not disturb each other."""
+    told, have = {}, part.stat().st_size if part.is_file() else 0
+    have = max(0, have - 1)                            # a range past the end would be refused
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with request("GET", url, headers | hub_headers(), stream=True) as answer:
         for step in [answer, *reversed(answer.history)]:   # the hub's answer before its storage's
@@ -845,6 +845,7 @@ def download(url, part):
             raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
         have *= answer.status_code == 206
         size = int(told.get("x-linked-size") or have + int(told["content-length"]))
+        part.touch()
         with open(part, "r+b") as f, progress(desc=f"fetching {url.split('/')[-1]}", total=size,
                                               initial=have, unit="B", unit_scale=True) as bar:
             f.seek(have)
@@ -869,7 +870,7 @@ def add_flags(parser, config, names=None, skip=()):
         if kinds[0] is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kinds[0], type):
-            how = {"type": lambda text, kind=kinds[0]: parse(text, kind)}
+            how = {"type": partial(parse, kinds[0])}
         else:
             how = {"choices": kinds}
         text = help_of[field.name].replace("%", "%%")
@@ -879,15 +880,15 @@ def add_flags(parser, config, names=None, skip=()):
         parser.add_argument(f"--{field.name}", default=field.default, help=text + shown, **how)
 
 
-def parse(text, kind):
-    """A flag's value, or an argparse error, which becomes one line."""
+def parse(kind, text):
+    """A flag's value. Numbers are finite and not negative."""
     try:
         value = kind(text)
+        if kind is str or 0 <= value < float("inf"):   # NaN is not, either
+            return value
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-    if kind is not str and not 0 <= value < float("inf"):          # NaN is not, either
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from 0 on")
 
 
 def loss_names():

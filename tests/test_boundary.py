@@ -65,8 +65,8 @@ def test_flags_are_the_fields_of_a_dataclass(capsys):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--rows", "x"], "'x' is no int"), (["--rows", "-1"], "-1 is not a number from 0 on"),
-    (["--lr", "nan"], "nan is not a number"), (["--lr", "inf"], "inf is not"),
+    (["--rows", "x"], "'x' is no int"), (["--rows", "-1"], "'-1' is no int from 0 on"),
+    (["--lr", "nan"], "'nan' is no float from 0 on"), (["--lr", "inf"], "'inf' is no float"),
     (["--order", "left"], "invalid choice: 'left'"), (["--row", "3"], "unrecognized arguments")])
 def test_a_mistyped_flag_is_one_line(args, words):
     with pytest.raises(ValueError, match=f"{words}.*see --help"):
