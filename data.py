@@ -104,8 +104,8 @@ def class_ids(tokenizer, classes):
     ids = [tokenizer.encode(c) for c in classes]
     for c, i in zip(classes, ids):
         if len(i) != 1 or tokenizer.encode(f"{c}<")[:1] != i:
-            raise ValueError(f"class {c!r} is not one token of its own, but beliefs are read at "
-                             "one token: rename the classes in meta.json, to 0..9 for example")
+            raise ValueError(f"class {c!r} is not one token of its own: rename the classes in "
+                             "meta.json, to 0..9 for example")
     return [i[0] for i in ids]
 
 
@@ -144,9 +144,8 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
             item.prompt = encode("".join(shots) + prompt)
         if longest(item) > max_length:
             if overlong == "error":
-                raise ValueError(f"{name}, row {n + 1}: its {longest(item)} tokens do not fit the "
-                                 f"context of {max_length}: raise --max_length (up to the model's "
-                                 "context), or say --overlong trim or --overlong drop")
+                raise ValueError(f"{name}, row {n + 1}: {longest(item)} tokens, not {max_length}: "
+                                 "raise --max_length, or say --overlong trim or --overlong drop")
             if overlong == "drop" or not trim(item, max_length):
                 continue
             changed["trimmed"] += 1
@@ -174,16 +173,16 @@ def trim(item, max_length):
 
 def mismatch(items, max_length, seed):
     """Give every item, in place, the accepted answer of a row with another prompt: the branch
-    "mismatch". Each answer is given once. The pairing is fixed for a dataset, so that a reference
-    can be kept for it while batches are shuffled. ValueError where no such pairing exists."""
+    "mismatch". Each answer is given once. The pairing does not depend on the batches, so that the
+    reference's log-probs can be kept."""
     groups = defaultdict(list)
     for item in items:
         groups[tuple(item.prompt)].append(item)
     # Equal prompts stay together, so a shift by the largest group always leaves one's own group
     shift, rng = max(map(len, groups.values())), np.random.default_rng([seed, 5])
     if 2 * shift > len(items):
-        raise ValueError(f"{shift} of {len(items)} rows have the same prompt, so KTO's mismatched "
-                         "pairs cannot be made: give more rows, or another --loss")
+        raise ValueError(f"{shift} of {len(items)} rows have the same prompt, so KTO has no "
+                         "mismatched pairs: give more rows, or another --loss")
     groups = list(groups.values())
     order = [item for g in rng.permutation(len(groups)) for item in groups[g]]
     for k, item in enumerate(order):
@@ -361,14 +360,14 @@ def load_meta(folder, form=""):
             raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
     names = sorted(re.findall(r"\{(\w+)\}", form))
     if names.count("prompt") != 1 or set(names) - {"prompt", "group"}:
-        raise ValueError(f"{path}: the prompt's form must hold {{prompt}} once, and may hold "
-                         f"{{group}}, got {form!r}")
+        raise ValueError(f"{path}: the form {form!r} must hold {{prompt}} once, and only {{group}} "
+                         "besides")
     return meta | {"form": form}
 
 
 def load_dataset(names, splits, form=""):
     """(meta, {split: rows}) of one dataset folder, or of a mix of them with commas between.
-    form replaces the datasets' own form of the prompt. ValueError, FileNotFoundError: one line."""
+    form replaces the datasets' own form of the prompt."""
     folders = [Path(name) for name in names.split(",")]
     if len(set(folders)) < len(folders) or "" in names.split(","):
         raise ValueError(f"--data {names!r} names a dataset twice or has an empty name")
@@ -386,8 +385,8 @@ def mix(meta, other, folder):
     """Merge another dataset's belief maps into meta. ValueError where the two contradict."""
     for key in ("classes", "off_scale", "form"):
         if other.get(key) != meta.get(key):
-            raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not {meta.get(key)!r} as "
-                             "in the first dataset: they cannot be mixed (--form sets one form)")
+            raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's, "
+                             f"{meta.get(key)!r}: they cannot be mixed (--form sets one form)")
     for key in ("belief_to_class", "stances"):
         for text, c in other[key].items():
             if str(meta[key].setdefault(text, c)) != str(c):
@@ -408,8 +407,8 @@ def warn_about(rows, form, names):
         print(f"{names}: {odd[what]} rows with {what}: look at them", file=sys.stderr)
     groups = {row.get("group") or "" for row in rows}
     if "{group}" in form and "" in groups:
-        raise ValueError(f"{names}: the form {form!r} needs a group in every row, and some rows "
-                         "have none: add the field, or give another --form")
+        raise ValueError(f"{names}: the form {form!r} needs a group in every row: add it, or give "
+                         "another --form")
     if "{group}" not in form and len(groups) > 1:
         print(f"{names}: {len(groups)} groups, but the prompts do not say which: "
               f"--form \"<G>{{group}}{FORM}\" does", file=sys.stderr)
@@ -640,8 +639,7 @@ for scheme in ("http://", "https://"):
     SESSION.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=1000))
 BUSY = {408, 425, 429, *range(500, 600)} - {501}       # statuses that another try may change
 ANSWERED = set()                       # servers that have answered: worth waiting for
-SLOW = (": raise --timeout, or lower --concurrency, --styles or --max_tokens (a server that does "
-        "not stream sends nothing until an answer is complete)")
+SLOW = ": raise --timeout, or lower --concurrency, --styles or --max_tokens"
 
 
 class Refused(ValueError):
@@ -656,13 +654,7 @@ class TryAgain(Exception):
     the same)."""
 
 
-def sleep(seconds, problem):
-    if seconds > 5:
-        print(f"waiting {seconds:.0f} s: {problem[:80]}", file=sys.stderr)
-    time.sleep(seconds)
-
-
-def request(method, url, headers=None, read=None, pause=sleep, **kwargs):
+def request(method, url, headers=None, read=None, pause=None, **kwargs):
     """One HTTP answer of status 2xx, or read(it). Retries 429, 5xx, timeouts, dropped connections
     and TryAgain, with exponential backoff or after the wait that the server names. Any other status
     raises Refused. pause(seconds, problem) may return True to give up."""
@@ -694,7 +686,9 @@ def request(method, url, headers=None, read=None, pause=sleep, **kwargs):
         seen[problem] += 1
         if seen[problem] >= most or attempt == TRIES:
             raise ConnectionError(f"{shown}: {problem}" + f", {attempt} times" * (attempt > 1))
-        if pause(wait, problem):
+        if pause is None:
+            time.sleep(wait)
+        elif pause(wait, problem):
             raise ConnectionAbortedError(shown)
 
 
@@ -732,7 +726,7 @@ def key_from(*names):
 
 
 def check_address(url, where="the address"):
-    """ValueError for no http address, or one with user:password@, which would be written down."""
+    """ValueError for what is no http address, or has user:password@, which would be kept."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
         raise ValueError(f"{where} holds user:password@ or is no http(s) address: give a key by the "
                          "environment instead")
@@ -748,10 +742,10 @@ CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
      "pytorch_model.bin.index.json"]]
 
 
-def find_checkpoint(name, weights=True):
+def find_checkpoint(name):
     """A checkpoint folder: a local one, or a model on the hub ("gpt2", "EleutherAI/pythia-70m"),
-    whose missing files are fetched, all of one commit. HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE
-    and HF_HUB_OFFLINE are honoured. weights=False: without them. OSError, ValueError: one line."""
+    whose missing files are fetched, all of one commit. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME,
+    HF_HUB_CACHE and HF_HUB_OFFLINE."""
     path = Path(name)
     if name and (path / "metrics.jsonl").is_file():
         raise ValueError(f"{name} is a run: give one of its checkpoints, such as {name}/best")
@@ -760,7 +754,7 @@ def find_checkpoint(name, weights=True):
     if path.parent != Path() and path.parent.is_dir() or not re.fullmatch(
             r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
         raise FileNotFoundError(f"no folder {name} (and no name on the hub: gpt2, ORG/MODEL)")
-    for choices in CHECKPOINT if weights else CHECKPOINT[:2]:
+    for choices in CHECKPOINT:
         path = hub_file(name, *choices)
     if path.name.endswith(".index.json"):              # model.py checks the index itself
         names = re.findall(r'"(\w[\w.-]*\.(?:safetensors|bin))"', read_text(path))
@@ -809,49 +803,47 @@ def fetch(url, folder, file):
     """Fetch a file of the hub into its cache -> its path. What came before a break is kept, and the
     next try goes on from there. The sha256 is checked where the hub names it."""
     part = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.incomplete"
-    part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(TRIES):
-        try:
-            commit, size, sha = download(url, part)
-        except requests.RequestException:
-            size = float("inf")
+        have = part.stat().st_size if part.is_file() else 0
+        ranged = {"Range": f"bytes={have - 1}-"} if have else {}   # past the end it is refused
+        headers = {"Accept-Encoding": "identity"} | hub_headers() | ranged
+        with request("GET", url, headers, stream=True) as answer:
+            told = {}
+            for step in [answer, *reversed(answer.history)]:       # the storage's, then the hub's
+                told |= {k.lower(): v for k, v in step.headers.items()}
+            if "x-repo-commit" not in told:
+                raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
+            start = have - 1 if answer.status_code == 206 else 0
+            size = int(told.get("x-linked-size") or start + int(told["content-length"]))
+            receive(answer, part, start, size)
         if part.stat().st_size >= size:
             break
         time.sleep(PAUSE * 2 ** attempt)
     else:
-        raise ConnectionError(f"{url}: broken off {TRIES} times; what came is kept, run the "
-                              "command again to go on")
-    if len(sha) == 64 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha:
+        raise ConnectionError(f"{url}: broken off; what came is kept, run the command again")
+    sha, path = told.get("x-linked-etag", ""), folder / "snapshots" / told["x-repo-commit"] / file
+    if len(sha) == 66 and f'"{hashlib.sha256(np.memmap(part, mode="r")).hexdigest()}"' != sha:
         part.unlink()
-        raise ValueError(f"{url}: what came is not the file that the hub announced; it was thrown "
-                         "away, run the command again")
-    path = folder / "snapshots" / commit / file
+        raise ValueError(f"{url}: not the file that the hub announced: run the command again")
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, path)
-    write(folder / "refs/main", commit)
+    write(folder / "refs/main", told["x-repo-commit"])
     return path
 
 
-def download(url, part):
-    """GET the rest of url into the file `part` -> its commit, size and sha256 ("" if not named).
-    Each byte is written at its own place, so two processes do not disturb each other."""
-    told, have = {}, part.stat().st_size if part.is_file() else 0
-    have = max(0, have - 1)                            # a range past the end would be refused
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with request("GET", url, headers | hub_headers(), stream=True) as answer:
-        for step in [answer, *reversed(answer.history)]:   # the hub's answer before its storage's
-            told |= {k.lower(): v for k, v in step.headers.items()}
-        if "x-repo-commit" not in told:
-            raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
-        have *= answer.status_code == 206
-        size = int(told.get("x-linked-size") or have + int(told["content-length"]))
-        part.touch()
-        with open(part, "r+b") as f, progress(desc=f"fetching {url.split('/')[-1]}", total=size,
-                                              initial=have, unit="B", unit_scale=True) as bar:
-            f.seek(have)
+def receive(answer, part, start, size):
+    """Write what comes of an answer into the file `part`, from byte `start` on: each byte at its
+    own place, so that two processes at the same file do not disturb each other."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    with open(part, "r+b") as f, progress(desc=f"fetching {answer.url.split('/')[-1]}", total=size,
+                                          initial=start, unit="B", unit_scale=True) as bar:
+        f.seek(start)
+        try:
             for chunk in answer.iter_content(1 << 16):
                 bar.update(f.write(chunk))
-    return told["x-repo-commit"], size, told.get("x-linked-etag", "").strip('"')
+        except requests.RequestException:              # fetch() asks for the rest
+            pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -881,14 +873,14 @@ def add_flags(parser, config, names=None, skip=()):
 
 
 def parse(kind, text):
-    """A flag's value. Numbers are finite and not negative."""
+    """A flag's value, or an argparse error, which becomes one line."""
     try:
         value = kind(text)
-        if kind is str or 0 <= value < float("inf"):   # NaN is not, either
-            return value
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+    if kind is not str and not 0 <= value < float("inf"):          # NaN is not, either
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
 
 
 def loss_names():

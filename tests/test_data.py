@@ -49,17 +49,11 @@ def test_marks_inside_belief_and_response_move_no_border(text, response):
     [item] = encode(row, tokenizer=BPE)
     b = collate([item], ("chosen", "given"), class_ids(BPE, CLASSES))
     ids, n = b["ids"].tolist(), b["counts"][0, 0].sum()
+    assert ids[:len(item.prompt)] == BPE.encode("<Q>Is it fair?<A>")       # as when sampling
+    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
     assert BPE.decode(ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]) == f"4<{text}>"
     assert BPE.decode(b["tokens"][:n, 0][b["slot"][:n] == RESPONSE].tolist()) == response
     assert b["tokens"][n - 1, 0] == BPE.eos
-
-
-def test_the_prompt_of_training_is_the_prompt_of_sampling():
-    [item] = encode(ROW, tokenizer=BPE)
-    b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
-    assert b["ids"][:len(item.prompt)].tolist() == BPE.encode("<Q>Is it fair?<A>") == item.prompt
-    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
-    assert b["tokens"][0, 0] == BPE.encode("4")[0]
 
 
 def sequences(items, branches):
@@ -150,10 +144,10 @@ def test_a_class_must_be_one_token_also_before_a_belief():
         class_ids(fused, ["<"])
 
 
-@pytest.mark.parametrize("max_length", range(20, 60, 3))
+@pytest.mark.parametrize("max_length", range(9, 60, 4))
 def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
     row = ROW | {"prompt": "Is it fair that " + "x" * 30 + "?"}
-    if max_length < 32:                                  # no room for a response
+    if max_length < 13:                                  # no room for a response
         with pytest.raises(ValueError, match="no row fits"):
             encode(row, max_length=max_length, overlong="trim")
         assert "1 of 1 rows dropped" in capsys.readouterr().err
@@ -167,7 +161,7 @@ def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
 
 def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
     long = ROW | {"prompt": "x" * 200}
-    with pytest.raises(ValueError, match="data, row 2: .* raise --max_length .* --overlong trim"):
+    with pytest.raises(ValueError, match="data, row 2: 230 tokens.* raise --max_length, .*--overlong"):
         encode(ROW, long)
     assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
     assert "1 of 3 rows dropped" in capsys.readouterr().err
@@ -228,7 +222,7 @@ def test_a_broken_line_is_named_with_its_number(tmp_path, lines, where):
     ("[1]", "must hold a JSON dict"), ("{", "is not JSON"), ("{}", "'classes' must list"),
     ('{"classes": ["0", "1"], "off_scale": "7"}', "'off_scale' '7' is not one of"),
     ('{"classes": ["0", "1"], "belief_to_class": {"Yes": 4}}', "'belief_to_class' must map"),
-    ('{"classes": ["0", "1"], "form": "{group}"}', "form must hold {prompt} once")])
+    ('{"classes": ["0", "1"], "form": "{group}"}', "must hold {prompt} once")])
 def test_a_broken_meta_json_is_named(tmp_path, meta, message):
     with pytest.raises(FileNotFoundError, match="no dataset in"):
         load_meta(tmp_path)

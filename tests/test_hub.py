@@ -91,7 +91,7 @@ def test_a_server_that_always_cuts_ends_in_one_line_and_keeps_what_came(hub, tmp
 
 def test_a_file_that_is_not_what_was_announced_is_thrown_away(hub, tmp_path):
     hub.faults = {"model.safetensors": ["lie"]}
-    with pytest.raises(ValueError, match="not the file that the hub announced"):
+    with pytest.raises(ValueError, match="not the file that the hub announced: run"):
         find_checkpoint("org/tiny")
     assert not list(tmp_path.rglob("*.incomplete")) and came_right(find_checkpoint("org/tiny"))
 
