@@ -726,7 +726,7 @@ def key_from(*names):
 
 
 def check_address(url, where="the address"):
-    """ValueError for what is no http address, or has user:password@, which would be kept."""
+    """ValueError for no http address, or one with a password, which would be written down."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
         raise ValueError(f"{where} holds user:password@ or is no http(s) address: give a key by the "
                          "environment instead")
@@ -780,11 +780,13 @@ def hub_file(repo, *files):
         try:
             return fetch(f"{endpoint}/{repo}/resolve/{commit}/{file}", folder, file)
         except FileNotFoundError:                      # another process has completed it
-            return hub_file(repo, *files)
+            path = next(folder.glob(f"snapshots/*/{file}"), None)
+            if path is None:
+                raise
+            return path
         except Refused as e:
             if e.status != 404:
-                raise ValueError(f"{e} (is there such a repository, or does it want an HF_TOKEN?)"
-                                 ) from None
+                raise ValueError(f"{e} (no such repository, or it wants an HF_TOKEN)") from None
     raise FileNotFoundError(f"{repo} on the hub has no {' or '.join(files)}")
 
 
@@ -811,7 +813,7 @@ def fetch(url, folder, file):
             told = {}
             for step in [answer, *reversed(answer.history)]:       # the storage's, then the hub's
                 told |= {k.lower(): v for k, v in step.headers.items()}
-            if "x-repo-commit" not in told:
+            if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
                 raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
             start = have - 1 if answer.status_code == 206 else 0
             size = int(told.get("x-linked-size") or start + int(told["content-length"]))

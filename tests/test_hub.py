@@ -132,7 +132,7 @@ def test_what_cannot_be_had_is_one_line(hub, server, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="org/none on the hub has no .*config.json"):
         find_checkpoint("org/none")
     server.answer = lambda r: (401, "")
-    with pytest.raises(ValueError, match="401.*does it want an HF_TOKEN"):
+    with pytest.raises(ValueError, match="401.*it wants an HF_TOKEN"):
         find_checkpoint("org/gated")
     server.answer = lambda r: (200, "a page")
     with pytest.raises(ValueError, match="is HF_ENDPOINT right"):
