@@ -144,8 +144,9 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
             item.prompt = encode("".join(shots) + prompt)
         if longest(item) > max_length:
             if overlong == "error":
-                raise ValueError(f"{name}, row {n + 1}: {longest(item)} tokens, not {max_length}: "
-                                 "raise --max_length, or say --overlong trim or --overlong drop")
+                raise ValueError(f"{name}, row {n + 1}: its {longest(item)} tokens do not fit the "
+                                 f"context of {max_length}: raise --max_length, or say --overlong "
+                                 "trim or --overlong drop")
             if overlong == "drop" or not trim(item, max_length):
                 continue
             changed["trimmed"] += 1
@@ -350,8 +351,9 @@ def load_meta(folder, form=""):
                                 "(`python synth.py --help`), or correct --data")
     meta = {"form": FORM, "belief_to_class": {}, "stances": {}} | read_json(path)
     classes, form = meta.get("classes"), str(form or meta["form"])
-    if not isinstance(classes, list) or {*map(type, classes)} != {str} or len({*classes}) < 2:
-        raise ValueError(f"{path}: 'classes' must list two or more class labels as strings")
+    if not isinstance(classes, list) or {*map(type, classes)} != {str} or (
+            not 1 < len({*classes}) == len(classes)):
+        raise ValueError(f"{path}: 'classes' must list two or more different labels as strings")
     if meta.get("off_scale") not in (None, *classes):
         raise ValueError(f"{path}: 'off_scale' {meta['off_scale']!r} is not one of {classes}")
     for name in ("belief_to_class", "stances"):
@@ -726,7 +728,7 @@ def key_from(*names):
 
 
 def check_address(url, where="the address"):
-    """ValueError for no http address, or one with a password, which would be written down."""
+    """ValueError for no http address, or one with a password, which would be stored."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
         raise ValueError(f"{where} holds user:password@ or is no http(s) address: give a key by the "
                          "environment instead")

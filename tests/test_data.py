@@ -161,7 +161,7 @@ def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
 
 def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
     long = ROW | {"prompt": "x" * 200}
-    with pytest.raises(ValueError, match="data, row 2: 230 .* raise --max_length, .*--overlong"):
+    with pytest.raises(ValueError, match="data, row 2: its 230 .* raise --max_length, .*trim"):
         encode(ROW, long)
     assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
     assert "1 of 3 rows dropped" in capsys.readouterr().err
@@ -220,6 +220,7 @@ def test_a_broken_line_is_named_with_its_number(tmp_path, lines, where):
 
 @pytest.mark.parametrize("meta, message", [
     ("[1]", "must hold a JSON dict"), ("{", "is not JSON"), ("{}", "'classes' must list"),
+    ('{"classes": ["0", "0", "1"]}', "'classes' must list two or more different labels"),
     ('{"classes": ["0", "1"], "off_scale": "7"}', "'off_scale' '7' is not one of"),
     ('{"classes": ["0", "1"], "belief_to_class": {"Yes": 4}}', "'belief_to_class' must map"),
     ('{"classes": ["0", "1"], "form": "{group}"}', "must hold {prompt} once")])
