@@ -278,10 +278,10 @@ def collate(items, branches, classes):
 
 
 def cost(item, branches):
-    """Tokens that a row costs in a batch."""
+    """Tokens that a row costs in a batch: its prompt, beliefs and responses, each counted once."""
     pairs = {BRANCHES[b] for b in branches}
-    return len(item.prompt) + sum(len(item.beliefs[k]) for k in {k for k, _ in pairs}) + sum(
-        len(item.responses[r]) for _, r in pairs)
+    beliefs = sum(len(item.beliefs[k]) for k in {k for k, _ in pairs})
+    return len(item.prompt) + beliefs + sum(len(item.responses[r]) for _, r in pairs)
 
 
 # =============================================================================================
@@ -357,8 +357,7 @@ def load_meta(folder, form=""):
     if meta.get("off_scale") not in (None, *classes):
         raise ValueError(f"{path}: 'off_scale' {meta['off_scale']!r} is not one of {classes}")
     for name in ("belief_to_class", "stances"):
-        texts = meta[name]
-        if not isinstance(texts, dict) or not {*map(str, texts.values())} <= set(classes):
+        if not isinstance(meta[name], dict) or {*map(str, meta[name].values())} - {*classes}:
             raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
     names = sorted(re.findall(r"\{(\w+)\}", form))
     if names.count("prompt") != 1 or set(names) - {"prompt", "group"}:
@@ -390,10 +389,10 @@ def mix(meta, other, folder):
             raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's, "
                              f"{meta.get(key)!r}: they cannot be mixed (--form sets one form)")
     for key in ("belief_to_class", "stances"):
-        for text, c in other[key].items():
-            if str(meta[key].setdefault(text, c)) != str(c):
-                raise ValueError(f"{folder}: {text!r} has class {c} there and {meta[key][text]} in "
-                                 f"another dataset: correct one of their {key}")
+        both = meta[key] | other[key]
+        if both != other[key] | meta[key]:             # some text has another class there
+            raise ValueError(f"{folder}: its {key} contradicts an earlier dataset's: correct one")
+        meta[key] = both
 
 
 def warn_about(rows, form, names):
@@ -728,10 +727,10 @@ def key_from(*names):
 
 
 def check_address(url, where="the address"):
-    """ValueError for no http address, or one with a password, which would be stored."""
+    """ValueError for no http address, or for one with a password, which would be stored."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
-        raise ValueError(f"{where} holds user:password@ or is no http(s) address: give a key by the "
-                         "environment instead")
+        raise ValueError(f"{where} holds user:password@ or is no http(s) address: give the plain "
+                         "address, and a key by the environment")
 
 
 # ---------------------------------------------------------------------------------------------
