@@ -644,15 +644,14 @@ SLOW = ": raise --timeout, or lower --concurrency, --styles or --max_tokens"
 
 
 class Refused(ValueError):
-    """A server refuses a request, and would again. status: of HTTP; words: the server's."""
+    """The server refuses a request and would do so again. status: HTTP's; words: the server's."""
     def __init__(self, url, status, words):
         super().__init__(f"{url}: the server answered {status}: {words}")
         self.status, self.words = status, words
 
 
 class TryAgain(Exception):
-    """What `read` raises for an answer to ask for again: (the problem, tries at most while it stays
-    the same)."""
+    """Raised by a `read` that cannot use an answer: TryAgain(problem, at most so many tries)."""
 
 
 def request(method, url, headers=None, read=None, pause=None, **kwargs):
@@ -697,10 +696,11 @@ def wait_of(answer):
     """Seconds that a busy server asks to wait, 0 if it names none: Retry-After (a number or a
     date), the hub's `ratelimit: "api";r=0;t=40`, Gemini's retryDelay."""
     after, hub = (answer.headers.get(name, "") for name in ("Retry-After", "ratelimit"))
-    told = re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub) or re.search(
+    named = re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub) or re.search(
         r'"retryDelay": *"(\d+\.?\d*)s"', answer.text)
     try:
-        seconds = float(told[1]) if told else parsedate_to_datetime(after).timestamp() - time.time()
+        seconds = (float(named[1]) if named else
+                   parsedate_to_datetime(after).timestamp() - time.time())
     except (ValueError, TypeError):
         seconds = 0
     return max(0, min(600, seconds))
@@ -817,7 +817,7 @@ def fetch(url, folder, file):
             if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
                 raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
             start = have - 1 if answer.status_code == 206 else 0
-            size = int(told.get("x-linked-size") or start + int(told["content-length"]))
+            size = int(told.get("x-linked-size") or start + int(told.get("content-length", 0)))
             receive(answer, part, start, size)
         if part.stat().st_size >= size:
             break
@@ -876,7 +876,7 @@ def add_flags(parser, config, names=None, skip=()):
 
 
 def parse(kind, text):
-    """A flag's value, or an argparse error, which becomes one line."""
+    """A flag's value. argparse turns the error into one line that names the flag."""
     try:
         value = kind(text)
     except ValueError:
@@ -914,8 +914,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main(). What a user gave wrong, or the machine refuses, is one line on stderr and exit
-    code 2. Under torchrun only the first process speaks."""
+    """Call main(). A user's mistake, or what the machine refuses, becomes one line on stderr and
+    exit code 2. Under torchrun only the first process prints it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:          # see help_first
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):            # a terminal that knows no ± shows a ?
