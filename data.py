@@ -1,6 +1,6 @@
 """Rows of preference data -> pieces of tokens -> batches. Numpy only: train.py makes the tensors.
 
-Second in reading order. A row is one JSON object a line (see check_row). Prompt, belief and
+Second in reading order. A row is one JSON object a line (see problem_of). Prompt, belief and
 response are tokenized as three separate pieces and then joined,
     <Q>{prompt}<A> | {class}<{belief text}> | {response}<|endoftext|>      (reviews: {class} alone)
 and every scored token knows its piece. No piece has to be searched for, and every loss is a
@@ -9,7 +9,6 @@ selection of pieces. meta.json can give the prompt another form, such as one tha
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
 """
 import argparse
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -22,11 +21,10 @@ import time
 import typing
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import regex                           # comes with tiktoken
@@ -46,7 +44,7 @@ FORM = "<Q>{prompt}<A>"                # of the prompt, unless meta.json names a
 
 def prompt_text(row, form):
     """The prompt as the model reads it, without few-shot context."""
-    before, after = form.split("{prompt}")             # a group's name may hold braces
+    before, after = form.split("{prompt}")             # a group's name may contain braces
     group = row.get("group") or ""
     return before.replace("{group}", group) + row["prompt"] + after.replace("{group}", group)
 
@@ -75,7 +73,7 @@ BRANCHES = {                           # name -> belief and response: 0 accepted
 EVAL_BRANCHES = ("chosen", "own", "given")
 
 
-@dataclasses.dataclass
+@dataclass
 class Item:
     """One row in tokens."""
     row: int                           # its place in the split, for messages and caches
@@ -95,11 +93,10 @@ class Item:
 def kind_of(target, accept):
     """Section 3 of the paper: majority if the accepted class has the largest share, minority if it
     has the smallest share above zero (no pair accepts a class that nobody holds); ties: other."""
-    shares = [p for p in target if p > 0]
-    p = target[accept]
-    if shares.count(p) == 1 and len(shares) > 1:
-        return "majority" if p == max(shares) else "minority" if p == min(shares) else "other"
-    return "other"
+    shares, share = [p for p in target if p > 0], target[accept]
+    if len(shares) == 1 or shares.count(share) != 1:
+        return "other"
+    return {max(shares): "majority", min(shares): "minority"}.get(share, "other")
 
 
 def class_ids(tokenizer, classes):
@@ -107,23 +104,22 @@ def class_ids(tokenizer, classes):
     ids = [tokenizer.encode(c) for c in classes]
     for c, i in zip(classes, ids):
         if len(i) != 1 or tokenizer.encode(f"{c}<")[:1] != i:
-            raise ValueError(f"class {c!r} is not one token of its own, but beliefs are read at "
-                             "one token: rename the classes in meta.json, to 0..9 for example")
+            raise ValueError(f"class {c!r} is not one token of its own: rename the classes in "
+                             "meta.json, to 0..9 for example")
     return [i[0] for i in ids]
 
 
 def make_item(n, row, meta, prompt, encode, answer):
     """Row n as an Item. encode and answer (which adds EOS) turn texts into ids."""
     sides = [(str(row[f"{s}_choice_id"]), row.get(f"{s}_choice")) for s in ("accept", "reject")]
-    target = row["probabilities"]
     accept, reject = (meta["classes"].index(c) for c, _ in sides)
     return Item(
         row=n, prompt=prompt,
         beliefs=tuple(encode(f"{c}<{text}>" if text else c) for c, text in sides),
-        responses=tuple(answer(row[f"{s}_response"]) for s in ("accept", "reject")),
-        has_close=bool(sides[0][1]), target=target, accept=accept, reject=reject,
-        n_options=len(row["options"]), kind=kind_of(target, accept), question=question_of(row),
-        group=row.get("group") or "")
+        responses=(answer(row["accept_response"]), answer(row["reject_response"])),
+        has_close=bool(sides[0][1]), target=row["probabilities"], accept=accept, reject=reject,
+        n_options=len(row["options"]), kind=kind_of(row["probabilities"], accept),
+        question=question_of(row), group=row.get("group") or "")
 
 
 def longest(item):
@@ -133,35 +129,32 @@ def longest(item):
 
 def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"):
     """Rows -> Items of at most max_length tokens. Few-shot context loses shots until the row fits.
-    A row that is still too long is an error, is dropped, or is trimmed. Every change is reported;
-    name stands in the messages."""
+    A row that is still too long is an error, dropped or trimmed: reported under `name`."""
     encode = lru_cache(200_000)(tokenizer.encode)      # texts repeat
     answer = lru_cache(200_000)(lambda text: tokenizer.encode(text) + [tokenizer.eos])
-    class_ids(tokenizer, meta["classes"])
+    class_ids(tokenizer, meta["classes"])              # fails early if a class is not one token
     items, changed = [], Counter()
     for n, row in enumerate(rows):
         shots, prompt = row.get("context") or "", prompt_text(row, meta.get("form", FORM))
-        shots = [shots] if isinstance(shots, str) else list(shots)
+        shots = [shots] if isinstance(shots, str) else shots
         item = make_item(n, row, meta, encode("".join(shots) + prompt), encode, answer)
         changed["given fewer shots"] += longest(item) > max_length and len(shots) > 1
         while longest(item) > max_length and len(shots) > 1:
             shots = [shots[0], *shots[2:]] if len(shots) > 2 else []  # no shot left: no instruction
             item.prompt = encode("".join(shots) + prompt)
-        if longest(item) > max_length and overlong == "error":
-            raise ValueError(f"{name}, row {n + 1}: {longest(item)} tokens ({len(item.prompt)} of "
-                             f"them the prompt) do not fit the context of {max_length}: raise "
-                             "--max_length (up to the model's context), or say --overlong trim or "
-                             "--overlong drop")
         if longest(item) > max_length:
-            fits = overlong == "trim" and trim(item, max_length)
-            changed["trimmed" if fits else "dropped"] += 1
-            if not fits:
+            if overlong == "error":
+                raise ValueError(f"{name}, row {n + 1}: its {longest(item)} tokens do not fit the "
+                                 f"context of {max_length}: raise --max_length, or say --overlong "
+                                 "trim or --overlong drop")
+            if overlong == "drop" or not trim(item, max_length):
                 continue
+            changed["trimmed"] += 1
         items.append(item)
-    for what, n in changed.items():
-        if n:
-            print(f"{name}: {n} of {len(rows)} rows {what}, longer than {max_length} tokens",
-                  file=sys.stderr)
+    changed["dropped"] = len(rows) - len(items)
+    for what in filter(changed.get, changed):
+        print(f"{name}: {changed[what]} of {len(rows)} rows {what}, longer than {max_length} "
+              "tokens", file=sys.stderr)
     if not items:
         raise ValueError(f"{name}: no row fits {max_length} tokens: raise --max_length")
     return items
@@ -181,16 +174,16 @@ def trim(item, max_length):
 
 def mismatch(items, max_length, seed):
     """Give every item, in place, the accepted answer of a row with another prompt: the branch
-    "mismatch". Each answer is given once. The pairing is fixed for a dataset, so that a reference
-    can be kept for it while batches are shuffled. ValueError where no such pairing exists."""
+    "mismatch". Each answer is given once. The pairing does not depend on the batches, so that the
+    reference's log-probs can be kept."""
     groups = defaultdict(list)
     for item in items:
         groups[tuple(item.prompt)].append(item)
-    # In an order that keeps equal prompts together, a shift by the largest group leaves its own
+    # Equal prompts stay together, so a shift by the largest group always leaves one's own group
     shift, rng = max(map(len, groups.values())), np.random.default_rng([seed, 5])
     if 2 * shift > len(items):
-        raise ValueError(f"{shift} of {len(items)} rows have the same prompt, so KTO's mismatched "
-                         "pairs cannot be made: give more rows, or another --loss")
+        raise ValueError(f"{shift} of {len(items)} rows have the same prompt, so KTO has no "
+                         "mismatched pairs: give more rows, or another --loss")
     groups = list(groups.values())
     order = [item for g in rng.permutation(len(groups)) for item in groups[g]]
     for k, item in enumerate(order):
@@ -209,12 +202,11 @@ def epoch_batches(lengths, batch_size, seed, epoch, window=16):
     arguments. Windows of a shuffled order are sorted by length, so that a batch holds rows of like
     length; the batches of a window are then shuffled again."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    batches, lengths = [], np.asarray(lengths)
+    order, lengths, batches = rng.permutation(len(lengths)), np.asarray(lengths), []
     for start in range(0, len(order), window * batch_size):
         part = order[start:start + window * batch_size]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        cut = [part[i:i + batch_size].tolist() for i in range(0, len(part), batch_size)]
+        part = part[np.argsort(lengths[part], kind="stable")].tolist()
+        cut = [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
         batches += [cut[i] for i in rng.permutation(len(cut))]
     return batches
 
@@ -286,106 +278,107 @@ def collate(items, branches, classes):
 
 
 def cost(item, branches):
-    """Tokens that a row costs in a batch."""
+    """Tokens that a row costs in a batch: its prompt, beliefs and responses, each counted once."""
     pairs = {BRANCHES[b] for b in branches}
-    return len(item.prompt) + sum(len(item.beliefs[k]) for k in {k for k, _ in pairs}) + sum(
-        len(item.responses[r]) for _, r in pairs)
+    beliefs = sum(len(item.beliefs[k]) for k in {k for k, _ in pairs})
+    return len(item.prompt) + beliefs + sum(len(item.responses[r]) for _, r in pairs)
 
 
 # =============================================================================================
-# Plumbing: tokenizers, text files, HTTP and the hub, flags and one-line errors
+# Plumbing: dataset folders, tokenizers, text files, HTTP and the hub, flags and one-line errors
 
 # ---------------------------------------------------------------------------------------------
 # Dataset folders, checked
 
-def check_row(row, classes):
-    """Raise ValueError for the first thing that is wrong with a row, saying what to change."""
-    def need(fine, what):
-        if not fine:
-            raise ValueError(what)
+KINDS = FIELDS | dict.fromkeys(TEXTS, (str, type(None))) | {"context": (str, list, type(None))}
 
-    need(isinstance(row, dict), "the line is not a JSON object")
-    for name, kind in FIELDS.items():
-        need(name in row, f"field {name!r} is missing; the row has {sorted(row)}")
-        need(isinstance(row[name], kind) and not isinstance(row[name], bool),
-             f"field {name!r} has the wrong type: {row[name]!r}")
-    for name in TEXTS:
-        need(row.get(name) is None or isinstance(row[name], str),
-             f"field {name!r} must be text, got {row.get(name)!r}")
-    shots = row.get("context") or ""
-    need(isinstance(shots, str) or isinstance(shots, list) and {*map(type, shots)} <= {str},
-         f"field 'context' must be text or a list of texts, got {shots!r}")
-    options, p = row["options"], row["probabilities"]
-    need(all(isinstance(x, str) for x in options) and 1 < len(options) == len(set(options)),
-         f"options must be two or more different texts, got {options}")
-    need(len(p) == len(classes), f"probabilities has {len(p)} entries for the {len(classes)} "
-                                 f"classes {classes} of meta.json")
-    need(all(type(x) in (int, float) and 0 <= x <= 1.02 for x in p) and abs(sum(p) - 1) <= 0.02,
-         f"probabilities must be shares that sum to 1 (within 0.02), got {p}")
-    for side in ("accept", "reject"):
-        need(str(row[f"{side}_choice_id"]) in classes,
-             f"{side}_choice_id {row[f'{side}_choice_id']!r} is not one of {classes}")
-        need(row[f"{side}_response"].strip(), f"{side}_response is empty: leave the row out")
-    need(bool(row.get("accept_choice")) == bool(row.get("reject_choice")),
-         "accept_choice and reject_choice: give both belief texts or neither")
-    need(row["prompt"].strip(), "prompt is empty: leave the row out")
+
+def problem_of(row, classes):
+    """The first thing that is wrong with a row and how to mend it, or None."""
+    if not isinstance(row, dict):
+        return "the line is not a JSON object"
+    for name, kind in KINDS.items():
+        value = row.get(name)
+        if name in FIELDS and value is None:
+            return f"field {name!r} is missing; the row has {sorted(row)}"
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"field {name!r} has the wrong type: {value!r}"
+    options, shares = row["options"], row["probabilities"]
+    if isinstance(row.get("context"), list) and {*map(type, row["context"])} - {str}:
+        return f"field 'context' must be text or a list of texts, got {row['context']}"
+    if {*map(type, options)} != {str} or not 1 < len(options) == len({*options}):
+        return f"options must be two or more different texts, got {options}"
+    if len(shares) != len(classes):
+        return f"probabilities has {len(shares)} entries for the classes {classes} of meta.json"
+    if {*map(type, shares)} - {int, float} or min(shares) < 0 or not abs(sum(shares) - 1) <= 0.02:
+        return f"probabilities must be shares that sum to 1 (within 0.02), got {shares}"
+    for name in ("accept_choice_id", "reject_choice_id"):
+        if str(row[name]) not in classes:
+            return f"{name} {row[name]!r} is not one of {classes}"
+    for name in ("prompt", "accept_response", "reject_response"):
+        if not row[name].strip():
+            return f"{name} is empty: leave the row out"
+    if bool(row.get("accept_choice")) != bool(row.get("reject_choice")):
+        return "accept_choice and reject_choice: give both belief texts or neither"
 
 
 def load_rows(path, classes):
     """The checked rows of a JSON-lines file. ValueError names the file and line of a broken one."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                check_row(row, classes)
-                json.dumps(row, ensure_ascii=False).encode()       # half a surrogate pair fails
-            except (ValueError, RecursionError) as e:
-                raise ValueError(f"{path}, line {number}: {e}: mend or remove it") from None
-            rows.append(row)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()           # half a surrogate pair fails
+            problem = problem_of(row, classes)
+        except (ValueError, RecursionError) as e:
+            problem = e
+        if problem:
+            raise ValueError(f"{path}, line {number}: {problem}: mend or remove it")
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows: make it again with synth.py")
     return rows
 
 
-def load_meta(folder):
-    """meta.json of a dataset: class labels, the class off the scale, the belief -> class map."""
+def load_meta(folder, form=""):
+    """meta.json of a dataset: class labels, the class off the scale, the form of the prompt (or
+    the given one), and maps of belief texts and of stances to classes."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with synth.py "
                                 "(`python synth.py --help`), or correct --data")
-    meta = read_json(path)
-    classes = meta.get("classes")
-    if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-            and len(set(classes)) == len(classes) > 1):
-        raise ValueError(f"{path}: 'classes' must list two or more class labels as strings, "
-                         f"got {classes!r}")
+    meta = {"form": FORM, "belief_to_class": {}, "stances": {}} | read_json(path)
+    classes, form = meta.get("classes"), str(form or meta["form"])
+    if not isinstance(classes, list) or {*map(type, classes)} != {str} or (
+            not 1 < len({*classes}) == len(classes)):
+        raise ValueError(f"{path}: 'classes' must list two or more different labels as strings")
     if meta.get("off_scale") not in (None, *classes):
         raise ValueError(f"{path}: 'off_scale' {meta['off_scale']!r} is not one of {classes}")
     for name in ("belief_to_class", "stances"):
-        texts = meta.setdefault(name, {})
-        if not isinstance(texts, dict) or not {str(c) for c in texts.values()} <= set(classes):
+        if not isinstance(meta[name], dict) or {*map(str, meta[name].values())} - {*classes}:
             raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
-    return meta
+    names = sorted(re.findall(r"\{(\w+)\}", form))
+    if names.count("prompt") != 1 or set(names) - {"prompt", "group"}:
+        raise ValueError(f"{path}: the form {form!r} must hold {{prompt}} once, and only {{group}} "
+                         "besides")
+    return meta | {"form": form}
 
 
 def load_dataset(names, splits, form=""):
     """(meta, {split: rows}) of one dataset folder, or of a mix of them with commas between.
-    form replaces the datasets' own form of the prompt. ValueError, FileNotFoundError: one line."""
+    form replaces the datasets' own form of the prompt."""
     folders = [Path(name) for name in names.split(",")]
     if len(set(folders)) < len(folders) or "" in names.split(","):
         raise ValueError(f"--data {names!r} names a dataset twice or has an empty name")
-    metas = [load_meta(folder) for folder in folders]
-    meta = metas[0] | {"form": form or metas[0].get("form", FORM)}
-    for folder, other in zip(folders[1:], metas[1:]):
-        mix(meta, other | {"form": form or other.get("form", FORM)}, folder)
-    if not isinstance(meta["form"], str) or meta["form"].count("{prompt}") != 1 or set(
-            re.findall(r"\{(\w+)\}", meta["form"])) - {"prompt", "group"}:
-        raise ValueError(f"{names}: the prompt's form must hold {{prompt}} once, and may hold "
-                         f"{{group}}, got {meta['form']!r}")
-    rows = {s: [row for folder in folders for row in load_rows(folder / f"{s}.jsonl",
-                                                               meta["classes"])] for s in splits}
-    warn_about([row for part in rows.values() for row in part], meta, names)
+    meta, *others = (load_meta(folder, form) for folder in folders)
+    for folder, other in zip(folders[1:], others):
+        mix(meta, other, folder)
+    rows = {split: [row for folder in folders
+                    for row in load_rows(folder / f"{split}.jsonl", meta["classes"])]
+            for split in splits}
+    warn_about([row for part in rows.values() for row in part], meta["form"], names)
     return meta, rows
 
 
@@ -393,38 +386,31 @@ def mix(meta, other, folder):
     """Merge another dataset's belief maps into meta. ValueError where the two contradict."""
     for key in ("classes", "off_scale", "form"):
         if other.get(key) != meta.get(key):
-            raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not {meta.get(key)!r} as "
-                             "in the first dataset, so the two cannot be mixed"
-                             + " unless you give --form" * (key == "form"))
+            raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's, "
+                             f"{meta.get(key)!r}: they cannot be mixed (--form sets one form)")
     for key in ("belief_to_class", "stances"):
-        for text, c in other[key].items():
-            if str(meta[key].setdefault(text, c)) != str(c):
-                raise ValueError(f"{folder}: {text!r} has class {c} there and {meta[key][text]} in "
-                                 f"another dataset: correct one of their {key}")
+        both = meta[key] | other[key]
+        if both != other[key] | meta[key]:             # some text has another class there
+            raise ValueError(f"{folder}: its {key} contradicts an earlier dataset's: correct one")
+        meta[key] = both
 
 
-def warn_about(rows, meta, names):
-    """Warn about rows that pass the checks but look like mistakes, and refuse a form that needs a
-    group where rows have none."""
+def warn_about(rows, form, names):
+    """Report rows that pass the checks but look like mistakes, and groups that nothing tells
+    apart. ValueError if the form needs a group and a row has none."""
     odd = Counter()
     for row in rows:
-        for side in ("accept", "reject"):
-            k, text = str(row[f"{side}_choice_id"]), row.get(f"{side}_choice")
-            odd["a belief that is not an option"] += bool(text) and text not in row["options"]
-            odd["a belief whose class is not meta.json's"] += str(
-                meta["belief_to_class"].get(text, k)) != k
-        share = row["probabilities"][meta["classes"].index(str(row["accept_choice_id"]))]
-        odd["an accepted belief that nobody in the group holds"] += share == 0
+        beliefs = {row.get("accept_choice"), row.get("reject_choice")} - {None, ""}
+        odd["a belief that is not an option"] += not beliefs <= {*row["options"]}
         odd["the same answer accepted and rejected"] += all(
-            row.get(f"accept_{k}") == row.get(f"reject_{k}") for k in ("choice_id", "response"))
-    for what, n in odd.items():
-        if n:
-            print(f"{names}: {what} ({n} times): look at these rows", file=sys.stderr)
+            row[f"accept_{k}"] == row[f"reject_{k}"] for k in ("choice_id", "response"))
+    for what in filter(odd.get, odd):
+        print(f"{names}: {odd[what]} rows with {what}: look at them", file=sys.stderr)
     groups = {row.get("group") or "" for row in rows}
-    if "{group}" in meta["form"] and "" in groups:
-        raise ValueError(f"{names}: the form {meta['form']!r} needs a group in every row, and some "
-                         "rows have none: add the field, or give another --form")
-    if "{group}" not in meta["form"] and len(groups) > 1:
+    if "{group}" in form and "" in groups:
+        raise ValueError(f"{names}: the form {form!r} needs a group in every row: add it, or give "
+                         "another --form")
+    if "{group}" not in form and len(groups) > 1:
         print(f"{names}: {len(groups)} groups, but the prompts do not say which: "
               f"--form \"<G>{{group}}{FORM}\" does", file=sys.stderr)
 
@@ -450,9 +436,8 @@ class Tokenizer:
     """Byte-level BPE: GPT-2, Pythia, Llama 3, Qwen2, SmolLM2, and small ones of our own.
 
     files {name: text}: tokenizer.json, or vocab.json and merges.txt; and tokenizer_config.json.
-    save() writes these very texts. encode adds no special token, and one in the data is plain text,
-    so templates, padding and truncation in the files change nothing. eos: the id that config.json
-    names, if it does. ValueError for another kind of tokenizer."""
+    save() writes these very texts. encode adds no special token, and one in the data is plain text.
+    eos: the id that config.json names, if it does."""
 
     def __init__(self, files, eos=None):
         t = json.loads(files.get("tokenizer.json", "{}")) or gpt2_form(files)
@@ -461,19 +446,18 @@ class Tokenizer:
         merges = [m.split(" ") if isinstance(m, str) else m for m in t["model"]["merges"]]
         # tiktoken merges by rank and returns ranks. Ours follow the merges, and ids maps them back.
         # A byte without a token has no id and is dropped, as Hugging Face does.
-        tokens = list(dict.fromkeys([*BYTES, *(a + b for a, b in merges)]))
+        tokens = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
         rank_of = {token: rank for rank, token in enumerate(tokens)}
         if any(max(rank_of[a], rank_of[b]) > rank_of[a + b] for a, b in merges):
             raise ValueError("a merge comes before those of its parts")
         ranks = {bytes(BYTES[c] for c in token): rank for token, rank in rank_of.items()}
         self.ids = [vocab.get(c) for c in BYTES] + [vocab[token] for token in tokens[256:]]
+        self.cuts, self.nfc = [regex.compile(cut) for cut in cuts], bool(t.get("normalizer"))
         every = f"{last}|(?:(?!{last})(?s:.))+"        # tiktoken would drop what has no match
         self.bpe = tiktoken.Encoding("bpe", pat_str=every, mergeable_ranks=ranks, special_tokens={})
         # Pythia's runs of spaces have their own ids and are looked for first, the longest first.
         self.runs = {text: i for text, i in added.items() if text.isspace()}
-        runs = "|".join(sorted(self.runs, key=len, reverse=True))
-        self.cuts = [regex.compile(cut) for cut in (runs, *cuts) if cut]
-        self.nfc = bool(t.get("normalizer"))
+        self.find_runs = re.compile(f"({'|'.join(sorted(self.runs, key=len)[::-1]) or '(?!)'})")
         self.bytes = dict(zip(self.ids, ranks)) | {i: text.encode() for text, i in added.items()}
         self.bytes.pop(None, None)
         self.n_tokens = max(self.bytes) + 1
@@ -487,15 +471,37 @@ class Tokenizer:
         self.files = {"tokenizer_config.json": json.dumps({
             "tokenizer_class": kind, "bos_token": end, "eos_token": end, "unk_token": end})} | files
 
+    @classmethod
+    def load(cls, folder):
+        """From tokenizer.json, or vocab.json and merges.txt."""
+        paths = [Path(folder) / name for name in (
+            "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "config.json")]
+        files = {path.name: read_text(path) for path in paths if path.is_file()}
+        if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
+            raise FileNotFoundError(f"no tokenizer in {folder}: it needs tokenizer.json, or "
+                                    "vocab.json and merges.txt")
+        try:
+            eos = json.loads(files.pop("config.json", "{}")).get("eos_token_id")
+            return cls(files, eos[0] if isinstance(eos, list) else eos)
+        except (LookupError, TypeError, ValueError, AttributeError, regex.error) as e:
+            raise ValueError(f"{Path(folder) / next(iter(files))} is not a byte-level BPE that can "
+                             f"be read here: {e}") from None
+
+    def save(self, folder):
+        for name, text in self.files.items():
+            write(Path(folder) / name, text)
+
     def encode(self, text):
         """Text -> ids."""
-        pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
-        for cut in self.cuts:
-            pieces = [x for piece in pieces for x in (
-                [piece] if piece in self.runs else isolate(cut, piece))]
-        ids = [i for piece in pieces for i in (
-            [self.runs[piece]] if piece in self.runs else
-            map(self.ids.__getitem__, self.bpe.encode_ordinary(piece)))]
+        ids = []
+        for part in self.find_runs.split(unicodedata.normalize("NFC", text) if self.nfc else text):
+            if part in self.runs:
+                ids.append(self.runs[part])
+                continue
+            pieces = [part]
+            for cut in self.cuts:
+                pieces = [x for piece in pieces for x in isolate(cut, piece)]
+            ids += [self.ids[rank] for x in pieces for rank in self.bpe.encode_ordinary(x)]
         return [i for i in ids if i is not None]
 
     def decode(self, ids):
@@ -503,33 +509,12 @@ class Tokenizer:
         text = b"".join(self.bytes.get(i, b"") for i in ids if i != self.eos)
         return text.decode("utf-8", "replace")
 
-    def save(self, folder):
-        for name, text in self.files.items():
-            write(Path(folder) / name, text)
-
-    @classmethod
-    def load(cls, folder):
-        """From tokenizer.json, or vocab.json and merges.txt."""
-        names = (["tokenizer.json"] if (Path(folder) / "tokenizer.json").is_file()
-                 else ["vocab.json", "merges.txt"])
-        if not all((Path(folder) / name).is_file() for name in names):
-            raise FileNotFoundError(f"no tokenizer in {folder}: it needs tokenizer.json, or "
-                                    "vocab.json and merges.txt")
-        paths = [Path(folder) / name for name in (*names, "tokenizer_config.json", "config.json")]
-        files = {path.name: read_text(path) for path in paths if path.is_file()}
-        try:
-            eos = json.loads(files.pop("config.json", "{}")).get("eos_token_id")
-            return cls(files, eos[0] if isinstance(eos, list) else eos)
-        except (LookupError, TypeError, ValueError, AttributeError, regex.error) as e:
-            raise ValueError(f"{paths[0]} is not a byte-level BPE that can be read here: "
-                             f"{e}") from None
-
 
 def gpt2_form(files):
     """GPT-2's older two files in the form of tokenizer.json."""
     vocab, lines = json.loads(files["vocab.json"]), files["merges.txt"].splitlines()
-    return {"model": {"vocab": vocab, "merges": [
-                line for line in lines if line and not line.startswith("#version")]},
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return {"model": {"vocab": vocab, "merges": merges},
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
             "added_tokens": [{"content": EOS, "id": vocab[EOS]}]}
 
@@ -537,23 +522,21 @@ def gpt2_form(files):
 def split_patterns(t):
     """The regexes that cut text before bytes are merged, each within the cuts of those before it.
     ValueError, naming the part of tokenizer.json, for what is not byte-level BPE."""
-    model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
-    odd = {k: model[k] for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                                 "byte_fallback") if model.get(k)}
-    if model.get("type", "BPE") != "BPE" or normalizer not in (None, "NFC") or odd:
-        raise ValueError(f"model {model.get('type')} with {odd}, normalizer {normalizer}")
+    kind, normalizer = t["model"].get("type", "BPE"), (t.get("normalizer") or {}).get("type")
+    if kind != "BPE" or normalizer not in (None, "NFC"):
+        raise ValueError(f"model {kind}, normalizer {normalizer}")
     splitter, patterns = t.get("pre_tokenizer") or {}, []
     for step in splitter.get("pretokenizers", [splitter]):
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False}:
-                patterns += [PATTERN] if step.get("use_regex", True) else []
+                patterns += [PATTERN] * step.get("use_regex", True)
             case {"type": "Digits", "individual_digits": each}:
                 patterns.append(r"\p{N}" if each else r"\p{N}+")
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
                   "invert": False}:
                 patterns.append(pattern)
             case _:
-                raise ValueError(f"pre_tokenizer {step}")
+                step = {"type": None}
     if step["type"] != "ByteLevel" or not patterns:    # what follows it would see bytes, not text
         raise ValueError(f"pre_tokenizer {splitter}")
     return patterns
@@ -572,23 +555,24 @@ def train_bpe(texts, vocab_size):
     words = [([bytes([b]) for b in w.encode()], n) for w, n in sorted(words.items())]
     pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that have/had it
 
-    def count(i, sign):
-        parts, n = words[i]
-        for pair in zip(parts, parts[1:]):
-            pairs[pair] += sign * n
-            where[pair].add(i)
+    def replace(i, parts):
+        """Replace word i by these parts, and its pairs in the counts by theirs."""
+        for sign, new in ((-1, words[i][0]), (1, parts)):
+            for pair in zip(new, new[1:]):
+                pairs[pair] += sign * words[i][1]
+                where[pair].add(i)
+        words[i] = parts, words[i][1]
 
-    for i in range(len(words)):
-        count(i, 1)
+    for i, (parts, n) in enumerate(words):
+        words[i] = [], n
+        replace(i, parts)
     while len(merges) < max(1, vocab_size - 257):      # 256 bytes, the merges, <|endoftext|>
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
         if best is None or pairs[best] < 2:
             break
         merges.append(best)
         for i in where.pop(best):
-            count(i, -1)
-            words[i] = (merge(words[i][0], best), words[i][1])
-            count(i, 1)
+            replace(i, merge(words[i][0], best))
         del pairs[best]
     spelled = [["".join(NAMES[b] for b in token) for token in pair] for pair in merges]
     tokens = [*NAMES.values(), *map("".join, spelled), EOS]
@@ -633,25 +617,18 @@ def read_json(path, kind=dict):
     return value
 
 
-@contextmanager
-def replacing(path, mark=""):
-    """A temporary name to write a file under: renamed to path if the body succeeds, removed if not,
-    so that path never holds half a file."""
-    temporary = Path(f"{path}.tmp{mark}")
+def write(path, text):
+    """Write a text file under a temporary name of this process, then rename it: path never holds
+    half a file, whatever other processes do."""
+    temporary = Path(f"{path}.tmp{os.getpid()}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
+        temporary.write_bytes(text.encode())
         os.replace(temporary, path)
     except OSError as e:                               # a full disk names no file
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write(path, text):
-    """Write a text file, whole or not at all, whatever other processes do."""
-    with replacing(path, os.getpid()) as temporary:
-        temporary.write_bytes(text.encode())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -661,84 +638,57 @@ TIMEOUT, PAUSE, TRIES = 30, 1.0, 8     # seconds without a byte; first wait; att
 SESSION = requests.Session()           # keeps connections open: a new one costs 20 ms over TLS
 for scheme in ("http://", "https://"):
     SESSION.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=1000))
+BUSY = {408, 425, 429, *range(500, 600)} - {501}       # statuses that another try may change
 ANSWERED = set()                       # servers that have answered: worth waiting for
-SLOW = (": raise --timeout, or lower --concurrency, --styles or --max_tokens (a server that does "
-        "not stream sends nothing until an answer is complete)")
+SLOW = ": raise --timeout, or lower --concurrency, --styles or --max_tokens"
 
 
 class Refused(ValueError):
-    """A server refuses a request, and would again. status: of HTTP; words: the server's."""
+    """The server refuses a request and would do so again. status: HTTP's; words: the server's."""
     def __init__(self, url, status, words):
         super().__init__(f"{url}: the server answered {status}: {words}")
         self.status, self.words = status, words
 
 
 class TryAgain(Exception):
-    """What `read` raises for an answer to ask for again: (the problem, tries at most while it stays
-    the same)."""
+    """Raised by a `read` that cannot use an answer: TryAgain(problem, at most so many tries)."""
 
 
-def key_from(*names):
-    """The key in the first of these environment variables that is set, or ""."""
-    return next(filter(None, (sendable(os.environ.get(name, ""), name) for name in names)), "")
-
-
-def sendable(key, where):
-    """A key without white space around it. ValueError if no header can carry it; the value is not
-    shown."""
-    if not re.fullmatch("[!-~]*", key.strip()):
-        raise ValueError(f"{where} holds a line break or another character that no key has")
-    return key.strip()
-
-
-def check_address(url, where="the address"):
-    """ValueError for what is no http address, or holds user:password@, which would be kept."""
-    if "@" in url.partition("?")[0]:
-        raise ValueError(f"{where} holds user:password@: give a key by the environment instead")
-    if not re.match("https?://[^/]", url):
-        raise ValueError(f"{where} {url!r} is no http(s) address")
-
-
-def sleep(seconds, problem):
-    if seconds > 5:
-        print(f"waiting {seconds:.0f} s: {problem[:80]}", file=sys.stderr)
-    time.sleep(seconds)
-
-
-def request(method, url, headers=None, read=None, tries=None, pause=sleep, **kwargs):
-    """One HTTP answer of status 2xx, or read(it). 429, 5xx, timeouts, cut connections and what
-    `read` raises TryAgain for are asked again, after the wait that the server names or a doubling
-    one. Another status raises Refused. pause(seconds, problem) may return True to give up."""
+def request(method, url, headers=None, read=None, pause=None, **kwargs):
+    """One HTTP answer of status 2xx, or read(it). Retries 429, 5xx, timeouts, dropped connections
+    and TryAgain, with exponential backoff or after the wait that the server names. Any other status
+    raises Refused. pause(seconds, problem) may return True to give up."""
     check_address(url)
-    host, shown, seen = urlsplit(url).netloc, url.partition("?")[0], Counter()
-    for attempt in range(1, (tries or TRIES) + 1):
+    host, shown, seen = url.split("/")[2], url.partition("?")[0], Counter()
+    for attempt in range(1, TRIES + 1):
         wait, most = min(60, PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5), TRIES
         try:
             answer = SESSION.request(method, url, headers=headers,
                                      auth=lambda r: r,  # else ~/.netrc overrides the headers
                                      **{"timeout": (10, TIMEOUT)} | kwargs)
             ANSWERED.add(host)
-            status = answer.status_code
-            if status < 300:
+            if answer.status_code < 300:
                 return read(answer) if read else answer
             problem = hide(answer.text or answer.reason, headers, kwargs)
-            busy = status in (408, 425, 429) or status >= 500 and status != 501
-            if not busy or "insufficient_quota" in answer.text:
-                raise Refused(shown, status, problem)
-            problem, wait = f"the server answered {status}: {problem}", wait_of(answer) or wait
+            if answer.status_code not in BUSY or "insufficient_quota" in answer.text:
+                raise Refused(shown, answer.status_code, problem)
+            problem = f"the server answered {answer.status_code}: {problem}"
+            wait = wait_of(answer) or wait
         except TryAgain as e:
             problem, most = (*e.args, TRIES)[:2]
             problem = hide(problem, headers, kwargs)
         except requests.RequestException as e:         # its own text may hold a header
-            problem, most = type(e).__name__, TRIES
+            problem = type(e).__name__
             if "Read timed out" in str(e):
                 problem, most = problem + SLOW * (method == "POST"), 3
             elif host not in ANSWERED:
                 problem, most = f"{problem}: is the address right, and the server up?", 4
         seen[problem] += 1
-        if seen[problem] >= most or attempt == (tries or TRIES):
+        if seen[problem] >= most or attempt == TRIES:
             raise ConnectionError(f"{shown}: {problem}" + f", {attempt} times" * (attempt > 1))
-        if pause(wait, problem):
+        if pause is None:
+            time.sleep(wait)
+        elif pause(wait, problem):
             raise ConnectionAbortedError(shown)
 
 
@@ -746,10 +696,11 @@ def wait_of(answer):
     """Seconds that a busy server asks to wait, 0 if it names none: Retry-After (a number or a
     date), the hub's `ratelimit: "api";r=0;t=40`, Gemini's retryDelay."""
     after, hub = (answer.headers.get(name, "") for name in ("Retry-After", "ratelimit"))
-    told = re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub) or re.search(
+    named = re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub) or re.search(
         r'"retryDelay": *"(\d+\.?\d*)s"', answer.text)
     try:
-        seconds = float(told[1]) if told else parsedate_to_datetime(after).timestamp() - time.time()
+        seconds = (float(named[1]) if named else
+                   parsedate_to_datetime(after).timestamp() - time.time())
     except (ValueError, TypeError):
         seconds = 0
     return max(0, min(600, seconds))
@@ -757,10 +708,29 @@ def wait_of(answer):
 
 def hide(words, headers, kwargs):
     """Words on one line, 500 characters at most, without the keys that were sent."""
-    sent = [(headers or {}).get(k) for k in ("Authorization", "api-key")]
-    for key in filter(None, [*sent, (kwargs.get("params") or {}).get("apikey")]):
+    keys = [*(headers or {}).values(), (kwargs.get("params") or {}).get("apikey")]
+    for key in filter(None, keys):
         words = words.replace(key.removeprefix("Bearer "), "***")
     return " ".join(words.split())[:500]
+
+
+def key_from(*names):
+    """The key in the first of these environment variables that is set, or "". ValueError if no
+    header can carry it; requests' own error would show the key."""
+    for name in names:
+        key = os.environ.get(name, "").strip()
+        if not re.fullmatch("[!-~]*", key):
+            raise ValueError(f"{name} holds a line break or another character that no key has")
+        if key:
+            return key
+    return ""
+
+
+def check_address(url, where="the address"):
+    """ValueError for no http address, or for one with a password, which would be stored."""
+    if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
+        raise ValueError(f"{where} holds user:password@ or is no http(s) address: give the plain "
+                         "address, and a key by the environment")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -773,10 +743,10 @@ CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
      "pytorch_model.bin.index.json"]]
 
 
-def find_checkpoint(name, weights=True):
+def find_checkpoint(name):
     """A checkpoint folder: a local one, or a model on the hub ("gpt2", "EleutherAI/pythia-70m"),
-    whose missing files are fetched, all of one commit. HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE
-    and HF_HUB_OFFLINE are honoured. weights=False: without them. OSError, ValueError: one line."""
+    whose missing files are fetched, all of one commit. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME,
+    HF_HUB_CACHE and HF_HUB_OFFLINE."""
     path = Path(name)
     if name and (path / "metrics.jsonl").is_file():
         raise ValueError(f"{name} is a run: give one of its checkpoints, such as {name}/best")
@@ -785,13 +755,11 @@ def find_checkpoint(name, weights=True):
     if path.parent != Path() and path.parent.is_dir() or not re.fullmatch(
             r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
         raise FileNotFoundError(f"no folder {name} (and no name on the hub: gpt2, ORG/MODEL)")
-    for choices in CHECKPOINT if weights else CHECKPOINT[:2]:
+    for choices in CHECKPOINT:
         path = hub_file(name, *choices)
-    if path.name.endswith(".index.json"):
-        shards = read_json(path).get("weight_map")
-        if not isinstance(shards, dict) or any(Path(str(s)).name != s for s in shards.values()):
-            raise ValueError(f"{path}: weight_map must name files of this folder")
-        for shard in sorted(set(shards.values())):
+    if path.name.endswith(".index.json"):              # model.py checks the index itself
+        names = re.findall(r'"(\w[\w.-]*\.(?:safetensors|bin))"', read_text(path))
+        for shard in sorted(set(names)):
             hub_file(name, shard)
     return path.parent
 
@@ -810,9 +778,16 @@ def hub_file(repo, *files):
         raise FileNotFoundError(f"{repo}: {files[0]} is not in {folder} and HF_HUB_OFFLINE is set")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     for file in files:
-        path = fetch(f"{endpoint}/{repo}/resolve/{commit}/{file}", folder, file)
-        if path:
+        try:
+            return fetch(f"{endpoint}/{repo}/resolve/{commit}/{file}", folder, file)
+        except FileNotFoundError:                      # another process has completed it
+            path = next(folder.glob(f"snapshots/*/{file}"), None)
+            if path is None:
+                raise
             return path
+        except Refused as e:
+            if e.status != 404:
+                raise ValueError(f"{e} (no such repository, or it wants an HF_TOKEN)") from None
     raise FileNotFoundError(f"{repo} on the hub has no {' or '.join(files)}")
 
 
@@ -823,68 +798,55 @@ def hub_home():
 def hub_headers():
     """The hub's key as a header: HF_TOKEN, or what `hf auth login` wrote."""
     file = hub_home() / "token"
-    token = key_from("HF_TOKEN") or file.is_file() and sendable(read_text(file), file)
+    token = key_from("HF_TOKEN") or file.is_file() and read_text(file).strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def fetch(url, folder, file):
-    """A file of the hub into the cache -> its path, or None if there is no such file. Size and
-    sha256 are checked where the hub names them."""
-    headers, told = {"Accept-Encoding": "identity"} | hub_headers(), {}
-    try:
-        head = request("HEAD", url, headers, allow_redirects=True)
-    except Refused as e:
-        if e.status == 404:
-            return None
-        hint = "; no such folder or repository, or it wants an HF_TOKEN"
-        raise ValueError(f"{e}" + hint * (e.status in (401, 403))) from None
-    for answer in [head, *reversed(head.history)]:     # the hub's own answer before its storage's
-        told |= {k.lower(): v for k, v in answer.headers.items()}
-    commit, sha = told.get("x-repo-commit", ""), told.get("x-linked-etag", "").strip('"')
-    size = int(told.get("x-linked-size") or head.headers.get("Content-Length") or -1)
-    if not re.fullmatch(r"\w+", commit):
-        raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
-    path = folder / "snapshots" / commit / file
-    try:
-        download(url, headers, path, size, sha)
-    except FileNotFoundError:                          # another process was faster
-        if not path.is_file():
-            raise
-    write(folder / "refs/main", commit)
+    """Fetch a file of the hub into its cache -> its path. What came before a break is kept, and the
+    next try goes on from there. The sha256 is checked where the hub names it."""
+    part = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.incomplete"
+    for attempt in range(TRIES):
+        have = part.stat().st_size if part.is_file() else 0
+        ranged = {"Range": f"bytes={have - 1}-"} if have else {}   # past the end it is refused
+        headers = {"Accept-Encoding": "identity"} | hub_headers() | ranged
+        with request("GET", url, headers, stream=True) as answer:
+            told = {}
+            for step in [answer, *reversed(answer.history)]:       # the storage's, then the hub's
+                told |= {k.lower(): v for k, v in step.headers.items()}
+            if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
+                raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
+            start = have - 1 if answer.status_code == 206 else 0
+            size = int(told.get("x-linked-size") or start + int(told.get("content-length", 0)))
+            receive(answer, part, start, size)
+        if part.stat().st_size >= size:
+            break
+        time.sleep(PAUSE * 2 ** attempt)
+    else:
+        raise ConnectionError(f"{url}: broken off; what came is kept, run the command again")
+    sha, path = told.get("x-linked-etag", ""), folder / "snapshots" / told["x-repo-commit"] / file
+    if len(sha) == 66 and f'"{hashlib.sha256(np.memmap(part, mode="r")).hexdigest()}"' != sha:
+        part.unlink()
+        raise ValueError(f"{url}: not the file that the hub announced: run the command again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(part, path)
+    write(folder / "refs/main", told["x-repo-commit"])
     return path
 
 
-def download(url, headers, path, size, sha):
-    """GET url into path, from where an earlier try broke off. Each byte is written at its own
-    place, so two processes at the same file write the same and do not disturb each other."""
-    part = Path(f"{path}.incomplete")
+def receive(answer, part, start, size):
+    """Write what comes of an answer into the file `part`, from byte `start` on: each byte at its
+    own place, so that two processes at the same file do not disturb each other."""
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
-    for attempt in range(TRIES):
-        have = part.stat().st_size
-        if have >= size >= 0:
-            break
-        ranged = headers | {"Range": f"bytes={have}-"} if have else headers
+    with open(part, "r+b") as f, progress(desc=f"fetching {answer.url.split('/')[-1]}", total=size,
+                                          initial=start, unit="B", unit_scale=True) as bar:
+        f.seek(start)
         try:
-            with request("GET", url, ranged, stream=True) as answer, open(part, "r+b") as f, \
-                    progress(desc=f"fetching {path.name}", total=max(size, 0) or None, initial=have,
-                             unit="B", unit_scale=True, delay=1) as bar:
-                f.seek(have if answer.status_code == 206 else 0)
-                for chunk in answer.iter_content(1 << 16):
-                    bar.update(f.write(chunk))
-            if size < 0:
-                break
-        except requests.RequestException:
-            time.sleep(PAUSE * 2 ** attempt)
-    else:
-        raise ConnectionError(f"{url}: broken off {TRIES} times; what came is kept, run the "
-                              "command again to go on")
-    if 0 <= size != part.stat().st_size or (
-            len(sha) == 64 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha):
-        part.unlink()
-        raise ValueError(f"{url}: what came is not the file that the hub announced (size or sha256 "
-                         "differ); it was thrown away, run the command again")
-    os.replace(part, path)
+            for chunk in answer.iter_content(1 << 16):
+                bar.update(f.write(chunk))
+        except requests.RequestException:              # fetch() asks for the rest
+            pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -894,15 +856,16 @@ def add_flags(parser, config, names=None, skip=()):
     """A flag for each field of a flat dataclass: its type (a Literal gives the choices), its
     default, and as help the comment at the end of its line."""
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         if field.name in skip or names and field.name not in names:
             continue
+        # float | None -> [float]; Literal["a", "b"] | None -> ["a", "b"]
         kinds = [x for k in typing.get_args(field.type) or [field.type] if k is not type(None)
                  for x in typing.get_args(k) or [k]]
         if kinds[0] is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kinds[0], type):
-            how = {"type": lambda text, kind=kinds[0]: parse(text, kind)}
+            how = {"type": partial(parse, kinds[0])}
         else:
             how = {"choices": kinds}
         text = help_of[field.name].replace("%", "%%")
@@ -912,8 +875,8 @@ def add_flags(parser, config, names=None, skip=()):
         parser.add_argument(f"--{field.name}", default=field.default, help=text + shown, **how)
 
 
-def parse(text, kind):
-    """A flag's value, or an argparse error, which becomes one line."""
+def parse(kind, text):
+    """A flag's value. argparse turns the error into one line that names the flag."""
     try:
         value = kind(text)
     except ValueError:
@@ -926,8 +889,8 @@ def parse(text, kind):
 def loss_names():
     """The names in losses.py, from its text: importing it would import torch."""
     text = read_text(Path(__file__).with_name("losses.py"))
-    losses, prefs = (re.findall(r'^    "([\w-]+)":', re.search(
-        rf"(?ms)^{name} = \{{$.*?^\}}", text)[0], re.M) for name in ("LOSSES", "PREFS"))
+    prefs, losses = (re.findall(r'^    "([\w-]+)":', part, re.M)
+                     for part in text.split("\nLOSSES = "))
     return ", ".join([*losses, *prefs, *(f"gdpo-{name}" for name in prefs if name != "dpo")])
 
 
@@ -951,13 +914,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main(). What a user gave wrong, or the machine refuses, is one line on stderr and exit
-    code 2. Under torchrun only the first process speaks."""
+    """Call main(). A user's mistake, or what the machine refuses, becomes one line on stderr and
+    exit code 2. Under torchrun only the first process prints it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:          # see help_first
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):            # a terminal that knows no ± shows a ?
         getattr(stream, "reconfigure", lambda **kwargs: None)(errors="replace")
-    parallel = "TORCHELASTIC_RUN_ID" in os.environ
     try:
         main()
     except KeyboardInterrupt:
@@ -966,11 +928,10 @@ def run(main):
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
         words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-        if isinstance(e, requests.RequestException):   # its text may hold a key
-            words = type(e).__name__
+        parallel = "TORCHELASTIC_RUN_ID" in os.environ
         if not parallel or os.environ.get("RANK") == "0":
-            words = " ".join(words.split())
-            print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr)
+            name = Path(sys.argv[0]).name
+            print(f"{name}: error: {' '.join(words.split())}", file=sys.stderr, flush=True)
         if parallel:                                   # torch's threads may abort a plain exit
             sys.stdout.flush()
             os._exit(2)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-import requests
 from conftest import ROOT
 
 import data
@@ -57,6 +56,8 @@ def test_flags_are_the_fields_of_a_dataclass(capsys):
     assert parse() == Flags()
     assert parse("--rows", "3", "--lr", "1e-3", "--order", "up", "--quick") == Flags(
         3, 1e-3, "up", quick=True)
+    with pytest.raises(ValueError, match="unrecognized arguments: --row 3 .see --help"):
+        parse("--row", "3")                                # no abbreviations
     with pytest.raises(SystemExit):
         parse("--help")
     told = " ".join(capsys.readouterr().out.split())
@@ -65,19 +66,9 @@ def test_flags_are_the_fields_of_a_dataclass(capsys):
     assert set(data.loss_names().split(", ")) == set(LOSSES) and "sft-kl," in told
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--rows", "x"], "'x' is no int"), (["--rows", "-1"], "-1 is not a number from 0 on"),
-    (["--lr", "nan"], "nan is not a number"), (["--lr", "inf"], "inf is not"),
-    (["--order", "left"], "invalid choice: 'left'"), (["--row", "3"], "unrecognized arguments")])
-def test_a_mistyped_flag_is_one_line(args, words):
-    with pytest.raises(ValueError, match=f"{words}.*see --help"):
-        parse(*args)
-
-
 @pytest.mark.parametrize("error, line", [
     (ValueError("no\nsuch  thing"), "no such thing"), (FloatingPointError("nan"), "nan"),
-    (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: Not a directory"),
-    (requests.exceptions.InvalidHeader("Bearer secret"), "InvalidHeader")])
+    (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: Not a directory")])
 def test_an_error_is_one_line_below_the_bar(monkeypatch, capsys, error, line):
     def main():
         for _ in progress(range(9), desc="bar"):

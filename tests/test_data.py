@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, check_row, class_ids, collate,
+from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, class_ids, collate,
                   cost, encode_rows, epoch_batches, kind_of, load_dataset, load_meta, load_rows,
-                  longest, question_of, train_bpe)
+                  longest, problem_of, question_of, train_bpe)
 from losses import score
 from model import load_model
 from train import to_tensors
@@ -49,17 +49,11 @@ def test_marks_inside_belief_and_response_move_no_border(text, response):
     [item] = encode(row, tokenizer=BPE)
     b = collate([item], ("chosen", "given"), class_ids(BPE, CLASSES))
     ids, n = b["ids"].tolist(), b["counts"][0, 0].sum()
+    assert ids[:len(item.prompt)] == BPE.encode("<Q>Is it fair?<A>")       # as when sampling
+    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
     assert BPE.decode(ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]) == f"4<{text}>"
     assert BPE.decode(b["tokens"][:n, 0][b["slot"][:n] == RESPONSE].tolist()) == response
     assert b["tokens"][n - 1, 0] == BPE.eos
-
-
-def test_the_prompt_of_training_is_the_prompt_of_sampling():
-    [item] = encode(ROW, tokenizer=BPE)
-    b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
-    assert b["ids"][:len(item.prompt)].tolist() == BPE.encode("<Q>Is it fair?<A>") == item.prompt
-    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
-    assert b["tokens"][0, 0] == BPE.encode("4")[0]
 
 
 def sequences(items, branches):
@@ -103,26 +97,6 @@ def test_reviews_have_a_belief_of_one_token_and_no_closing():
     assert b["tokens"][0, 0] == BPE.encode("4")[0]       # "4" + "10 stars" never fuse
 
 
-@pytest.mark.parametrize("case", golden("05"), ids=lambda c: c["name"])
-def test_the_preference_counts_the_tokens_of_golden_05(case):
-    """Pieces cut from the golden ids at the response's first `>` (29); no `>`: its first token."""
-    def pieces(ids, labels):
-        start = next(t for t, y in enumerate(labels) if y != -100)
-        answer = ids[start:max(t for t, y in enumerate(labels) if y != -100) + 1]
-        end = answer.index(29) + 1 if 29 in answer else 1
-        return ids[:start], answer[:end], answer[end:]
-    for n, (c_ids, c_labels) in enumerate(zip(case["chosen_input_ids"], case["chosen_labels"])):
-        for side, branch in (("chosen", "chosen"), ("rejected", "own")):
-            prompt, belief, response = pieces(case[f"{side}_input_ids"][n],
-                                              case[f"{side}_labels"][n])
-            item = Item(0, prompt, (belief, belief), (response, response), 29 in belief, [1.0],
-                        0, 0, 2, "other", "", "")
-            b = collate([item], (branch,), [0])
-            at = b["at"][b["slot"] == RESPONSE] + 1
-            want = [t for t, y in enumerate(case[f"recommended_{side}_labels"][n]) if y != -100]
-            assert at.tolist() == want
-
-
 @pytest.mark.parametrize("case", golden("04"), ids=lambda c: c["name"])
 def test_the_belief_likelihood_agrees_with_golden_04(case):
     for n, labels in enumerate(case["labels"]):
@@ -142,117 +116,24 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
             case["belief_logp_sum_including_gt"][n], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "neox"])
-@pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own"),
-                                      ("chosen", "own", "given")])
-def test_packing_and_shared_pieces_change_no_number(family, branches):
-    """Scores and gradients of packed rows, of rows packed one by one, and of whole right-padded
-    sequences under the plain causal mask."""
-    long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
-    items, results = encode(ROW, long, ROW), []
-    for parts, pad in (([items], False), ([[i] for i in items], False), ([items], True)):
-        model = load_model(GOLDEN / f"{family}_tiny")
-
-        def padded(ids, paths, places):
-            return model(ids[paths]).flatten(0, 1)[places]
-        found = []
-        for part in parts:
-            b = to_tensors(collate(part, branches, range(15, 21)), "cpu")
-            found.append(score(padded if pad else model, model.head, b))
-        logps = torch.cat([s.logps for s in found])
-        classes = torch.cat([s.class_logps for s in found])
-        ((logps / 50).square().sum() + classes.sum()).backward()
-        results.append([logps, classes, *(p.grad for p in model.parameters())])
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_compile_makes_one_graph_for_all_batches():
-    """Other lengths, other numbers of rows, one row: no batch is compiled anew."""
-    model = load_model(GOLDEN / "gpt2_tiny")
-    long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = torch.compile(model, dynamic=True, backend="aot_eager", fullgraph=True)
-        for rows in ([ROW, long, ROW], [ROW, ROW], [long] * 5, [ROW], [long]):
-            b = to_tensors(collate(encode(*rows), ("chosen", "given"), range(15, 21)), "cpu")
-            s, plain = score(compiled, model.head, b), score(model, model.head, b)
-            torch.testing.assert_close(s.logps, plain.logps, rtol=1e-4, atol=1e-4)
-            s.logps.sum().backward()
-
-
-def test_a_row_costs_its_prompt_and_belief_once():
-    [item] = encode(ROW)
-    own = len(item.prompt) + sum(map(len, item.beliefs + item.responses))
-    assert cost(item, ("chosen", "own")) == own
-    assert cost(item, ("chosen", "given")) == own - len(item.beliefs[1])
-    assert cost(item, ("chosen",)) == len(*sequences([item], ("chosen",)))
-
-
-def test_scores_do_not_depend_on_the_batch():
-    model = load_model(GOLDEN / "gpt2_tiny")
-    items = encode(ROW, ROW | {"prompt": "Or a much longer question?", "accept_response": "x"}, ROW)
-    def scores(part):
-        b = to_tensors(collate(part, ("chosen", "own"), range(15, 21)), "cpu")
-        return score(model, model.head, b)
-    together = scores(items)
-    for n, item in enumerate(items):
-        alone = scores([item])
-        torch.testing.assert_close(together.logps[n], alone.logps[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(together.class_logps[n], alone.class_logps[0],
-                                   rtol=1e-4, atol=1e-4)
-
-
 def test_rows_that_look_like_mistakes_are_reported_with_their_number(tmp_path, capsys):
     """They may be a published set's: nothing is refused."""
-    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"reject_choice": "DK"},
-            ROW | {"accept_choice_id": "1", "accept_choice": "No"},
+    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"},
             ROW | {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "meta.json").write_text(json.dumps(
-        {"classes": CLASSES, "belief_to_class": {"Yes": "4", "No": "2", "DK": "0"}}))
+    (tmp_path / "meta.json").write_text(json.dumps({"classes": CLASSES}))
     load_dataset(str(tmp_path), ("train",))
     said = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in said] == [
-        "a belief that is not an option (1 times)",
-        "a belief whose class is not meta.json's (2 times)",
-        "an accepted belief that nobody in the group holds (1 times)",
-        "the same answer accepted and rejected (1 times)"]
+        "1 rows with a belief that is not an option",
+        "1 rows with the same answer accepted and rejected",
+        "2 groups, but the prompts do not say which"]
 
 
 def test_majority_minority_and_ties():
     assert [kind_of([0.1, 0, 0.3, 0.6], k) for k in (0, 2, 3)] == ["minority", "other", "majority"]
     assert [kind_of([0.4, 0.4, 0.2], k) for k in (0, 1, 2)] == ["other", "other", "minority"]
     assert kind_of([1.0, 0.0], 0) == kind_of([0.5, 0.5], 1) == "other"
-
-
-def test_end_of_text_in_the_data_is_plain_text():
-    [item] = encode(ROW | {"prompt": "a <|endoftext|> b"}, tokenizer=BPE)
-    assert BPE.eos not in item.prompt and BPE.decode(item.prompt) == "<Q>a <|endoftext|> b<A>"
-
-
-@pytest.mark.parametrize("max_length", range(20, 60, 3))
-def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
-    row = ROW | {"prompt": "Is it fair that " + "x" * 30 + "?"}
-    try:
-        items = encode(row, max_length=max_length, overlong="trim")
-    except ValueError as e:
-        assert "no row fits" in str(e) and "1 of 1 rows dropped" in capsys.readouterr().err
-        return
-    item = items[0]
-    assert longest(item) <= max_length
-    assert decode(item.prompt).startswith("<Q>") and decode(item.prompt).endswith("<A>")
-    assert min(map(len, item.responses)) > 0 and decode(item.beliefs[0]) == "4<Yes>"
-    for full, cut in zip(encode(row)[0].responses, item.responses):
-        assert cut == full[:len(cut)]                    # a cut response has no end of text
-
-
-def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
-    long = ROW | {"prompt": "x" * 200}
-    with pytest.raises(ValueError, match="data, row 2: .* raise --max_length .* --overlong trim"):
-        encode(ROW, long)
-    assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
-    assert "1 of 3 rows dropped" in capsys.readouterr().err
 
 
 def test_a_class_must_be_one_token_also_before_a_belief():
@@ -263,58 +144,97 @@ def test_a_class_must_be_one_token_also_before_a_belief():
         class_ids(fused, ["<"])
 
 
-def test_a_question_is_told_by_its_id_or_by_its_words():
-    assert question_of(ROW) == question_of(ROW | {"prompt": "is it Fair"}) == "is it fair"
-    assert question_of(ROW | {"question_id": "7"}) == "7"
+@pytest.mark.parametrize("max_length", range(9, 60, 4))
+def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
+    row = ROW | {"prompt": "Is it fair that " + "x" * 30 + "?"}
+    if max_length < 13:                                  # no room for a response
+        with pytest.raises(ValueError, match="no row fits"):
+            encode(row, max_length=max_length, overlong="trim")
+        assert "1 of 1 rows dropped" in capsys.readouterr().err
+        return
+    [item], [full] = encode(row, max_length=max_length, overlong="trim"), encode(row)
+    assert longest(item) <= max_length and decode(item.beliefs[0]) == "4<Yes>"
+    assert decode(item.prompt).startswith("<Q>") and decode(item.prompt).endswith("<A>")
+    for whole, cut in zip(full.responses, item.responses):
+        assert cut and cut == whole[:len(cut)]           # a cut response has no end of text
+
+
+def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
+    long = ROW | {"prompt": "x" * 200}
+    with pytest.raises(ValueError, match="data, row 2: its 230 .* raise --max_length, .*trim"):
+        encode(ROW, long)
+    assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
+    assert "1 of 3 rows dropped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+@pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own", "given")])
+def test_packing_and_shared_pieces_change_no_number(family, branches):
+    """Packed rows, rows packed one by one, and whole right-padded sequences under the plain causal
+    mask have the same scores and gradients."""
+    items, results = encode(ROW, ROW | {"prompt": "Or a much longer question?"}, ROW), []
+    for parts, pad in (([items], False), ([[i] for i in items], False), ([items], True)):
+        model = load_model(GOLDEN / f"{family}_tiny")
+
+        def run(ids, paths, places):
+            return model(ids[paths]).flatten(0, 1)[places] if pad else model(ids, paths, places)
+        found = [score(run, model.head, to_tensors(collate(part, branches, range(15, 21)), "cpu"))
+                 for part in parts]
+        logps, classes = (torch.cat([getattr(s, name) for s in found])
+                          for name in ("logps", "class_logps"))
+        ((logps / 50).square().sum() + classes.sum()).backward()
+        results.append([logps, classes, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"prompt": None}, "'prompt' has the wrong type"),
-    ({"probabilities": [0.5, 0.5]}, "2 entries for the 6 classes"),
+    ({"prompt": None}, "'prompt' is missing"), ({"prompt": 5}, "'prompt' has the wrong type"),
+    ({"probabilities": [0.5, 0.5]}, "2 entries for the classes"),
     ({"probabilities": [0.5, 0, 0, 0, 0, 0.4]}, "sum to 1"),
     ({"probabilities": [1.5, 0, 0, 0, 0, -0.5]}, "sum to 1"),
     ({"probabilities": [float("nan")] + [0.2] * 5}, "sum to 1"),
+    ({"probabilities": [True, 0, 0, 0, 0, 0]}, "sum to 1"),
     ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
     ({"reject_response": " "}, "reject_response is empty"),
     ({"reject_choice": None}, "give both belief texts or neither"),
-    ({"accept_choice": False}, "'accept_choice' must be text"),
-    ({"context": 5}, "'context' must be text"),
+    ({"accept_choice": False}, "'accept_choice' has the wrong type"),
+    ({"context": 5}, "'context' has the wrong type"), ({"context": [5]}, "'context' must be text"),
     ({"options": ["Yes"]}, "options must be two or more"),
     ({"options": ["Yes", "Yes"]}, "options must be two or more"),
-    ({"options": ["Yes", 5]}, "options must be two or more different texts"),
-    ({"probabilities": [True, 0, 0, 0, 0, 0]}, "sum to 1"),
-])
-def test_a_broken_row_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        check_row(ROW | change, CLASSES)
+    ({"options": ["Yes", 5]}, "options must be two or more different texts")])
+def test_what_is_wrong_with_a_row_is_named(change, message):
+    assert message in problem_of(ROW | change, CLASSES)
+    assert problem_of(ROW, CLASSES) is None
 
 
-def test_a_broken_line_is_named_with_its_number(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW)[:40] + "\n")
-    with pytest.raises(ValueError, match="rows.jsonl, line 3: "):
-        load_rows(path, CLASSES)
-    path.write_text(json.dumps({k: v for k, v in ROW.items() if k != "options"}))
-    with pytest.raises(ValueError, match="line 1: field 'options' is missing; the row has"):
-        load_rows(path, CLASSES)
-    half = json.dumps(ROW | {"prompt": "\ud800"}).encode()
-    for line, where in ((b"\xff\xfe\xff", ""), (b"[" * 200000, ", line 1: "), (half, ", line 1: ")):
-        path.write_bytes(line)
-        with pytest.raises(ValueError, match=f"rows.jsonl{where}"):
-            load_rows(path, CLASSES)
-    with pytest.raises(FileNotFoundError, match="no dataset in"):
-        load_meta(tmp_path)
+@pytest.mark.parametrize("lines, where", [
+    (json.dumps(ROW) + "\n\n" + json.dumps(ROW)[:40], ", line 3: "), ("{}", ", line 1: .*missing"),
+    ("5", ", line 1: the line is not a JSON object"), ("[" * 200000, ", line 1: "),
+    (json.dumps(ROW | {"prompt": "\ud800"}), ", line 1: "), ("\n", " has no rows")])
+def test_a_broken_line_is_named_with_its_number(tmp_path, lines, where):
+    (tmp_path / "rows.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=f"rows.jsonl{where}"):
+        load_rows(tmp_path / "rows.jsonl", CLASSES)
 
 
 @pytest.mark.parametrize("meta, message", [
     ("[1]", "must hold a JSON dict"), ("{", "is not JSON"), ("{}", "'classes' must list"),
+    ('{"classes": ["0", "0", "1"]}', "'classes' must list two or more different labels"),
     ('{"classes": ["0", "1"], "off_scale": "7"}', "'off_scale' '7' is not one of"),
     ('{"classes": ["0", "1"], "belief_to_class": {"Yes": 4}}', "'belief_to_class' must map"),
-])
+    ('{"classes": ["0", "1"], "form": "{group}"}', "must hold {prompt} once")])
 def test_a_broken_meta_json_is_named(tmp_path, meta, message):
+    with pytest.raises(FileNotFoundError, match="no dataset in"):
+        load_meta(tmp_path)
     (tmp_path / "meta.json").write_text(meta)
     with pytest.raises(ValueError, match=f"meta.json.*{message}"):
         load_meta(tmp_path)
+
+
+def test_a_question_is_known_by_its_id_or_by_its_words():
+    assert question_of(ROW) == question_of(ROW | {"prompt": "is it Fair"}) == "is it fair"
+    assert question_of(ROW | {"question_id": "7"}) == "7"
 
 
 def test_an_epoch_is_a_pure_function_and_holds_each_row_once():

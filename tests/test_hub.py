@@ -32,8 +32,6 @@ def hub(server, tmp_path, monkeypatch):
                     ("X-Repo-Commit", hub.commit if revision == "main" else revision),
                     ("X-Linked-ETag", f'"{hashlib.sha256(text.encode()).hexdigest()}"'))
         start = int(r.headers.get("Range", "bytes=0-")[6:-1])
-        if r.method == "HEAD":
-            return 200, "", ("Content-Length", len(text))
         hub.log.append((file, start, r.headers.get("Authorization")))
         fault = hub.faults.get(file) and hub.faults[file].pop(0)
         start = 0 if fault == "no ranges" else start
@@ -82,7 +80,7 @@ def test_a_download_goes_on_where_it_broke_off(hub, faults):
     assert starts(hub)[0] == 0 and (starts(hub)[-1] > 0) == ("cut" in faults)
 
 
-def test_a_server_that_always_cuts_ends_in_one_line_and_keeps_what_came(hub, tmp_path):
+def test_a_server_that_always_cuts_ends_in_one_line_and_keeps_what_came(hub):
     hub.faults = {"model.safetensors": ["cut"] * data.TRIES}
     with pytest.raises(ConnectionError, match="what came is kept, run the command again"):
         find_checkpoint("org/tiny")
@@ -114,14 +112,6 @@ def test_shards_come_with_their_index(hub):
     assert {p.name for p in find_checkpoint("org/tiny").iterdir()} == set(hub.files)
 
 
-@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": {"a": 5}}',
-                                   '{"weight_map": {"a": "../../x"}}'])
-def test_a_broken_index_is_one_line(hub, index):
-    hub.files |= {"model.safetensors": None, "model.safetensors.index.json": index}
-    with pytest.raises(ValueError, match="index.json"):
-        find_checkpoint("org/tiny")
-
-
 def test_a_file_of_a_dataset_is_fetched_by_its_path(hub):
     hub.files["table.csv"] = "a,b"
     assert hub_file("datasets/org/set", "data/table.csv").read_text() == "a,b"
@@ -138,18 +128,15 @@ def test_what_looks_like_a_folder_is_not_asked_of_the_hub(hub, server, tmp_path,
     assert not server.requests
 
 
-def test_what_cannot_be_had_is_one_line(hub, server, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="org/none on the hub has no .*config.json"):
-        find_checkpoint("org/none")
-    server.answer = lambda r: (401, "")
-    with pytest.raises(ValueError, match="401.*it wants an HF_TOKEN"):
-        find_checkpoint("org/gated")
-    server.answer = lambda r: (200, "a page")
-    with pytest.raises(ValueError, match="is HF_ENDPOINT right"):
-        find_checkpoint("org/tiny")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="is the address right, and the server up.*4 times"):
-        find_checkpoint("gpt2")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
-        find_checkpoint("gpt2")
+@pytest.mark.parametrize("answer, env, error, words", [
+    ((404, ""), {}, FileNotFoundError, "org/x on the hub has no .*config.json"),
+    ((401, ""), {}, ValueError, "401.*it wants an HF_TOKEN"),
+    ((200, "a page"), {}, ValueError, "is HF_ENDPOINT right"),
+    (None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, ConnectionError, "is the address right.*4 times"),
+    (None, {"HF_HUB_OFFLINE": "1"}, FileNotFoundError, "HF_HUB_OFFLINE is set")], ids=str)
+def test_what_cannot_be_had_is_one_line(hub, server, monkeypatch, answer, env, error, words):
+    server.answer = lambda r: answer
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=words):
+        find_checkpoint("org/x")

@@ -92,19 +92,12 @@ def test_every_family_cuts_text_as_hugging_face_does(tmp_path, family):
 
 
 @real_data
-def test_20000_strings_have_the_ids_of_gpt2_and_pythia(tmp_path):
+def test_20000_strings_have_the_ids_of_pythia(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     shutil.copy(SHARED / "gpt_neox/20B_tokenizer.json", tmp_path / "tokenizer.json")
     pythia = Tokenizer.load(tmp_path)
     same(pythia, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), 20000)
-    for ours, theirs in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-        (tmp_path / "gpt2").mkdir(exist_ok=True)
-        shutil.copy(SHARED / "gpt2" / theirs, tmp_path / "gpt2" / ours)
-    gpt2 = Tokenizer.load(tmp_path / "gpt2")
-    same(gpt2, tokenizers.ByteLevelBPETokenizer(*(str(tmp_path / "gpt2" / name) for name in
-                                                  ("vocab.json", "merges.txt")))._tokenizer, 20000)
-    assert (pythia.n_tokens, pythia.eos, gpt2.n_tokens, gpt2.eos) == (50277, 0, 50257, 50256)
-    assert gpt2.encode("hello world") == [31373, 995]
+    assert (pythia.n_tokens, pythia.eos) == (50277, 0)
 
 
 TEMPLATE = {"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
@@ -144,7 +137,7 @@ def test_the_end_of_text_is_the_one_that_the_folder_names(tmp_path, files, eos):
 def test_learned_merges_survive_saving(tmp_path):
     BPE.save(tmp_path)
     again = Tokenizer.load(tmp_path)
-    for text in ("the cat sat", "4<Yes>", "  two  spaces\n\ttab", "café 東京 🙂", "isn't 12", ""):
+    for text in strings(300):
         assert again.encode(text) == BPE.encode(text) and again.decode(again.encode(text)) == text
     assert len(BPE.encode("the cat sat")) == 3             # the common words are whole tokens
 
@@ -152,7 +145,6 @@ def test_learned_merges_survive_saving(tmp_path):
 @pytest.mark.parametrize("parts, words", [
     ({"model": {"type": "Unigram", "vocab": []}}, "model Unigram"),
     ({"model": {"type": "WordPiece", "vocab": {}}}, "model WordPiece"),
-    ({"model": {"type": "BPE", "byte_fallback": True}}, "byte_fallback"),
     ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer.*Metaspace"),
     ({"pre_tokenizer": None}, "pre_tokenizer"), (steps(split("(")), "Parsing|missing"),
     ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
