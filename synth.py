@@ -505,7 +505,8 @@ def chat(client, prompts, desc, schema=None, **settings):
     body = {"model": o.llm, "temperature": o.temperature,
             "max_tokens": client.o.max_tokens or o.max_tokens}
     bodies = []
-    for prompt, form in zip(prompts, schema if isinstance(schema, list) else [schema] * len(prompts)):
+    schemas = schema if isinstance(schema, list) else [schema] * len(prompts)
+    for prompt, form in zip(prompts, schemas):
         fields = {"messages": [{"role": "user", "content": prompt}], "response_format": form and {
             "type": "json_schema",
             "json_schema": {"name": "answer", "strict": True, "schema": form}}}
@@ -654,7 +655,7 @@ def parse_dialogues(text, options, ended="stop"):
 
 
 def in_words(text):
-    """A reply in JSON (styles_of, perhaps cut off) in the layout of Appendix A; another as it is."""
+    """A reply in JSON (perhaps cut off) in the layout of Appendix A; any other as it is."""
     string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
     found = re.findall(rf"{string}\s*:\s*{string}", text)
     pairs = [[one_line(json.loads(x, strict=False)) for x in pair] for pair in found]

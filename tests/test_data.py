@@ -263,3 +263,16 @@ def test_gpt2_ids_are_gpt2s(tmp_path):
         19, 27, 50, 28030, 5183, 922, 29, 40, 892, 484, 423, 925, 617, 35002, 13, 50256]
     assert (b["counts"][0, 0].tolist() == [6, 1, 9]
             and b["tokens"][0, 1:].tolist() == [*range(15, 21)])
+
+
+def test_compile_makes_one_graph_for_all_batches():
+    """Other lengths, other numbers of rows, one row: no batch is compiled anew."""
+    model = load_model(GOLDEN / "gpt2_tiny")
+    long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(model, dynamic=True, backend="aot_eager", fullgraph=True)
+        for rows in ([ROW, long, ROW], [ROW, ROW], [long] * 5, [ROW], [long]):
+            b = to_tensors(collate(encode(*rows), ("chosen", "given"), range(15, 21)), "cpu")
+            s, plain = score(compiled, model.head, b), score(model, model.head, b)
+            torch.testing.assert_close(s.logps, plain.logps, rtol=1e-4, atol=1e-4)
+            s.logps.sum().backward()
