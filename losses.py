@@ -10,14 +10,14 @@ line in PREFS; to add any other loss, write an objective and give it a line in L
 | Eq. 3  reward margin                                    | margin                       |
 | Eq. 5  GDPO = calibration + conditioned preference      | gdpo                         |
 | Eq. 6  calibration = KL(belief shares) - log p(b|x)     | calibration                  |
-| Eq. 7  preference given the accepted belief             | conditioned                  |
+| Eq. 7  preference given the accepted belief             | preference with CONDITIONED  |
 | Eq. 8-11  KTO; Eq. 12  the same given the belief        | kto_loss, kto                |
 
 Letters: B rows, S branches, M scored tokens, K classes, V vocabulary, C channels. All log-probs are
 in nats and float32; "logps" are summed over tokens, and where a loss averages it says so.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
@@ -90,14 +90,6 @@ def kl_to_target(class_logps, target):
     return (torch.xlogy(target, target) - target * class_logps).sum(-1)
 
 
-def belief_nll(logps, counts):
-    """-log p(b | x), the mean over the belief's tokens but its closing one: Eq. 6, second term.
-    logps, counts (B, 3) of one branch."""
-    # differs: Eq. 6 has the sum; the mean produced the paper's numbers and does not depend on the
-    # belief's length.
-    return -logps[:, BELIEF] / counts[:, BELIEF]
-
-
 def dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing=0.0):
     """-log sigmoid of the reward margin; log-ratios (B,) policy - reference, summed: Eq. 1, 7.
     label_smoothing: how likely a label is the wrong way round (conservative DPO)."""
@@ -157,8 +149,12 @@ def response_nll(s, branch):
 
 
 def calibration(s, o):
-    """Eq. 6: the first term of GDPO."""
-    kl, belief = kl_to_target(s.class_logps, s.target), belief_nll(s.logps[:, 0], s.counts[:, 0])
+    """Eq. 6, the first term of GDPO: KL of the belief shares, and -log p(b | x) of the accepted
+    belief, the mean over its tokens but the closing one."""
+    # differs: Eq. 6 has the sum; the mean produced the paper's numbers and does not depend on the
+    # belief's length.
+    belief = -s.logps[:, 0, BELIEF] / s.counts[:, 0, BELIEF]
+    kl = kl_to_target(s.class_logps, s.target)
     return o.w_kl * kl + o.w_belief * belief, {"kl": kl, "belief_nll": belief}
 
 
@@ -271,17 +267,9 @@ class Pref:
 
 
 PREFS = {
-    "dpo": Pref(dpo),
-    "dpo-soft": Pref(dpo_soft),
-    "hdpo": Pref(hdpo),
-    "ipo": Pref(ipo),
-    "kto": Pref(kto, mismatch=True),
-    "cal-dpo": Pref(cal_dpo),
-    "dil": Pref(dil),
-    "dil-bce": Pref(dil_bce),
-    "pipa-n": Pref(pipa_n),
-    "pipa-m": Pref(pipa_m),
-    "simpo": Pref(simpo),
+    "dpo": Pref(dpo), "dpo-soft": Pref(dpo_soft), "hdpo": Pref(hdpo), "ipo": Pref(ipo),
+    "kto": Pref(kto, mismatch=True), "cal-dpo": Pref(cal_dpo), "dil": Pref(dil),
+    "dil-bce": Pref(dil_bce), "pipa-n": Pref(pipa_n), "pipa-m": Pref(pipa_m), "simpo": Pref(simpo),
 }
 
 
@@ -297,35 +285,31 @@ class Loss:
     mismatch: bool = False             # reads Scores.mismatch
 
 
-def joint(pref):
-    """A preference term by itself, as in Eq. 1: each answer with its own belief, both counted."""
-    def objective(s, o):
-        loss = pref.term(s, ANSWER, o)
-        return loss, {"pref": loss}
-    return Loss(objective, ("chosen", "own"), reference=True, mismatch=pref.mismatch)
+JOINT = ("own", ANSWER)                # Eq. 1: each answer with its own belief, both counted
+CONDITIONED = ("given", [RESPONSE])    # Eq. 7: both after the accepted belief, response counted
 
 
-def conditioned(pref):
-    """The second term of GDPO, Eq. 7: both answers after the accepted belief, response counted."""
+def preference(pref, other, pieces):
+    """A preference term by itself: the chosen answer against the branch `other`."""
     def objective(s, o):
-        loss = pref.term(s, [RESPONSE], o)
+        loss = pref.term(s, pieces, o)
         return o.w_pref * loss, {"pref": loss}
-    return Loss(objective, ("chosen", "given"), reference=True, mismatch=pref.mismatch)
+    return Loss(objective, ("chosen", other), reference=True, mismatch=pref.mismatch)
 
 
 def gdpo(pref):
     """Eq. 5: calibration and conditioned preference, so that conflicts no longer cancel."""
-    prefer = conditioned(pref)
+    conditioned = preference(pref, *CONDITIONED)
 
     def objective(s, o):
         calibrate, parts = calibration(s, o)
-        preference, prefs = prefer.objective(s, o)
+        prefer, prefs = conditioned.objective(s, o)
         # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
         # response likely, at whose cost the preference term may buy its margin.
         anchor = response_nll(s, 0)
-        return (calibrate + preference + o.w_anchor * anchor,
+        return (calibrate + prefer + o.w_anchor * anchor,
                 parts | prefs | {"response_nll": anchor})
-    return Loss(objective, prefer.branches, reference=True, mismatch=pref.mismatch)
+    return replace(conditioned, objective=objective)
 
 
 LOSSES = {
@@ -335,7 +319,7 @@ LOSSES = {
     "both-kl": Loss(both_kl, ("chosen", "own"), reference=True),
     "gdpo": gdpo(PREFS["dpo"]),
     "gdpo-cal": Loss(calibration, reference=True),
-    "gdpo-pref": conditioned(PREFS["dpo"]),
-    **{name: joint(pref) for name, pref in PREFS.items()},
+    "gdpo-pref": preference(PREFS["dpo"], *CONDITIONED),
+    **{name: preference(pref, *JOINT) for name, pref in PREFS.items()},
     **{f"gdpo-{name}": gdpo(pref) for name, pref in PREFS.items() if name != "dpo"},
 }
