@@ -43,6 +43,7 @@ class GPTConfig:
     gated: bool = False        # the MLP is SiLU(gate) * up (Llama) instead of a GELU
     bias: bool = True          # of every linear layer; Llama has none
     qkv_bias: bool = True      # Qwen2 has these biases alone
+    by_head: bool = False      # c_attn gives q, k, v of one head after another (Pythia)
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.n_ctx, self.n_layer, self.n_head, self.n_embd, self.n_inner)
@@ -63,6 +64,7 @@ class Attention(nn.Module):
         super().__init__()
         n_kv, D = cfg.n_kv or cfg.n_head, cfg.n_embd // cfg.n_head
         self.heads = [cfg.n_head, n_kv, n_kv]          # of queries, keys, values; D channels each
+        self.by_head = cfg.by_head
         self.c_attn = nn.Linear(cfg.n_embd, sum(self.heads) * D, bias=cfg.qkv_bias)
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
@@ -71,7 +73,9 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)                           # (B, T, 3C), less where keys are shared
         if paths is not None:                          # packed (N, 3C): gather the R sequences
             qkv = F.embedding(paths, qkv)              # into a right-padded table (R, T, 3C)
-        q, k, v = qkv.unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        qkv = qkv.unflatten(-1, (sum(self.heads), -1))           # (B, T, 3H, D)
+        q, k, v = ((qkv[:, :, i::3] for i in range(3)) if self.by_head
+                   else qkv.split(self.heads, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:                          # (2, B, T_max, H, D), filled at `pos`
@@ -289,8 +293,8 @@ OURS, *THEIRS = zip(*map(str.split, NAMES.strip().splitlines()))
 NAMES = {kind: dict(zip(OURS[1:], names)) for kind, *names in THEIRS}
 NAMES["qwen2"] = NAMES["llama"] | {"hf_class": "Qwen2ForCausalLM"}
 LLAMA = dict(eps=1e-6, rotary=1.0, tied=False, rms_norm=True, gated=True, bias=False)
-DEFAULTS = {"gpt2": {}, "gpt_neox": dict(rotary=0.25, parallel=True, tanh_gelu=False, tied=False),
-            "llama": LLAMA | dict(qkv_bias=False), "qwen2": LLAMA}
+NEOX = dict(rotary=0.25, parallel=True, tanh_gelu=False, tied=False, by_head=True)
+DEFAULTS = {"gpt2": {}, "gpt_neox": NEOX, "llama": LLAMA | {"qkv_bias": False}, "qwen2": LLAMA}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True, "type": "default",
          "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False}
@@ -343,26 +347,21 @@ def config_to_hf(cfg, eos, dtype):
 
 
 def on_disk(model):
-    """{name in the file: (shape there, view of the parameter in that layout)}. A checkpoint is
-    read by copying into these views and written by copying out of them."""
-    kind, C, parts = family(model.cfg), model.cfg.n_embd, {}
+    """{name in the file: view of the parameter in the file's layout}. A checkpoint is read by
+    copying into these views and written by copying out of them."""
+    names, gpt2, views = NAMES[family(model.cfg)], family(model.cfg) == "gpt2", {}
     for name, p in model.named_parameters():
         layer, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.+)\.(\w+)", name).groups("")
-        theirs = f"{layer.replace('h', NAMES[kind]['h'])}{NAMES[kind][module]}.{leaf}"
-        shape, w = p.shape, p.detach()
-        if kind == "gpt2" and name.endswith(LINEAR):
-            shape, w = shape[::-1], w.t()
-        elif kind == "gpt_neox" and module == "attn.c_attn":     # by head: (H, 3, D), not (3, H, D)
-            w = w.unflatten(0, (3, model.cfg.n_head, -1)).transpose(0, 1)
-        if "*" not in theirs:
-            parts[theirs] = shape, w
-            continue
-        n = (len(w) - C) // 2                          # of the keys, and of the values
-        names, sizes = ("qkv", [C, n, n]) if module == "attn.c_attn" else (
-            ("gate", "up"), len(w) // 2)
-        for part, x in zip(names, w.split(sizes)):
-            parts[theirs.replace("*", part)] = x.shape, x
-    return parts
+        theirs = f"{layer.replace('h', names['h'])}{names[module]}.{leaf}"
+        w = p.detach().t() if gpt2 and name.endswith(LINEAR) else p.detach()
+        parts = [("", w)]
+        if "*" in theirs and module == "attn.c_attn":
+            C, n = model.cfg.n_embd, (len(w) - model.cfg.n_embd) // 2   # n of keys, n of values
+            parts = zip("qkv", w.split([C, n, n]))
+        elif "*" in theirs:
+            parts = zip(("gate", "up"), w.chunk(2))
+        views |= {theirs.replace("*", part): view for part, view in parts}
+    return views
 
 
 def read_safetensors(path):
@@ -405,20 +404,20 @@ def load_model(folder, device="cpu"):
     stored = {k: w for k, w in read_weights(folder).items() if not k.endswith(BUFFERS)}
     if "wte.weight" in stored:                         # as GPT-2 was first published
         stored = {f"transformer.{k}": w for k, w in stored.items()}
-    head = stored.pop("lm_head.weight", None)          # transformers 5 calls every head so
+    name = NAMES[family(cfg)]["lm_head"] + ".weight"
+    head = stored.pop("lm_head.weight", stored.pop(name, None))    # transformers 5 calls all so
     if head is not None and not cfg.tied:              # a tied head is a copy of the embeddings
-        stored[NAMES[family(cfg)]["lm_head"] + ".weight"] = head
-
+        stored[name] = head
     with torch.device("meta"):                         # memory is taken once the shapes are known
         model = GPT(cfg)
-    want = {name: tuple(shape) for name, (shape, _) in on_disk(model).items()}
-    found = {name: tuple(w.shape) for name, w in stored.items()}
+    want, found = ({name: tuple(w.shape) for name, w in tensors.items()}
+                   for tensors in (on_disk(model), stored))
     for name in want | found:
         if want.get(name) != found.get(name):
             raise ValueError(f"{folder}: {name} has shape {found.get(name, 'missing')}, but "
                              f"config.json asks for {want.get(name, 'no such tensor')}")
-    for name, (_, view) in on_disk(model.to_empty(device=device)).items():
-        view.copy_(stored[name].view_as(view))
+    for name, view in on_disk(model.to_empty(device=device)).items():
+        view.copy_(stored[name])
     return model
 
 
@@ -448,9 +447,9 @@ def save_model(model, folder, eos, dtype=torch.float32):
     """Write config.json and model.safetensors in Hugging Face's form into `folder`. The weights
     are replaced in one rename; config.json is written first and is the same for a whole run."""
     folder, header, at = Path(folder), {"__metadata__": {"format": "pt"}}, 0
-    parts, [kind] = on_disk(model), [k for k, v in DTYPES.items() if v == dtype]
-    for name, (shape, w) in parts.items():
-        header[name] = {"dtype": kind, "shape": shape,
+    views, [kind] = on_disk(model), [k for k, v in DTYPES.items() if v == dtype]
+    for name, w in views.items():
+        header[name] = {"dtype": kind, "shape": w.shape,
                         "data_offsets": [at, at := at + w.numel() * dtype.itemsize]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
@@ -458,5 +457,5 @@ def save_model(model, folder, eos, dtype=torch.float32):
     config = json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2) + "\n"
     write(folder / "config.json", [config.encode()])
     weights = (w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
-               for _, w in parts.values())             # one at a time in memory
+               for w in views.values())                # one at a time in memory
     write(folder / "model.safetensors", chain([len(text).to_bytes(8, "little"), text], weights))

@@ -31,11 +31,11 @@ from data import BRANCHES, Item, collate, cost, epoch_batches, mismatch, run  # 
 from losses import CHUNK, LOSSES, score  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-neox = dict(vocab_size=50304, n_ctx=2048, rotary=0.25, parallel=True, tanh_gelu=False, tied=False)
+neox = dict(vocab_size=50304, n_ctx=2048, rotary=0.25, parallel=True, tanh_gelu=False, tied=False,
+            by_head=True)
 SHAPES = {
     "gpt2": GPTConfig(),
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280, n_inner=5120),
-    "pythia-160m": GPTConfig(**neox),
     "pythia-2.8b": GPTConfig(n_layer=32, n_head=32, n_embd=2560, n_inner=10240, **neox),
     "small": GPTConfig(vocab_size=4096, n_layer=4, n_head=4, n_embd=256, n_inner=1024)}
 TASKS = {"opinions": (26, 7, 56), "reviews": (90, 1, 170)}   # mean tokens: prompt, belief, response
@@ -120,12 +120,11 @@ def count(steps):
 def seconds(step):
     """Of the processor on a CPU, by the clock on a GPU, in the precision that a run has there."""
     clock = time.perf_counter if CUDA else time.process_time
-    wait = torch.cuda.synchronize if CUDA else lambda: None
-    wait()
     start = clock()
     with train.autocast(DEVICE, DTYPE):
         step()
-    wait()
+    if CUDA:                                           # kernels run on after the call
+        torch.cuda.synchronize()
     return clock() - start
 
 
@@ -143,10 +142,8 @@ def matmul_peak():
     return 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(20))
 
 
-# ---------------------------------------------------------------------------------------------
-# What is measured
-
 def operations(o, cfg, task, name):
+    """Operations of our steps, beside the floor."""
     batches = batches_of(o, cfg, task, name)
     with torch.device("meta"):
         model = GPT(cfg)
@@ -164,10 +161,9 @@ def speed(o, cfg, task, name):
     t = train.resolve(train.Config(loss=name, device=DEVICE, micro_batch=o.micro_batch, lr=1e-6,
                                    optimizer="rmsprop"))
     optimizer, ref = train.optimizer_of(t, raw), torch.zeros(len(items), len(loss.branches) + 1, 3)
-    model = torch.compile(raw, dynamic=True) if o.compile else raw
 
     def step(n):
-        train.train_step(model, raw, optimizer, loss, items, ref,
+        train.train_step(raw, raw, optimizer, loss, items, ref,
                          range(n * o.rows, (n + 1) * o.rows), CLASSES, t)
     for n in range(6):                                 # warm up
         seconds(lambda: step(n))
@@ -220,8 +216,7 @@ def sampling(o, cfg):
     jobs, n = [p for p in sorted(prompts, key=len) for _ in range(8)], 64
     model = GPT(cfg).init_weights(0).to(DEVICE)
     room = torch.cuda.mem_get_info()[0] / 2 if CUDA else 4e9       # as evaluate.sample_rows
-    size = int(room / (8 * cfg.n_layer * cfg.n_embd * (len(jobs[-1]) + n)))
-    size = max(1, min(512, size))
+    size = max(1, min(512, int(room / (8 * cfg.n_layer * cfg.n_embd * (len(jobs[-1]) + n)))))
     spent = min(seconds(lambda: [model.generate(jobs[i:i + size], n)
                                  for i in range(0, len(jobs), size)]) for _ in range(3))
     print(f"{o.shape}: {len(prompts)} prompts x 8 answers of {n} tokens, {size} at once: "
@@ -241,7 +236,6 @@ def main():
     parser.add_argument("--loss", choices=METHODS, help="default: all")
     parser.add_argument("--rows", type=int, default=8, help="pairs a step")
     parser.add_argument("--micro_batch", type=int, default=0, help="speed: pairs a forward pass")
-    parser.add_argument("--compile", action="store_true", help="speed: torch.compile the model")
     parser.add_argument("--checkpointing", action="store_true", help="as train.py's")
     parser.add_argument("--prompts", type=int, default=1843 if CUDA else 16, help="sampling")
     o = parser.parse_args()

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from conftest import SHARED
 from test_model import CLOSE, FAMILIES, IDS, SHAPES, logits, random_model
 
 import train
@@ -57,18 +56,6 @@ def test_half_precision_weights_are_read_as_float32_and_written_on_request(name,
     assert same(load_model(tmp_path / "half"), again.half().float())
 
 
-@pytest.mark.parametrize("name, old", [
-    ("pythia", ("rotary_emb_base", "rotary_pct")), ("llama 3", ("rope_theta", "rope_scaling"))])
-def test_old_and_new_keys_of_the_rotary_settings_mean_the_same(name, old, tmp_path):
-    model = random_model(GPTConfig(**vars(SHAPES[name]) | dict(rotary_base=5000.0)))
-    save_model(model, tmp_path, eos=60)
-    config = json.loads((tmp_path / "config.json").read_text())
-    base, other = (config[k] for k in old)
-    new = {"rope_type": "default", "partial_rotary_factor": other} if name == "pythia" else other
-    edit(tmp_path / "config.json", **dict.fromkeys(old), rope_parameters=new | {"rope_theta": base})
-    assert load_model(tmp_path).cfg == model.cfg
-
-
 @pytest.mark.parametrize("name", ["gpt2", "pythia", "llama, shared keys, tied"])
 def test_transformers_loads_what_a_run_writes(name, tmp_path, world, call):
     transformers = pytest.importorskip("transformers")
@@ -84,20 +71,6 @@ def test_transformers_loads_what_a_run_writes(name, tmp_path, world, call):
     with torch.no_grad():
         torch.testing.assert_close(logits(ours), theirs(IDS).logits, **CLOSE)
     assert not same(ours, load_model(base)) and theirs.config.eos_token_id == tokenizer.eos
-
-
-@pytest.mark.skipif(not (SHARED.parent / "golden/models").is_dir(),
-                    reason="no golden checkpoints beside")
-def test_all_golden_checkpoints_load_and_agree():
-    expected = json.loads((SHARED.parent / "golden/models/expected.json").read_text())
-    cases = {c["name"]: c for c in expected["cases"]}
-    for path in (SHARED.parent / "golden/models").glob("*/config.json"):
-        if not [*path.parent.glob("*.safetensors")]:
-            continue                                   # pytorch_model.bin is not read
-        case = cases[expected["same_weights"].get(path.parent.name, path.parent.name)]
-        out = logits(load_model(path.parent), torch.tensor(case["inputs"]["input_ids"]))
-        want = torch.tensor(case["expected"]["logits_f32"]).view(len(out), -1, out.shape[-1])
-        torch.testing.assert_close(out[:, -want.shape[1]:], want, **CLOSE)
 
 
 def change(folder, name="model.safetensors", **tensors):
@@ -201,13 +174,10 @@ def test_a_config_that_would_give_other_logits_is_refused(name, change, message,
     edit(tmp_path / "config.json", **change)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["[]", "{", ""])
-def test_a_config_that_is_none_is_one_line(folder, text):
-    (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json: "):
-        load_model(folder)
+    for text in ("[]", "{", ""):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json: "):
+            load_model(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -7,8 +7,8 @@ import torch
 from conftest import GOLDEN, CharTokenizer, golden
 
 from data import collate, encode_rows, longest, mismatch
-from losses import (ANSWER, BELIEF, LOSSES, PREFS, RESPONSE, Scores, calibration, dpo_loss,
-                    kl_to_target, kto_loss, mean_nll, score, sft, token_logps, uniform_sft)
+from losses import (ANSWER, LOSSES, PREFS, RESPONSE, Scores, calibration, dpo_loss,
+                    kl_to_target, kto_loss, score, sft, token_logps, uniform_sft)
 from model import load_model, on_disk
 from train import jsd, to_tensors
 
@@ -46,24 +46,6 @@ def pair(**options):
                counts=[[[1, 1, 5], [1, 1, 6]]])
     s.mismatch = torch.tensor([0.1, 0.2, 0.3])
     return s, [RESPONSE], with_options(**options)
-
-
-# ---------------------------------------------------------------------------------------------
-# Against golden numbers of the authors' code
-
-@pytest.mark.parametrize("case", golden("01"), ids=lambda c: c["name"])
-def test_sequence_logps_agree_with_golden_01(case):
-    hidden, labels = torch.tensor(case["logits"]).requires_grad_(), torch.tensor(case["labels"])
-    b, t = (labels[:, 1:] != -100).nonzero().T
-    y = labels[b, t + 1]
-    logps = token_logps(hidden[b, t], torch.eye(32), y[:, None])[:, 0]
-    sums = torch.zeros(len(labels)).index_add(0, b, logps)
-    if case["average_log_prob"]:
-        sums = -mean_nll(sums[:, None], torch.bincount(b)[:, None])
-    close(sums, case["logps"])
-    if "grad" in case:
-        sums.sum().backward()
-        close(hidden.grad[-1], case["grad"])
 
 
 @pytest.mark.parametrize("case", golden("02"), ids=lambda c: c["name"])
@@ -133,7 +115,7 @@ def check_gradients(losses, model, case):
     stored = case["grad"]["per_parameter_l2_and_probe"]
     for p in model.parameters():
         p.data = p.grad                                   # on_disk then lays out the gradient
-    for name, (_, g) in on_disk(model).items():
+    for name, g in on_disk(model).items():
         l2, probe = stored.get(name) or stored["lm_head.weight"]
         g = g.flatten().double()
         assert g.norm().item() == pytest.approx(l2, rel=1e-3, abs=1e-5), name
@@ -169,24 +151,6 @@ def test_objectives_agree_with_golden_08(family, case_name, name):
     check_gradients(losses, model, case)
 
 
-@pytest.mark.parametrize("case", golden("06"), ids=lambda c: c["name"])
-def test_kto_agrees_with_golden_06(case):
-    rewards = {k: torch.tensor([sum(row) for row in case[f"policy_{k}"]])
-               - torch.tensor([sum(row) for row in case[f"reference_{k}"]])
-               for k in ("chosen", "rejected", "KL")}
-    z0 = rewards["KL"].mean().clamp(min=0)
-    assert z0.item() == pytest.approx(case["KL"], rel=1e-5)
-    losses = []
-    for side, weight in (("chosen", "desirable_weight"), ("rejected", "undesirable_weight")):
-        r = rewards[side].requires_grad_()
-        loss = kto_loss(r, side == "chosen", z0, case["beta"], case[weight])
-        losses += loss.tolist()
-        loss.sum().backward()
-        theirs = [row[0] for row in case[f"grad_{side}"]]
-        assert r.grad.tolist() == pytest.approx(theirs, rel=1e-4, abs=1e-8)
-    assert losses == pytest.approx(case["losses"], rel=1e-5)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
 @pytest.mark.parametrize("name, pieces", [("kto", ANSWER), ("kto_belief_excluded", [RESPONSE])])
 def test_gdpo_kto_agrees_with_golden_08(family, name, pieces):
@@ -208,9 +172,6 @@ def test_gdpo_kto_agrees_with_golden_08(family, name, pieces):
     assert torch.cat([losses[good], losses[~good]]).tolist() == pytest.approx(theirs, rel=1e-3)
     check_gradients(whole, model, case)
 
-
-# ---------------------------------------------------------------------------------------------
-# Preference terms
 
 @pytest.mark.parametrize("name, options, value", [
     ("dpo", {"beta": 0.1}, 0.62095705),
@@ -317,9 +278,6 @@ def test_a_mismatched_pair_fits_the_context_and_one_prompt_alone_is_refused():
         mismatch(encode_rows([ROW, ROW], CharTokenizer(), META, 80), 80, 0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Objectives
-
 def test_every_objective_returns_a_loss_per_row_and_leaves_the_scores_alone():
     s = scores([[[-1, -2, -3], [-4, -5, -6.]]] * 3, counts=[[[2, 1, 3]] * 2] * 3)
     s.mismatch = torch.zeros(3)
@@ -330,15 +288,6 @@ def test_every_objective_returns_a_loss_per_row_and_leaves_the_scores_alone():
             assert values.shape == (3,) and values.isfinite().all(), name
         assert loss.branches[0] == "chosen"
     assert torch.equal(s.logps, before)
-
-
-def test_gdpo_preference_reads_no_belief_and_dpo_does():
-    """Conflicting preferences meet in the belief: DPO pushes it, GDPO's second term does not."""
-    for name, reads in (("gdpo-pref", False), ("dpo", True)):
-        s = scores([[[-1, -2, -3], [-4, -5, -6.]]])
-        s.logps.requires_grad_()
-        LOSSES[name].objective(s, O)[0].sum().backward()
-        assert bool((s.logps.grad[..., BELIEF] != 0).all()) == reads
 
 
 def test_the_anchor_is_the_likelihood_of_the_accepted_response():
@@ -355,12 +304,6 @@ def test_sft_kl_is_sft_and_the_kl_term_and_both_kl_adds_the_rejected_response():
     loss, parts = LOSSES["sft-kl"].objective(s, o)
     assert loss.item() == pytest.approx((sft(s, o)[0] + 5 * kl).item()) and parts["kl"] == kl
     assert (LOSSES["both-kl"].objective(s, o)[0] - loss).item() == pytest.approx(12 / 6)
-
-
-def test_sft_averages_over_tokens_and_belief_nll_over_belief_without_closing():
-    s = scores([[[-6, -5, -9], [0, 0, 0.]]], counts=[[[3, 1, 4], [1, 1, 1]]])
-    assert sft(s, O)[0].item() == pytest.approx(20 / 8)
-    assert calibration(s, O)[1]["belief_nll"].item() == pytest.approx(2.0)
 
 
 def test_uniform_sft_is_sft_over_evenly_spread_beliefs():
@@ -385,9 +328,6 @@ def test_kl_is_zero_iff_the_class_probabilities_equal_the_target(probabilities, 
     found.sum().backward()                                # finite, though one share is 0
     assert found.item() == pytest.approx(kl, abs=1e-6) and logps.grad.isfinite().all()
 
-
-# ---------------------------------------------------------------------------------------------
-# The head
 
 def test_chunks_give_the_values_and_gradients_of_the_whole():
     torch.manual_seed(0)

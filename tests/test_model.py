@@ -9,7 +9,7 @@ from model import GPT, GPTConfig, load_model, pick, save_model
 
 CLOSE = dict(rtol=0, atol=1e-4)
 TINY = dict(vocab_size=61, n_ctx=48, n_layer=2, n_head=4, n_embd=32, n_inner=64)
-NEOX = dict(**TINY, tanh_gelu=False, tied=False)
+NEOX = dict(**TINY, tanh_gelu=False, tied=False, by_head=True)
 LLAMA = dict(**TINY, rotary=1.0, rms_norm=True, gated=True, bias=False, qkv_bias=False)
 SHAPES = {
     "gpt2": GPTConfig(**TINY),
@@ -77,16 +77,6 @@ def test_packing_and_activation_checkpointing_change_no_gradient(name):
     for plain, *others in zip(*results):
         for other in others:
             torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama 3"])
-def test_compile_makes_one_graph_for_all_lengths(name):
-    model = random_model(SHAPES[name])
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
-        compiled = torch.compile(model, dynamic=True, backend="aot_eager", fullgraph=True)
-        for n in (9, 17, 30):
-            torch.testing.assert_close(compiled(IDS[:, :n]), model(IDS[:, :n]), **CLOSE)
 
 
 @pytest.mark.parametrize("change", [dict(n_head=0), dict(n_layer=-1), dict(n_head=5),
