@@ -13,8 +13,7 @@ line in PREFS; to add any other loss, write an objective and give it a line in L
 | Eq. 7  preference given the accepted belief             | preference with CONDITIONED  |
 | Eq. 8-11  KTO; Eq. 12  the same given the belief        | kto_loss, kto                |
 
-Letters: B rows, S branches, M scored tokens, K classes, V vocabulary, C channels. All log-probs are
-in nats and float32; "logps" are summed over tokens, and where a loss averages it says so.
+Letters as in model.py. All log-probs are in nats and float32, "logps" summed over tokens.
 """
 import math
 from dataclasses import dataclass, replace
@@ -140,12 +139,12 @@ def both_kl(s, o):
     """The same plus the likelihood of the rejected response, after its own belief. It sees the
     texts that a preference term sees, but not which of the two was preferred."""
     loss, parts = sft_kl(s, o)
-    return loss + response_nll(s, 1), parts
+    return loss + response_nll(s)[:, 1], parts
 
 
-def response_nll(s, branch):
-    """Mean NLL of a branch's response (B,)."""
-    return mean_nll(s.logps[:, branch, [RESPONSE]], s.counts[:, branch, [RESPONSE]])
+def response_nll(s):
+    """Mean NLL of each branch's response (B, S)."""
+    return -s.logps[..., RESPONSE] / s.counts[..., RESPONSE]
 
 
 def calibration(s, o):
@@ -186,12 +185,9 @@ def dpo_soft(s, pieces, o):
 
 
 def hdpo(s, pieces, o):
-    """H-DPO (arXiv 2411.07595): the entropy and the cross-entropy of DPO's KL weighted apart.
-
-        -log sigmoid(alpha * (logp_chosen - logp_rejected) - beta * (ref_chosen - ref_rejected))
-
-    At alpha = beta this is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): at alpha 1 and
-    beta 0 it needs no reference and learns the shares p themselves from pairs."""
+    """H-DPO (arXiv 2411.07595): the entropy and the cross-entropy of DPO's KL weighted apart. At
+    alpha = beta this is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): at alpha 1 and beta 0
+    it needs no reference and learns the shares p themselves from pairs."""
     chosen, rejected = s.logps[..., pieces].sum(-1).unbind(1)
     ref_chosen, ref_rejected = s.ref[..., pieces].sum(-1).unbind(1)
     return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))
@@ -238,8 +234,8 @@ def dil_bce(s, pieces, o):
 
 def pipa_n(s, pieces, o):
     """PIPA-N (arXiv 2502.05773): binary cross-entropy of "is this answer right?", where wrong
-    answers follow the reference and --prior is the share of right ones. No beta. Answer-level, with
-    a constant prior, re-derived from the paper's constraints."""
+    answers follow the reference and --prior is the share of right ones. No beta. Re-derived from
+    the paper's constraints, at the level of answers."""
     chosen, rejected = logratios(s, pieces).unbind(1)
     offset = math.log(o.prior / (1 - o.prior))
     return -F.logsigmoid(chosen + offset) - F.logsigmoid(-rejected - offset)
@@ -261,9 +257,8 @@ def simpo(s, pieces, o):
 
 @dataclass(frozen=True)
 class Pref:
-    """A preference term, and whether it reads Scores.mismatch."""
-    term: Callable
-    mismatch: bool = False
+    term: Callable                     # (Scores, pieces, options) -> (B,)
+    mismatch: bool = False             # reads Scores.mismatch
 
 
 PREFS = {
@@ -306,9 +301,9 @@ def gdpo(pref):
         prefer, prefs = conditioned.objective(s, o)
         # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
         # response likely, at whose cost the preference term may buy its margin.
-        anchor = response_nll(s, 0)
-        return (calibrate + prefer + o.w_anchor * anchor,
-                parts | prefs | {"response_nll": anchor})
+        anchor = response_nll(s)[:, 0]
+        loss = calibrate + prefer + o.w_anchor * anchor
+        return loss, parts | prefs | {"response_nll": anchor}
     return replace(conditioned, objective=objective)
 
 

@@ -34,7 +34,6 @@ class GPTConfig:
     eps: float = 1e-5          # of every LayerNorm
     rotary: float = 0.0        # share of a head that is rotated; 0: learned positions (GPT-2)
     rotary_base: float = 10000.0
-    rope_scaling: tuple = ()   # Llama 3: factor, low and high frequency factor, original n_ctx
     parallel: bool = False     # attention and MLP read the same x (Pythia), not one after the other
     tanh_gelu: bool = True     # GPT-2 has the tanh form; Pythia the exact one
     tied: bool = True          # the head is the embedding table; Pythia has its own
@@ -154,26 +153,17 @@ class GPT(nn.Module):
         cfg = self.cfg
         if not cfg.rotary:
             return None
-        n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))
+        n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))                       # rotated channels
         freq = cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
-        if cfg.rope_scaling:                           # Llama 3 slows its slow rotations further
-            factor, low, high, n_ctx = cfg.rope_scaling
-            turns = n_ctx * freq / (2 * math.pi)       # of each frequency in the original context
-            fast = ((turns - low) / (high - low)).clamp(0, 1)
-            freq = freq * (fast + (1 - fast) / factor)
         angle = pos[..., None, None].float() * freq                            # (B, T, 1, n / 2)
         return angle.cos(), angle.sin()
 
     def forward(self, ids, paths=None, places=None, pos=None, mask=None, cache=None):
-        """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last norm. As
-        logits cost as much as the layers, a loss multiplies only what it reads by `head`.
-
-        paths (R, T), places (N,)  the packed tokens of R sequences, and where each token lies among
-              them (data.collate): its position is places % T
-        pos   (B, T) positions; default 0..T-1, right for right-padded rows under the causal mask
-        mask  boolean, broadcastable to (B, H, T, T_keys), True = may attend; default causal
-        cache list of (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)
-        """
+        """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last norm.
+        paths (R, T), places (N,): the packed tokens of R sequences, and where each token lies among
+        them (data.collate); its position is places % T. pos (B, T): positions, default 0..T-1.
+        mask: broadcastable to (B, H, T, T_keys), True = may attend; default causal.
+        cache: (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)."""
         T = ids.shape[-1] if paths is None else paths.shape[-1]
         if T > self.cfg.n_ctx:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
@@ -194,13 +184,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0,
                  n_tokens=None):
-        """Sample a continuation of each prompt (a list of ids); returns the new ids alone.
-
-        A row ends at stop_id (included), after max_new_tokens, or when the context is full.
-        temperature 0: the likeliest token. seed: a number, or a list with one (or a tuple) per
-        prompt: a row's randomness depends on its own seed alone, never on its batch. n_tokens: ids
-        from here on only pad the embedding table (Pythia's) and are never sampled.
-        """
+        """Sample a continuation of each prompt (a list of ids); returns the new ids alone. A row
+        ends at stop_id (included), after max_new_tokens, or when the context is full. temperature
+        0: the likeliest token. seed: a number, or a list with one (or a tuple) per prompt: a row
+        depends on its own seed alone, never on its batch. n_tokens: ids from here on only pad the
+        embedding table (Pythia's) and are never sampled."""
         if not prompts:
             return []
         lengths, n_ctx, device = [len(p) for p in prompts], self.cfg.n_ctx, self.head.device
@@ -234,8 +222,7 @@ class GPT(nn.Module):
 
     def prefill(self, prompts, steps):
         """(hidden state (B, C) at each prompt's end, cache with room for `steps` more tokens).
-        Equal prompts are computed once. Prompts are padded on the right: the mask `slot <= pos`
-        hides a pad's keys until the row's own tokens overwrite them."""
+        Equal prompts are computed once. generate's mask hides pads until tokens overwrite them."""
         w, cfg = self.head, self.cfg
         unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         which = torch.tensor([unique[tuple(p)] for p in prompts], device=w.device)
@@ -295,9 +282,9 @@ NAMES["qwen2"] = NAMES["llama"] | {"hf_class": "Qwen2ForCausalLM"}
 LLAMA = dict(eps=1e-6, rotary=1.0, tied=False, rms_norm=True, gated=True, bias=False)
 NEOX = dict(rotary=0.25, parallel=True, tanh_gelu=False, tied=False, by_head=True)
 DEFAULTS = {"gpt2": {}, "gpt_neox": NEOX, "llama": LLAMA | {"qkv_bias": False}, "qwen2": LLAMA}
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True, "type": "default",
-         "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False}
+KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True, "rope_type": "default",
+         "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False, "type": "default"}
+RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # GPT-2 stores these (in, out)
 BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")   # of old checkpoints
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -318,15 +305,11 @@ def config_from_hf(c):
     if kind not in NAMES:
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(NAMES)}")
     c = c | rope                                       # transformers 5 keeps rope_theta in there
-    for old, new in (("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")):
-        c[old] = rope.get(new, c.get(old))
+    c |= {old: rope[new] for old, new in RENAMED.items() if new in rope}
     fields = DEFAULTS[kind] | {ours: c[key] for ours, key in NAMES[kind].items()
                                if c.get(key) is not None}
-    if c.get("rope_type") == "llama3":
-        fields["rope_scaling"] = tuple(c[key] for key in LLAMA3)
     known = KNOWN | {"hidden_act": "silu" if "gated" in fields else "gelu",
-                     "head_dim": fields["n_embd"] // fields["n_head"],
-                     "rope_type": "llama3" if "rope_scaling" in fields else "default"}
+                     "head_dim": fields["n_embd"] // fields["n_head"]}
     unknown = {k: c[k] for k, v in known.items() if c.get(k) not in (None, v)}
     if unknown:
         raise ValueError(f"{unknown} is not implemented here")
@@ -340,8 +323,6 @@ def config_to_hf(cfg, eos, dtype):
               "eos_token_id": eos, "dtype": str(dtype).removeprefix("torch.")}
     config |= {key: getattr(cfg, ours) for ours, key in NAMES[kind].items()
                if hasattr(cfg, ours) and key != "-"}
-    if cfg.rope_scaling:
-        config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3, cfg.rope_scaling))}
     assert config_from_hf(config) == cfg, (config, cfg)
     return config
 
@@ -365,8 +346,8 @@ def on_disk(model):
 
 
 def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}, views of the mapped file that take no memory. Layout:
-    8 bytes, the length of a JSON header {name: {dtype, shape, data_offsets}}; it; raw bytes."""
+    """A .safetensors file -> {name: tensor}, views of the mapped file that take no memory. It holds
+    8 bytes (the header's length), the header {name: {dtype, shape, data_offsets}}, raw bytes."""
     raw = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
     start = 8 + int.from_bytes(raw[:8].tolist(), "little")
     header = json.loads(bytes(raw[8:start].numpy()))
@@ -380,14 +361,14 @@ def read_safetensors(path):
 
 def read_weights(folder):
     """The weights of a checkpoint folder, in one file or in shards -> {name: tensor}, mapped."""
-    paths, stored = [*folder.glob("model.safetensors")] or [*folder.glob("model-*.safetensors")], {}
-    if not paths:
-        raise FileNotFoundError(f"no model.safetensors in {folder}: give a checkpoint folder")
-    for path in paths:
+    stored = {}
+    for path in [*folder.glob("model.safetensors")] or folder.glob("model-*.safetensors"):
         try:
             stored |= read_safetensors(path)
         except Exception as e:                         # of many kinds, by how the file is broken
             raise ValueError(f"{path}: cut short or no safetensors, fetch it again ({e})") from None
+    if not stored:
+        raise FileNotFoundError(f"no model.safetensors in {folder}: give a checkpoint folder")
     return stored
 
 
@@ -401,13 +382,13 @@ def load_model(folder, device="cpu"):
     except Exception as e:                             # of many kinds, by what is wrong in it
         raise ValueError(f"{folder / 'config.json'}: {type(e).__name__}: {e}: give the folder of a "
                          "checkpoint, such as OUT/best of an earlier run") from None
-    stored = {k: w for k, w in read_weights(folder).items() if not k.endswith(BUFFERS)}
+    head = NAMES[family(cfg)]["lm_head"] + ".weight"   # transformers 5 calls every one lm_head
+    stored = {head if k == "lm_head.weight" else k: w for k, w in read_weights(folder).items()
+              if not k.endswith(BUFFERS)}
+    if cfg.tied:                                       # a copy of the embeddings, if it is there
+        stored.pop(head, None)
     if "wte.weight" in stored:                         # as GPT-2 was first published
         stored = {f"transformer.{k}": w for k, w in stored.items()}
-    name = NAMES[family(cfg)]["lm_head"] + ".weight"
-    head = stored.pop("lm_head.weight", stored.pop(name, None))    # transformers 5 calls all so
-    if head is not None and not cfg.tied:              # a tied head is a copy of the embeddings
-        stored[name] = head
     with torch.device("meta"):                         # memory is taken once the shapes are known
         model = GPT(cfg)
     want, found = ({name: tuple(w.shape) for name, w in tensors.items()}
@@ -428,8 +409,7 @@ def fingerprint(model):
 
 
 def write(path, chunks):
-    """Write bytes to a file that is there complete or not at all: renamed once it is on the disk.
-    OSError names the file."""
+    """Write chunks of bytes to a file, which is there complete or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -447,7 +427,7 @@ def save_model(model, folder, eos, dtype=torch.float32):
     """Write config.json and model.safetensors in Hugging Face's form into `folder`. The weights
     are replaced in one rename; config.json is written first and is the same for a whole run."""
     folder, header, at = Path(folder), {"__metadata__": {"format": "pt"}}, 0
-    views, [kind] = on_disk(model), [k for k, v in DTYPES.items() if v == dtype]
+    views, kind = on_disk(model), next(k for k, v in DTYPES.items() if v == dtype)
     for name, w in views.items():
         header[name] = {"dtype": kind, "shape": w.shape,
                         "data_offsets": [at, at := at + w.numel() * dtype.itemsize]}

@@ -1,4 +1,4 @@
-"""What the work costs. By hand, not a test; each command takes --shape, --task, --loss:
+"""What the work costs, by hand; each command takes --shape, the first two --task and --loss:
 
     python tests/bench.py                # operations of a step over the floor, GPT-2's shape
     python tests/bench.py speed          # whole steps: seconds, tokens/s, utilisation, peak memory
@@ -77,8 +77,8 @@ def forward_floor(items, branches, cfg):
         tokens += len(pasts)
         attended += sum(map(len, pasts))
     scored = len(collate(items, branches, CLASSES)["at"])
-    return (2 * weights * tokens + 4 * cfg.n_embd * cfg.n_layer * attended
-            + 2 * cfg.n_embd * cfg.vocab_size * scored)
+    return 2 * (weights * tokens + cfg.n_embd * (2 * cfg.n_layer * attended
+                                                 + cfg.vocab_size * scored))
 
 
 def floor(items, loss, cfg):
@@ -177,9 +177,8 @@ def speed(o, cfg, task, name):
 
 
 def memory(cfg, tokens, checkpointing):
-    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens, shared
-    beginnings counted with each branch: an upper bound, under RMSprop and bfloat16 autocast.
-    Of GPT-2 and Pythia; a gated MLP or shared heads are not counted."""
+    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens, under
+    RMSprop and bfloat16 autocast. An upper bound, as no beginning is shared; GPT-2 and Pythia."""
     with torch.device("meta"):
         n = sum(p.numel() for p in GPT(cfg).parameters())
     # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where
@@ -196,7 +195,6 @@ def memory(cfg, tokens, checkpointing):
 
 
 def memory_table(o, cfg):
-    """GB of one process, rows of two branches of 512 tokens."""
     print(f"{o.shape}: GB per process at its peak, rows of 2 x 512 tokens, bfloat16 autocast, "
           f"RMSprop, {'with' if o.checkpointing else 'without'} --checkpointing\n")
     for n in (1, 2, 4, 8, 16, 32):
