@@ -98,10 +98,8 @@ def dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing=0.0):
 
 def kto_loss(logratios, desirable, z0, beta, weight):
     """KTO (Ethayarajh et al. 2024), GDPO Eq. 8-12, (B,):
-
         weight * (1 - sigmoid(beta * (logratio - z0)))      of a desirable answer
         weight * (1 - sigmoid(beta * (z0 - logratio)))      of an undesirable one
-
     logratios (B,) are the rewards r of Eq. 9: policy - reference, summed, in nats. z0 >= 0 is a
     number without gradient; weight is lambda."""
     r = logratios - z0 if desirable else z0 - logratios
@@ -262,9 +260,17 @@ class Pref:
 
 
 PREFS = {
-    "dpo": Pref(dpo), "dpo-soft": Pref(dpo_soft), "hdpo": Pref(hdpo), "ipo": Pref(ipo),
-    "kto": Pref(kto, mismatch=True), "cal-dpo": Pref(cal_dpo), "dil": Pref(dil),
-    "dil-bce": Pref(dil_bce), "pipa-n": Pref(pipa_n), "pipa-m": Pref(pipa_m), "simpo": Pref(simpo),
+    "dpo": Pref(dpo),
+    "dpo-soft": Pref(dpo_soft),
+    "hdpo": Pref(hdpo),
+    "ipo": Pref(ipo),
+    "kto": Pref(kto, mismatch=True),
+    "cal-dpo": Pref(cal_dpo),
+    "dil": Pref(dil),
+    "dil-bce": Pref(dil_bce),
+    "pipa-n": Pref(pipa_n),
+    "pipa-m": Pref(pipa_m),
+    "simpo": Pref(simpo),
 }
 
 
