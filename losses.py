@@ -10,14 +10,13 @@ line in PREFS; to add any other loss, write an objective and give it a line in L
 | Eq. 3  reward margin                                    | margin                       |
 | Eq. 5  GDPO = calibration + conditioned preference      | gdpo                         |
 | Eq. 6  calibration = KL(belief shares) - log p(b|x)     | calibration                  |
-| Eq. 7  preference given the accepted belief             | conditioned                  |
+| Eq. 7  preference given the accepted belief             | preference with CONDITIONED  |
 | Eq. 8-11  KTO; Eq. 12  the same given the belief        | kto_loss, kto                |
 
-Letters: B rows, S branches, M scored tokens, K classes, V vocabulary, C channels. All log-probs are
-in nats and float32; "logps" are summed over tokens, and where a loss averages it says so.
+Letters as in model.py. All log-probs are in nats and float32, "logps" summed over tokens.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
@@ -90,14 +89,6 @@ def kl_to_target(class_logps, target):
     return (torch.xlogy(target, target) - target * class_logps).sum(-1)
 
 
-def belief_nll(logps, counts):
-    """-log p(b | x), the mean over the belief's tokens but its closing one: Eq. 6, second term.
-    logps, counts (B, 3) of one branch."""
-    # differs: Eq. 6 has the sum; the mean produced the paper's numbers and does not depend on the
-    # belief's length.
-    return -logps[:, BELIEF] / counts[:, BELIEF]
-
-
 def dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing=0.0):
     """-log sigmoid of the reward margin; log-ratios (B,) policy - reference, summed: Eq. 1, 7.
     label_smoothing: how likely a label is the wrong way round (conservative DPO)."""
@@ -107,10 +98,8 @@ def dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing=0.0):
 
 def kto_loss(logratios, desirable, z0, beta, weight):
     """KTO (Ethayarajh et al. 2024), GDPO Eq. 8-12, (B,):
-
         weight * (1 - sigmoid(beta * (logratio - z0)))      of a desirable answer
         weight * (1 - sigmoid(beta * (z0 - logratio)))      of an undesirable one
-
     logratios (B,) are the rewards r of Eq. 9: policy - reference, summed, in nats. z0 >= 0 is a
     number without gradient; weight is lambda."""
     r = logratios - z0 if desirable else z0 - logratios
@@ -148,17 +137,21 @@ def both_kl(s, o):
     """The same plus the likelihood of the rejected response, after its own belief. It sees the
     texts that a preference term sees, but not which of the two was preferred."""
     loss, parts = sft_kl(s, o)
-    return loss + response_nll(s, 1), parts
+    return loss + response_nll(s)[:, 1], parts
 
 
-def response_nll(s, branch):
-    """Mean NLL of a branch's response (B,)."""
-    return mean_nll(s.logps[:, branch, [RESPONSE]], s.counts[:, branch, [RESPONSE]])
+def response_nll(s):
+    """Mean NLL of each branch's response (B, S)."""
+    return -s.logps[..., RESPONSE] / s.counts[..., RESPONSE]
 
 
 def calibration(s, o):
-    """Eq. 6: the first term of GDPO."""
-    kl, belief = kl_to_target(s.class_logps, s.target), belief_nll(s.logps[:, 0], s.counts[:, 0])
+    """Eq. 6, the first term of GDPO: KL of the belief shares, and -log p(b | x) of the accepted
+    belief, the mean over its tokens but the closing one."""
+    # differs: Eq. 6 has the sum; the mean produced the paper's numbers and does not depend on the
+    # belief's length.
+    belief = -s.logps[:, 0, BELIEF] / s.counts[:, 0, BELIEF]
+    kl = kl_to_target(s.class_logps, s.target)
     return o.w_kl * kl + o.w_belief * belief, {"kl": kl, "belief_nll": belief}
 
 
@@ -190,12 +183,9 @@ def dpo_soft(s, pieces, o):
 
 
 def hdpo(s, pieces, o):
-    """H-DPO (arXiv 2411.07595): the entropy and the cross-entropy of DPO's KL weighted apart.
-
-        -log sigmoid(alpha * (logp_chosen - logp_rejected) - beta * (ref_chosen - ref_rejected))
-
-    At alpha = beta this is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): at alpha 1 and
-    beta 0 it needs no reference and learns the shares p themselves from pairs."""
+    """H-DPO (arXiv 2411.07595): the entropy and the cross-entropy of DPO's KL weighted apart. At
+    alpha = beta this is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): at alpha 1 and beta 0
+    it needs no reference and learns the shares p themselves from pairs."""
     chosen, rejected = s.logps[..., pieces].sum(-1).unbind(1)
     ref_chosen, ref_rejected = s.ref[..., pieces].sum(-1).unbind(1)
     return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))
@@ -242,8 +232,8 @@ def dil_bce(s, pieces, o):
 
 def pipa_n(s, pieces, o):
     """PIPA-N (arXiv 2502.05773): binary cross-entropy of "is this answer right?", where wrong
-    answers follow the reference and --prior is the share of right ones. No beta. Answer-level, with
-    a constant prior, re-derived from the paper's constraints."""
+    answers follow the reference and --prior is the share of right ones. No beta. Re-derived from
+    the paper's constraints, at the level of answers."""
     chosen, rejected = logratios(s, pieces).unbind(1)
     offset = math.log(o.prior / (1 - o.prior))
     return -F.logsigmoid(chosen + offset) - F.logsigmoid(-rejected - offset)
@@ -265,9 +255,8 @@ def simpo(s, pieces, o):
 
 @dataclass(frozen=True)
 class Pref:
-    """A preference term, and whether it reads Scores.mismatch."""
-    term: Callable
-    mismatch: bool = False
+    term: Callable                     # (Scores, pieces, options) -> (B,)
+    mismatch: bool = False             # reads Scores.mismatch
 
 
 PREFS = {
@@ -297,35 +286,31 @@ class Loss:
     mismatch: bool = False             # reads Scores.mismatch
 
 
-def joint(pref):
-    """A preference term by itself, as in Eq. 1: each answer with its own belief, both counted."""
-    def objective(s, o):
-        loss = pref.term(s, ANSWER, o)
-        return loss, {"pref": loss}
-    return Loss(objective, ("chosen", "own"), reference=True, mismatch=pref.mismatch)
+JOINT = ("own", ANSWER)                # Eq. 1: each answer with its own belief, both counted
+CONDITIONED = ("given", [RESPONSE])    # Eq. 7: both after the accepted belief, response counted
 
 
-def conditioned(pref):
-    """The second term of GDPO, Eq. 7: both answers after the accepted belief, response counted."""
+def preference(pref, other, pieces):
+    """A preference term by itself: the chosen answer against the branch `other`."""
     def objective(s, o):
-        loss = pref.term(s, [RESPONSE], o)
+        loss = pref.term(s, pieces, o)
         return o.w_pref * loss, {"pref": loss}
-    return Loss(objective, ("chosen", "given"), reference=True, mismatch=pref.mismatch)
+    return Loss(objective, ("chosen", other), reference=True, mismatch=pref.mismatch)
 
 
 def gdpo(pref):
     """Eq. 5: calibration and conditioned preference, so that conflicts no longer cancel."""
-    prefer = conditioned(pref)
+    conditioned = preference(pref, *CONDITIONED)
 
     def objective(s, o):
         calibrate, parts = calibration(s, o)
-        preference, prefs = prefer.objective(s, o)
+        prefer, prefs = conditioned.objective(s, o)
         # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
         # response likely, at whose cost the preference term may buy its margin.
-        anchor = response_nll(s, 0)
-        return (calibrate + preference + o.w_anchor * anchor,
-                parts | prefs | {"response_nll": anchor})
-    return Loss(objective, prefer.branches, reference=True, mismatch=pref.mismatch)
+        anchor = response_nll(s)[:, 0]
+        loss = calibrate + prefer + o.w_anchor * anchor
+        return loss, parts | prefs | {"response_nll": anchor}
+    return replace(conditioned, objective=objective)
 
 
 LOSSES = {
@@ -335,7 +320,7 @@ LOSSES = {
     "both-kl": Loss(both_kl, ("chosen", "own"), reference=True),
     "gdpo": gdpo(PREFS["dpo"]),
     "gdpo-cal": Loss(calibration, reference=True),
-    "gdpo-pref": conditioned(PREFS["dpo"]),
-    **{name: joint(pref) for name, pref in PREFS.items()},
+    "gdpo-pref": preference(PREFS["dpo"], *CONDITIONED),
+    **{name: preference(pref, *JOINT) for name, pref in PREFS.items()},
     **{f"gdpo-{name}": gdpo(pref) for name, pref in PREFS.items() if name != "dpo"},
 }

@@ -1,24 +1,19 @@
 """The language model: GPT-2, Pythia (GPT-NeoX) and the Llama family by hand, in one class.
 
 First in reading order: model.py -> data.py -> losses.py -> train.py -> evaluate.py -> synth.py.
-The families differ in the fields of GPTConfig and in nothing else. Module names mirror Hugging
-Face's GPT-2, so that loading a checkpoint is one visible table of names.
+The families differ only in the fields of GPTConfig. Left out on purpose: dropout (policy and
+reference must agree, so it is off in every run) and attention kernels of our own.
 
-Left out on purpose: dropout (policy and reference must agree, so it is off in every run) and any
-attention kernel of our own (torch's scaled_dot_product_attention is called).
-
-Letters in all files: B rows (pairs), N sequences, T tokens, V vocabulary, K belief classes,
+Letters in all files: B rows (pairs), N packed tokens, T tokens, V vocabulary, K belief classes,
 C channels, H heads, D head size, S branches of a row, M scored tokens, R packed sequences.
 """
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
-import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +40,9 @@ class GPTConfig:
     n_kv: int = None           # key and value heads that the heads share (Llama); None: no sharing
     rms_norm: bool = False     # RMSNorm (Llama) instead of LayerNorm
     gated: bool = False        # the MLP is SiLU(gate) * up (Llama) instead of a GELU
-    qkv_bias: bool = True      # Qwen2 has no biases but these; Llama has none at all
-    out_bias: bool = True      # of attention's output
-    mlp_bias: bool = True
-    rope_scaling: tuple = ()   # Llama 3: factor, low and high frequency factor, original n_ctx
+    bias: bool = True          # of every linear layer; Llama has none
+    qkv_bias: bool = True      # Qwen2 has these biases alone
+    by_head: bool = False      # c_attn gives q, k, v of one head after another (Pythia)
 
     def __post_init__(self):
         sizes = (self.vocab_size, self.n_ctx, self.n_layer, self.n_head, self.n_embd, self.n_inner)
@@ -69,23 +63,18 @@ class Attention(nn.Module):
         super().__init__()
         n_kv, D = cfg.n_kv or cfg.n_head, cfg.n_embd // cfg.n_head
         self.heads = [cfg.n_head, n_kv, n_kv]          # of queries, keys, values; D channels each
+        self.by_head = cfg.by_head
         self.c_attn = nn.Linear(cfg.n_embd, sum(self.heads) * D, bias=cfg.qkv_bias)
-        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.out_bias)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x, rope, mask=None, cache=None, pos=None, paths=None, places=None):
         """x (B, T, C) -> (B, T, C); packed x (N, C) -> (N, C). See GPT.forward for the others."""
         qkv = self.c_attn(x)                           # (B, T, 3C), less where keys are shared
-        if paths is None:
-            return self.c_proj(self.attend(qkv, rope, mask, cache, pos))
-        # Packed: beginnings that sequences share were computed once. Gather the R sequences into a
-        # right-padded table, attend there, and give each packed token its output back.
-        table = F.embedding(paths, qkv)                                        # (R, T, 3C)
-        y = self.attend(table, rope)                                           # (R, T, C)
-        return self.c_proj(F.embedding(places, y.flatten(0, 1)))               # (N, C)
-
-    def attend(self, qkv, rope, mask=None, cache=None, pos=None):
-        """Causal attention within each of B sequences: (B, T, 3C) -> (B, T, C)."""
-        q, k, v = qkv.unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        if paths is not None:                          # packed (N, 3C): gather the R sequences
+            qkv = F.embedding(paths, qkv)              # into a right-padded table (R, T, 3C)
+        qkv = qkv.unflatten(-1, (sum(self.heads), -1))           # (B, T, 3H, D)
+        q, k, v = ((qkv[:, :, i::3] for i in range(3)) if self.by_head
+                   else qkv.split(self.heads, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:                          # (2, B, T_max, H, D), filled at `pos`
@@ -95,15 +84,18 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))         # (B, T, H, D) -> (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.heads[1] < self.heads[0])
-        return y.transpose(1, 2).flatten(2)
+        y = y.transpose(1, 2).flatten(2)                         # (B, T, C)
+        if paths is not None:                          # give each packed token its output back
+            y = F.embedding(places, y.flatten(0, 1))             # (N, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.gated, self.approximate = cfg.gated, "tanh" if cfg.tanh_gelu else "none"
-        self.c_fc = nn.Linear(cfg.n_embd, (1 + cfg.gated) * cfg.n_inner, bias=cfg.mlp_bias)
-        self.c_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=cfg.mlp_bias)
+        self.c_fc = nn.Linear(cfg.n_embd, (1 + cfg.gated) * cfg.n_inner, bias=cfg.bias)
+        self.c_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
         x = self.c_fc(x)
@@ -117,18 +109,13 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         norm = nn.RMSNorm if cfg.rms_norm else nn.LayerNorm
-        self.ln_1 = norm(cfg.n_embd, cfg.eps)
-        self.attn = Attention(cfg)
-        self.ln_2 = norm(cfg.n_embd, cfg.eps)
-        self.mlp = MLP(cfg)
+        self.ln_1, self.ln_2 = norm(cfg.n_embd, cfg.eps), norm(cfg.n_embd, cfg.eps)
+        self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.parallel = cfg.parallel
 
     def forward(self, x, *where):
-        a = self.attn(self.ln_1(x), *where)
-        if self.parallel:
-            return x + a + self.mlp(self.ln_2(x))
-        x = x + a
-        return x + self.mlp(self.ln_2(x))
+        y = x + self.attn(self.ln_1(x), *where)
+        return y + self.mlp(self.ln_2(x if self.parallel else y))
 
 
 class GPT(nn.Module):
@@ -166,27 +153,17 @@ class GPT(nn.Module):
         cfg = self.cfg
         if not cfg.rotary:
             return None
-        n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))
+        n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))                       # rotated channels
         freq = cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
-        if cfg.rope_scaling:                           # Llama 3 slows its slow rotations further
-            factor, low, high, n_ctx = cfg.rope_scaling
-            turns = n_ctx * freq / (2 * math.pi)       # of each frequency in the original context
-            fast = ((turns - low) / (high - low)).clamp(0, 1)
-            freq = freq * (fast + (1 - fast) / factor)
         angle = pos[..., None, None].float() * freq                            # (B, T, 1, n / 2)
         return angle.cos(), angle.sin()
 
     def forward(self, ids, paths=None, places=None, pos=None, mask=None, cache=None):
         """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last norm.
-        Logits apart: they cost as much as the layers, so only the positions that a loss reads are
-        multiplied by `head`. ValueError for more tokens than the context has.
-
-        paths (R, T), places (N,)  which packed tokens make R sequences: see data.collate; a token's
-              position is places % T, its column in that table
-        pos   (B, T) positions; default 0..T-1, right for right-padded rows under the causal mask
-        mask  boolean, broadcastable to (B, H, T, T_keys), True = may attend; default causal
-        cache list of (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)
-        """
+        paths (R, T), places (N,): the packed tokens of R sequences, and where each token lies among
+        them (data.collate); its position is places % T. pos (B, T): positions, default 0..T-1.
+        mask: broadcastable to (B, H, T, T_keys), True = may attend; default causal.
+        cache: (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)."""
         T = ids.shape[-1] if paths is None else paths.shape[-1]
         if T > self.cfg.n_ctx:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
@@ -196,8 +173,8 @@ class GPT(nn.Module):
         if not self.cfg.rotary:
             x = x + self.wpe(pos if places is None else places % T)
         rope = self.rope(pos)
-        for i, block in enumerate(self.h):
-            where = (rope, mask, None if cache is None else cache[i], pos, paths, places)
+        for block, layer in zip(self.h, cache or [None] * len(self.h)):
+            where = (rope, mask, layer, pos, paths, places)
             if self.checkpointing and torch.is_grad_enabled():  # keep x alone, run the block again
                 x = checkpoint(block, x, *where, use_reentrant=False)
             else:
@@ -207,14 +184,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0,
                  n_tokens=None):
-        """Sample a continuation of each prompt; returns the new ids alone, the stop id included.
-
-        prompts: lists of ids of any lengths; ValueError for an empty one or one that fills the
-        context. temperature 0: the likeliest token. seed: a number, or one number (or tuple of
-        numbers) per prompt: a row's randomness depends on its own seed alone, never on its batch.
-        A row ends at stop_id, after max_new_tokens, or when the context is full. n_tokens: ids
-        from here on only pad the embedding table (Pythia's) and are never sampled.
-        """
+        """Sample a continuation of each prompt (a list of ids); returns the new ids alone. A row
+        ends at stop_id (included), after max_new_tokens, or when the context is full. temperature
+        0: the likeliest token. seed: a number, or a list with one (or a tuple) per prompt: a row
+        depends on its own seed alone, never on its batch. n_tokens: ids from here on only pad the
+        embedding table (Pythia's) and are never sampled."""
         if not prompts:
             return []
         lengths, n_ctx, device = [len(p) for p in prompts], self.cfg.n_ctx, self.head.device
@@ -225,7 +199,6 @@ class GPT(nn.Module):
         seeds = seed if isinstance(seed, list) else [(seed, i) for i in range(len(prompts))]
         draws = np.stack([np.random.default_rng(s).random(steps) for s in seeds])
         draws, n = torch.tensor(draws, device=device), torch.tensor(lengths, device=device)
-
         hidden, cache = self.prefill(prompts, steps)                           # hidden (B, C)
         rows, alive = torch.arange(len(n), device=device), n > 0       # rows of `new` still in work
         new = torch.full((len(n), steps), -1, device=device)
@@ -234,9 +207,7 @@ class GPT(nn.Module):
                 logits = F.linear(hidden.float(), self.head[:n_tokens].float())
             token = pick(logits, temperature, draws[:, t])                     # (B,)
             new[rows, t] = torch.where(alive, token, -1)
-            alive = alive & (n + t + 1 < n_ctx)
-            if stop_id is not None:
-                alive = alive & (token != stop_id)
+            alive = alive & (n + t + 1 < n_ctx) & (token != (-1 if stop_id is None else stop_id))
             left = int(alive.sum())
             if t + 1 == steps or left == 0:
                 break
@@ -251,21 +222,19 @@ class GPT(nn.Module):
 
     def prefill(self, prompts, steps):
         """(hidden state (B, C) at each prompt's end, cache with room for `steps` more tokens).
-        Equal prompts are computed once. Right-padded: a pad's keys lie at positions the row has
-        not reached, so that the mask `slot <= position` hides them until the row's own tokens
-        overwrite them."""
-        w, cfg, T = self.head, self.cfg, max(map(len, prompts))
+        Equal prompts are computed once. generate's mask hides pads until tokens overwrite them."""
+        w, cfg = self.head, self.cfg
         unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         which = torch.tensor([unique[tuple(p)] for p in prompts], device=w.device)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in unique], batch_first=True)
         half = torch.is_autocast_enabled(w.device.type)
         dtype = torch.get_autocast_dtype(w.device.type) if half else w.dtype
-        D = cfg.n_embd // cfg.n_head
-        shape = (2, len(ids), min(T + steps, cfg.n_ctx), cfg.n_kv or cfg.n_head, D)
+        shape = (2, len(ids), min(ids.shape[1] + steps, cfg.n_ctx), cfg.n_kv or cfg.n_head,
+                 cfg.n_embd // cfg.n_head)
         cache = [w.new_zeros(shape, dtype=dtype) for _ in self.h]
-        ends = torch.tensor([len(p) - 1 for p in unique], device=w.device)
-        hidden = self(ids.to(w.device), cache=cache)[torch.arange(len(ids), device=w.device), ends]
-        return hidden[which], [layer[:, which] for layer in cache]
+        hidden = self(ids.to(w.device), cache=cache)                           # (unique, T, C)
+        ends = torch.tensor([len(p) - 1 for p in prompts], device=w.device)
+        return hidden[which, ends], [layer[:, which] for layer in cache]
 
 
 def pick(logits, temperature, draw):
@@ -278,7 +247,7 @@ def pick(logits, temperature, draw):
 
 
 # =============================================================================================
-# Plumbing: checkpoints: folders in Hugging Face's form (config.json, model.safetensors)
+# Plumbing: checkpoint folders in Hugging Face's form (config.json, model.safetensors)
 
 NAMES = """
 ours         gpt2                 gpt_neox                   llama
@@ -295,8 +264,6 @@ rotary       -                    rotary_pct                 -
 rotary_base  -                    rotary_emb_base            rope_theta
 parallel     -                    use_parallel_residual      -
 n_kv         -                    -                          num_key_value_heads
-out_bias     -                    attention_bias             attention_bias
-mlp_bias     -                    -                          mlp_bias
 h            transformer.h        gpt_neox.layers            model.layers
 wte          transformer.wte      gpt_neox.embed_in          model.embed_tokens
 wpe          transformer.wpe      -                          -
@@ -308,19 +275,16 @@ mlp.c_fc     mlp.c_fc             mlp.dense_h_to_4h          mlp.*_proj
 mlp.c_proj   mlp.c_proj           mlp.dense_4h_to_h          mlp.down_proj
 ln_f         transformer.ln_f     gpt_neox.final_layer_norm  model.norm
 lm_head      lm_head              embed_out                  lm_head
-"""  # fields of GPTConfig and keys of config.json, then modules; * is q, k, v or gate, up
+"""  # GPTConfig's fields and their keys in config.json, then modules; * is q, k, v or gate, up
 OURS, *THEIRS = zip(*map(str.split, NAMES.strip().splitlines()))
 NAMES = {kind: dict(zip(OURS[1:], names)) for kind, *names in THEIRS}
 NAMES["qwen2"] = NAMES["llama"] | {"hf_class": "Qwen2ForCausalLM"}
-LLAMA = dict(eps=1e-6, rotary=1.0, tied=False, rms_norm=True, gated=True, out_bias=False,
-             mlp_bias=False)
-DEFAULTS = {  # of a family, where they are not GPT-2's
-    "gpt2": {}, "gpt_neox": dict(rotary=0.25, parallel=True, tanh_gelu=False, tied=False),
-    "llama": LLAMA, "qwen2": LLAMA}
-KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True,
-         "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False}
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-GIVE = "give a checkpoint folder, such as OUT/best of an earlier run"
+LLAMA = dict(eps=1e-6, rotary=1.0, tied=False, rms_norm=True, gated=True, bias=False)
+NEOX = dict(rotary=0.25, parallel=True, tanh_gelu=False, tied=False, by_head=True)
+DEFAULTS = {"gpt2": {}, "gpt_neox": NEOX, "llama": LLAMA | {"qkv_bias": False}, "qwen2": LLAMA}
+KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True, "rope_type": "default",
+         "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False, "type": "default"}
+RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # GPT-2 stores these (in, out)
 BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")   # of old checkpoints
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -329,31 +293,24 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def family(cfg):
     """Hugging Face's model_type of a GPTConfig."""
-    if not cfg.rms_norm:
-        return "gpt_neox" if cfg.rotary else "gpt2"
-    return "qwen2" if cfg.qkv_bias and not cfg.out_bias else "llama"
+    if cfg.rms_norm:
+        return "qwen2" if cfg.qkv_bias else "llama"
+    return "gpt_neox" if cfg.rotary else "gpt2"
 
 
 def config_from_hf(c):
     """config.json as transformers 4 or 5 writes it (a dict) -> GPTConfig. ValueError for a setting
     that would change the logits and is not implemented."""
-    kind, rope = c.get("model_type"), c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind, rope = c["model_type"], c.get("rope_parameters") or c.get("rope_scaling") or {}
     if kind not in NAMES:
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(NAMES)}")
+    c = c | rope                                       # transformers 5 keeps rope_theta in there
+    c |= {old: rope[new] for old, new in RENAMED.items() if new in rope}
     fields = DEFAULTS[kind] | {ours: c[key] for ours, key in NAMES[kind].items()
                                if c.get(key) is not None}
-    fields["qkv_bias"] = kind == "qwen2" or fields.get("out_bias", True)
-    for ours, key in (("rotary_base", "rope_theta"), ("rotary", "partial_rotary_factor")):
-        if key in rope and NAMES[kind][ours] != "-":   # the form of transformers 5
-            fields[ours] = rope[key]
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "llama3":
-        fields["rope_scaling"] = tuple(rope[key] for key in LLAMA3)
     known = KNOWN | {"hidden_act": "silu" if "gated" in fields else "gelu",
-                     "head_dim": fields["n_embd"] // fields["n_head"],
-                     "rope_type": "llama3" if "rope_scaling" in fields else "default"}
-    found = {"rope_type": rope_type} | c
-    unknown = {k: found[k] for k, v in known.items() if found.get(k) not in (None, v)}
+                     "head_dim": fields["n_embd"] // fields["n_head"]}
+    unknown = {k: c[k] for k, v in known.items() if c.get(k) not in (None, v)}
     if unknown:
         raise ValueError(f"{unknown} is not implemented here")
     return GPTConfig(**{"n_inner": 4 * fields["n_embd"]} | fields)
@@ -366,116 +323,83 @@ def config_to_hf(cfg, eos, dtype):
               "eos_token_id": eos, "dtype": str(dtype).removeprefix("torch.")}
     config |= {key: getattr(cfg, ours) for ours, key in NAMES[kind].items()
                if hasattr(cfg, ours) and key != "-"}
-    if cfg.rope_scaling:
-        config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3, cfg.rope_scaling))}
     assert config_from_hf(config) == cfg, (config, cfg)
     return config
 
 
-def on_disk(name, w, cfg):
-    """Our parameter -> {name in the file: (shape there, view of w in that layout)}. A checkpoint
-    is read by copying into these views and written by copying out of them."""
-    kind, C = family(cfg), cfg.n_embd
-    layer, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.+)\.(\w+)", name).groups("")
-    theirs = f"{layer.replace('h', NAMES[kind]['h'])}{NAMES[kind][module]}.{leaf}"
-    if kind == "gpt2" and name.endswith(LINEAR):
-        return {theirs: (w.t().shape, w.t())}
-    if kind == "gpt_neox" and module == "attn.c_attn":           # by head: (H, 3, D), not (3, H, D)
-        return {theirs: (w.shape, w.unflatten(0, (3, cfg.n_head, -1)).transpose(0, 1))}
-    parts = [("", w)]
-    if "*" in theirs and module == "attn.c_attn":
-        parts = zip("qkv", w.split([C, (len(w) - C) // 2, (len(w) - C) // 2]))
-    elif "*" in theirs:
-        parts = zip(("gate", "up"), w.chunk(2))
-    return {theirs.replace("*", part): (view.shape, view) for part, view in parts}
-
-
-def read_config(folder):
-    """The GPTConfig of a checkpoint folder."""
-    path = Path(folder) / "config.json"
-    try:
-        return config_from_hf(json.loads(path.read_text(encoding="utf-8-sig")))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no config.json in {folder}: {GIVE}") from None
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as e:
-        raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
+def on_disk(model):
+    """{name in the file: view of the parameter in the file's layout}. A checkpoint is read by
+    copying into these views and written by copying out of them."""
+    names, gpt2, views = NAMES[family(model.cfg)], family(model.cfg) == "gpt2", {}
+    for name, p in model.named_parameters():
+        layer, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.+)\.(\w+)", name).groups("")
+        theirs = f"{layer.replace('h', names['h'])}{names[module]}.{leaf}"
+        w = p.detach().t() if gpt2 and name.endswith(LINEAR) else p.detach()
+        parts = [("", w)]
+        if "*" in theirs and module == "attn.c_attn":
+            C, n = model.cfg.n_embd, (len(w) - model.cfg.n_embd) // 2   # n of keys, n of values
+            parts = zip("qkv", w.split([C, n, n]))
+        elif "*" in theirs:
+            parts = zip(("gate", "up"), w.chunk(2))
+        views |= {theirs.replace("*", part): view for part, view in parts}
+    return views
 
 
 def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}, views of the mapped file, so that no memory is taken
-    and none is read outside of it. Layout: 8 bytes with the length of a JSON header
-    {name: {dtype, shape, data_offsets}}, the header, raw bytes."""
-    try:
-        with open(path, "rb") as f:
-            raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        start, tensors = 8 + int.from_bytes(raw[:8], "little"), {}
-        header = json.loads(raw[8:start])
-        header.pop("__metadata__", None)
-        for name, t in header.items():
-            dtype, (at, end) = DTYPES[t["dtype"]], t["data_offsets"]
-            flat = torch.frombuffer(raw, dtype=dtype, offset=start + at,
-                                    count=(end - at) // dtype.itemsize)
-            tensors[name] = flat.view(t["shape"])
-        return tensors
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as e:
-        raise ValueError(f"{path}: cut short or not safetensors, fetch it again ({e})") from None
-
-
-def read_bin(path):
-    """pytorch_model.bin, zipped or in the older format -> {name: tensor}. A pickle that wants to
-    run code is refused."""
-    try:
-        stored = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {name: w.detach() for name, w in stored.items()}
-    except Exception as e:                             # of many kinds, by how the file is broken
-        raise ValueError(f"{path}: not a file of weights alone ({type(e).__name__})") from None
+    """A .safetensors file -> {name: tensor}, views of the mapped file that take no memory. It holds
+    8 bytes (the header's length), the header {name: {dtype, shape, data_offsets}}, raw bytes."""
+    raw = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+    start = 8 + int.from_bytes(raw[:8].tolist(), "little")
+    header = json.loads(bytes(raw[8:start].numpy()))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, t in header.items():
+        at, end = t["data_offsets"]                    # a slice cannot leave the file
+        tensors[name] = raw[start + at:start + end].view(DTYPES[t["dtype"]]).view(t["shape"])
+    return tensors
 
 
 def read_weights(folder):
     """The weights of a checkpoint folder, in one file or in shards -> {name: tensor}, mapped."""
-    for name, read in [("model%s.safetensors", read_safetensors),
-                       ("pytorch_model%s.bin", read_bin)]:
-        paths = [*folder.glob(name % "")] or sorted(folder.glob(name % "-*"))
-        if paths:
-            shards = [read(path) for path in paths]
-            stored = {name: w for shard in shards for name, w in shard.items()}
-            if len(stored) < sum(map(len, shards)):
-                raise ValueError(f"{folder}: a tensor is in two of the files {paths}")
-            return stored
-    raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {folder}: {GIVE}")
+    stored = {}
+    for path in [*folder.glob("model.safetensors")] or folder.glob("model-*.safetensors"):
+        try:
+            stored |= read_safetensors(path)
+        except Exception as e:                         # of many kinds, by how the file is broken
+            raise ValueError(f"{path}: cut short or no safetensors, fetch it again ({e})") from None
+    if not stored:
+        raise FileNotFoundError(f"no model.safetensors in {folder}: give a checkpoint folder")
+    return stored
 
 
 def load_model(folder, device="cpu"):
-    """A checkpoint folder -> GPT with float32 weights. The model is built without memory, and each
-    of its tensors is made once, from the file. Every stored tensor is used once; ValueError names
-    one that is missing, left over or of another shape."""
-    folder, cfg, state = Path(folder), read_config(folder), {}
-    with torch.device("meta"):
-        model = GPT(cfg)
-    stored = {k: w for k, w in read_weights(folder).items() if not k.endswith(BUFFERS)}
+    """A checkpoint folder -> GPT with float32 weights. Every stored tensor is used once; ValueError
+    names one that is missing, left over or of another shape."""
+    folder = Path(folder)
+    try:
+        text = (folder / "config.json").read_text(encoding="utf-8-sig")
+        cfg = config_from_hf(json.loads(text))
+    except Exception as e:                             # of many kinds, by what is wrong in it
+        raise ValueError(f"{folder / 'config.json'}: {type(e).__name__}: {e}: give the folder of a "
+                         "checkpoint, such as OUT/best of an earlier run") from None
+    head = NAMES[family(cfg)]["lm_head"] + ".weight"   # transformers 5 calls every one lm_head
+    stored = {head if k == "lm_head.weight" else k: w for k, w in read_weights(folder).items()
+              if not k.endswith(BUFFERS)}
+    if cfg.tied:                                       # a copy of the embeddings, if it is there
+        stored.pop(head, None)
     if "wte.weight" in stored:                         # as GPT-2 was first published
-        stored = {k if k == "lm_head.weight" else f"transformer.{k}": w for k, w in stored.items()}
-    head = NAMES[family(cfg)]["lm_head"] + ".weight"
-    if "lm_head.weight" in stored:                     # as transformers 5 calls every head
-        stored[head] = stored.pop("lm_head.weight")
-    for name, p in model.named_parameters():
-        flip = family(cfg) == "gpt2" and name.endswith(LINEAR)         # the order of the file
-        w = torch.empty(p.shape[::-1] if flip else p.shape, device=device)
-        state[name] = w = w.t() if flip else w
-        for theirs, (shape, view) in on_disk(name, w, cfg).items():
-            found = stored.pop(theirs, None)
-            if found is None or found.shape != shape or not found.is_floating_point():
-                what = "missing" if found is None else f"{found.dtype} of {tuple(found.shape)}"
-                raise ValueError(f"{folder}: {theirs} is {what}, not numbers of {tuple(shape)}")
-            view.copy_(found.view_as(view))
-    copy = stored.pop(head, None) if cfg.tied else None
-    if copy is not None and not torch.equal(copy.float(), state["wte.weight"].cpu()):
-        raise ValueError(f"{folder}: config.json ties the head to the embeddings, but {head} "
-                         "differs from them: set tie_word_embeddings to false")
-    if stored:
-        raise ValueError(f"{folder}: tensors that no part of the model takes: {[*stored][:3]}")
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+        stored = {f"transformer.{k}": w for k, w in stored.items()}
+    with torch.device("meta"):                         # memory is taken once the shapes are known
+        model = GPT(cfg)
+    want, found = ({name: tuple(w.shape) for name, w in tensors.items()}
+                   for tensors in (on_disk(model), stored))
+    for name in want | found:
+        if want.get(name) != found.get(name):
+            raise ValueError(f"{folder}: {name} has shape {found.get(name, 'missing')}, but "
+                             f"config.json asks for {want.get(name, 'no such tensor')}")
+    for name, view in on_disk(model.to_empty(device=device)).items():
+        view.copy_(stored[name])
+    return model
 
 
 def fingerprint(model):
@@ -484,14 +408,12 @@ def fingerprint(model):
     return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:16]
 
 
-@contextmanager
-def writing(path):
-    """A file to write: renamed from a temporary name once it is complete and on the disk, removed
-    if that fails. OSError names the file."""
+def write(path, chunks):
+    """Write chunks of bytes to a file, which is there complete or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
-            yield f
+            f.writelines(chunks)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -505,19 +427,15 @@ def save_model(model, folder, eos, dtype=torch.float32):
     """Write config.json and model.safetensors in Hugging Face's form into `folder`. The weights
     are replaced in one rename; config.json is written first and is the same for a whole run."""
     folder, header, at = Path(folder), {"__metadata__": {"format": "pt"}}, 0
-    folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder / "config.json") as f:
-        f.write(json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2).encode() + b"\n")
-    tensors = {theirs: part for name, p in model.named_parameters()
-               for theirs, part in on_disk(name, p.detach(), model.cfg).items()}
-    kind = next(k for k, v in DTYPES.items() if v == dtype)
-    for name, (shape, w) in tensors.items():
-        end = at + w.numel() * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
-        at = end
+    views, kind = on_disk(model), next(k for k, v in DTYPES.items() if v == dtype)
+    for name, w in views.items():
+        header[name] = {"dtype": kind, "shape": w.shape,
+                        "data_offsets": [at, at := at + w.numel() * dtype.itemsize]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
-    with writing(folder / "model.safetensors") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for _, w in tensors.values():                  # one at a time in memory
-            f.write(w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2) + "\n"
+    write(folder / "config.json", [config.encode()])
+    weights = (w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
+               for w in views.values())                # one at a time in memory
+    write(folder / "model.safetensors", chain([len(text).to_bytes(8, "little"), text], weights))

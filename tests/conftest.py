@@ -1,6 +1,6 @@
 """Shared by the tests: paths, golden numbers, a one-character tokenizer, the real command line.
 
-    python -m pytest                 # all, about a minute and a half on two cores
+    python -m pytest                 # all, about two minutes on two cores
 """
 import csv
 import json

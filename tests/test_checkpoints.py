@@ -1,19 +1,12 @@
 """Checkpoint folders, read and written. python -m pytest tests/test_checkpoints.py"""
 import json
 import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
-from test_model import CLOSE, FAMILIES, IDS, SHAPES, logits, random_model
+from test_model import FAMILIES, SHAPES, random_model
 
-import train
-from data import train_bpe
-from model import GPT, GPTConfig, fingerprint, load_model, save_model
+from model import fingerprint, load_model, save_model
 
 
 @pytest.fixture
@@ -37,7 +30,9 @@ def test_what_is_saved_here_or_again_by_transformers_loads_here(name, tmp_path):
     model = random_model(SHAPES[name])
     save_model(model, tmp_path, eos=60)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.eos_token_id == 60
+    theirs.save_pretrained(tmp_path / "again")
     for folder in (tmp_path, tmp_path / "again"):
         loaded = load_model(folder)
         assert same(loaded, model) and fingerprint(loaded) == fingerprint(model)
@@ -51,7 +46,7 @@ def test_half_precision_weights_are_read_as_float32_and_written_on_request(name,
     model = random_model(SHAPES[name])
     save_model(model, tmp_path, eos=60, dtype=torch.bfloat16)
     again = load_model(tmp_path)
-    assert all(p.dtype == torch.float32 for p in again.parameters())
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert same(again, model.bfloat16().float())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == torch.bfloat16
@@ -59,116 +54,62 @@ def test_half_precision_weights_are_read_as_float32_and_written_on_request(name,
     assert same(load_model(tmp_path / "half"), again.half().float())
 
 
-@pytest.mark.parametrize("name, old", [
-    ("pythia", ("rotary_emb_base", "rotary_pct")), ("llama 3", ("rope_theta", "rope_scaling"))])
-def test_old_and_new_keys_of_the_rotary_settings_mean_the_same(name, old, tmp_path):
-    model = random_model(GPTConfig(**vars(SHAPES[name]) | dict(rotary_base=5000.0)))
-    save_model(model, tmp_path, eos=60)
-    config = json.loads((tmp_path / "config.json").read_text())
-    base, other = (config[k] for k in old)
-    new = {"rope_type": "default", "partial_rotary_factor": other} if name == "pythia" else other
-    edit(tmp_path / "config.json", **dict.fromkeys(old), rope_parameters=new | {"rope_theta": base})
-    assert load_model(tmp_path).cfg == model.cfg
+def change(folder, name="model.safetensors", **tensors):
+    """Store the weights again with some changed; None takes one out."""
+    st = pytest.importorskip("safetensors.torch")
+    state = st.load_file(folder / "model.safetensors") | tensors
+    st.save_file({k: v for k, v in state.items() if v is not None}, folder / name)
+    return state
 
 
-@pytest.mark.parametrize("name", ["gpt2", "pythia", "llama, shared keys, tied"])
-def test_transformers_loads_what_a_run_writes(name, tmp_path, world, call):
-    transformers = pytest.importorskip("transformers")
-    tokenizer = train_bpe(["the cat sat on the mat"] * 9, 300)
-    cfg = GPTConfig(**vars(SHAPES[name]) | dict(vocab_size=300, n_ctx=256))
-    base, best = tmp_path / "base", tmp_path / "out/best"
-    save_model(GPT(cfg).init_weights(0), base, tokenizer.eos)
-    tokenizer.save(base)
-    call(train, "--loss", "sft", "--model", base, "--data", world, "--epochs", 1,
-         "--batch_size", 8, "--lr", 1e-3, "--device", "cpu", "--checkpointing", "--out", "out",
-         cwd=tmp_path)
-    ours, theirs = load_model(best), transformers.AutoModelForCausalLM.from_pretrained(best)
-    with torch.no_grad():
-        torch.testing.assert_close(logits(ours), theirs(IDS).logits, **CLOSE)
-    assert not same(ours, load_model(base)) and theirs.config.eos_token_id == tokenizer.eos
-
-
-@pytest.mark.skipif(not (SHARED.parent / "golden/models").is_dir(),
-                    reason="no golden checkpoints beside")
-def test_all_golden_checkpoints_load_and_agree():
-    expected = json.loads((SHARED.parent / "golden/models/expected.json").read_text())
-    cases = {c["name"]: c for c in expected["cases"]}
-    for folder in sorted((SHARED.parent / "golden/models").iterdir()):
-        if folder.is_dir():
-            case = cases[expected["same_weights"].get(folder.name, folder.name)]
-            out = logits(load_model(folder), torch.tensor(case["inputs"]["input_ids"]))
-            want = torch.tensor(case["expected"]["logits_f32"]).view(
-                out.shape[0], -1, out.shape[-1])
-            torch.testing.assert_close(out[:, -want.shape[1]:], want, **CLOSE)
-
-
-def stored(folder):
-    return pytest.importorskip("safetensors.torch").load_file(folder / "model.safetensors")
-
-
-def store(state, path):
-    pytest.importorskip("safetensors.torch").save_file(state, path)
-
-
-def as_bin(folder, **options):
-    """The form of the first GPT-2: names without a prefix, and the causal mask beside them."""
-    state = {k.removeprefix("transformer."): v for k, v in stored(folder).items()}
-    state |= {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.ones(1)}
-    torch.save(state, folder / "pytorch_model.bin", **options)
-    (folder / "model.safetensors").unlink()
+def as_first_gpt2(folder):
+    """Names without a prefix, and the causal mask beside them."""
+    state = change(folder)
+    names = {k.removeprefix("transformer."): v.clone() for k, v in state.items()}
+    change(folder, **dict.fromkeys(state), **names, **{"h.0.attn.bias": torch.ones(1, 1, 48, 48)})
 
 
 def as_shards(folder):
-    state = stored(folder)
+    state = change(folder)
     for n in range(3):
-        shard = folder / f"model-0000{n + 1}-of-00003.safetensors"
-        store({k: state[k] for k in sorted(state)[n::3]}, shard)
+        left_out = dict.fromkeys(k for i, k in enumerate(sorted(state)) if i % 3 != n)
+        change(folder, f"model-0000{n + 1}-of-00003.safetensors", **left_out)
     (folder / "model.safetensors").unlink()
 
 
 def with_copied_head(folder):
-    state = stored(folder)
-    store(state | {"lm_head.weight": state["transformer.wte.weight"].clone()},
-          folder / "model.safetensors")
+    change(folder, **{"lm_head.weight": change(folder)["transformer.wte.weight"].clone()})
 
 
-@pytest.mark.parametrize("form", [
-    as_bin, lambda f: as_bin(f, _use_new_zipfile_serialization=False), as_shards,
-    with_copied_head], ids=["zipped bin", "legacy bin", "shards", "head copied"])
+@pytest.mark.parametrize("form", [as_first_gpt2, as_shards, with_copied_head])
 def test_every_form_of_weights_gives_the_same_model(folder, form):
     form(folder)
     assert same(load_model(folder), random_model(SHAPES["gpt2"]))
 
 
 @pytest.mark.parametrize("name, weights, message", [
-    ("h.0.attn.c_attn.weight", torch.ones(2, 3, 4), "float32 of .2, 3, 4., not numbers of .32, 96"),
-    ("h.0.attn.c_attn.weight", torch.ones(96, 32), "float32 of .96, 32., not numbers of .32, 96"),
-    ("ln_f.bias", torch.ones(32, dtype=torch.int64), "is torch.int64 of .32,., not numbers of .32"),
-    ("ln_f.bias", None, "ln_f.bias is missing, not numbers of .32,"),
-    ("h.2.ln_1.weight", torch.ones(32), "that no part of the model takes: .'transformer.h.2.ln_1"),
-    ("lm_head.weight", torch.ones(61, 32), "lm_head.weight differs from them"),
+    ("h.0.attn.c_attn.weight", torch.ones(2, 3, 4), "(2, 3, 4), but config.json asks for (32, 96)"),
+    ("h.0.attn.c_attn.weight", torch.ones(96, 32), "(96, 32), but config.json asks for (32, 96)"),
+    ("ln_f.bias", None, "missing, but config.json asks for (32,)"),
+    ("h.2.ln_1.weight", torch.ones(32), "(32,), but config.json asks for no such tensor"),
 ])
 def test_each_tensor_is_used_once_and_a_wrong_one_is_named(folder, name, weights, message):
-    name = name if name.startswith("lm_head") else "transformer." + name
-    state = stored(folder) | {name: weights}
-    store({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=message) as e:
+    change(folder, **{f"transformer.{name}": weights})
+    with pytest.raises(ValueError) as e:
         load_model(folder)
-    assert str(folder) in str(e.value) and name in str(e.value)
+    assert str(e.value) == f"{folder}: transformer.{name} has shape {message}"
 
 
 def test_a_missing_shard_or_file_is_named(folder):
     as_shards(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(ValueError, match="has shape missing"):
         load_model(folder)
-    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-1.safetensors")
-    with pytest.raises(ValueError, match="a tensor is in two of the files"):
-        load_model(folder)
-    for pattern, message in (("*.safetensors", "no model.safetensors"), ("*.json", "no config")):
+    for pattern, message in (("*.safetensors", "no model.safetensors in .*: give a checkpoint"),
+                             ("*.json", "config.json.* give the folder of a checkpoint")):
         for path in folder.glob(pattern):
             path.unlink()
-        with pytest.raises(FileNotFoundError, match=f"{message}.*: give a checkpoint folder"):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
             load_model(folder)
 
 
@@ -191,26 +132,8 @@ def change_header(**changes):
 def test_a_damaged_file_is_one_line_and_nothing_outside_it_is_read(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="model.safetensors: cut short or not safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors: cut short or no safetensors"):
         load_model(folder)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/gdpo-test-was-here",)
-
-
-def test_a_bin_file_that_wants_to_run_code_is_refused(folder):
-    (folder / "model.safetensors").unlink()
-    for zipped in (True, False):
-        torch.save({"wte.weight": Evil()}, folder / "pytorch_model.bin",
-                   _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match="not a file of weights alone"):
-            load_model(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a file of weights alone"):
-        load_model(folder)
-    assert not Path("/tmp/gdpo-test-was-here").exists()
 
 
 @pytest.mark.parametrize("name, change, message", [
@@ -220,7 +143,7 @@ def test_a_bin_file_that_wants_to_run_code_is_refused(folder):
     ("gpt2", {"activation_function": "relu"}, "'relu'} is not implemented here"),
     ("pythia", {"hidden_act": "relu"}, "'hidden_act': 'relu'} is not implemented here"),
     ("pythia", {"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'} is not implemented"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn'} is not implemented here"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'} is not implemented here"),
     ("llama", {"head_dim": 16}, "'head_dim': 16} is not implemented here"),
     ("llama", {"num_key_value_heads": 3}, "n_embd must divide into n_head"),
     ("qwen2", {"use_sliding_window": True}, "'use_sliding_window': True} is not implemented"),
@@ -249,28 +172,3 @@ def test_a_save_that_fails_leaves_the_old_weights_and_no_half_file(folder, error
         assert str(e.value) == f"cannot write {folder / 'config.json'}: No space left on device"
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert same(load_model(folder), random_model(SHAPES["gpt2"]))
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-def test_loading_holds_the_weights_and_one_tensor(tmp_path):
-    """Counts the process's own memory; the mapped file is the system's cache."""
-    cfg = GPTConfig(vocab_size=20000, n_ctx=64, n_layer=8, n_head=4, n_embd=512, n_inner=2048)
-    model = GPT(cfg).init_weights(0)
-    size = sum(4 * p.numel() for p in model.parameters())            # 142 MB
-    save_model(model, tmp_path, eos=0, dtype=torch.bfloat16)
-    save_model(random_model(SHAPES["gpt2"]), tmp_path / "small", eos=0)
-    code = """if True:
-        import re, sys, threading, time, model
-        model.load_model(sys.argv[1] + "/small")         # torch imports half of itself here
-        own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
-        before, peaks = own(), [0]
-        def watch():
-            while True:
-                peaks.append(own())
-                time.sleep(0.002)
-        threading.Thread(target=watch, daemon=True).start()
-        m = model.load_model(sys.argv[1])
-        print((max(peaks) - before) * 1024)"""
-    out = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True,
-                         capture_output=True)
-    assert 0.9 * size < int(out.stdout) < size + 4 * 20000 * 512 + 10e6, out.stdout + out.stderr
