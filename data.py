@@ -739,8 +739,7 @@ def check_address(url, where="the address"):
 CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
     ["tokenizer_config.json", "config.json"], ["config.json"],
     ["tokenizer.json", "vocab.json"], ["merges.txt", "tokenizer.json"],
-    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-     "pytorch_model.bin.index.json"]]
+    ["model.safetensors", "model.safetensors.index.json"]]
 
 
 def find_checkpoint(name):
@@ -758,7 +757,7 @@ def find_checkpoint(name):
     for choices in CHECKPOINT:
         path = hub_file(name, *choices)
     if path.name.endswith(".index.json"):              # model.py checks the index itself
-        names = re.findall(r'"(\w[\w.-]*\.(?:safetensors|bin))"', read_text(path))
+        names = re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(path))
         for shard in sorted(set(names)):
             hub_file(name, shard)
     return path.parent

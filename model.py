@@ -34,6 +34,7 @@ class GPTConfig:
     eps: float = 1e-5          # of every LayerNorm
     rotary: float = 0.0        # share of a head that is rotated; 0: learned positions (GPT-2)
     rotary_base: float = 10000.0
+    rope_scaling: tuple = ()   # Llama 3: factor, low and high frequency factor, original n_ctx
     parallel: bool = False     # attention and MLP read the same x (Pythia), not one after the other
     tanh_gelu: bool = True     # GPT-2 has the tanh form; Pythia the exact one
     tied: bool = True          # the head is the embedding table; Pythia has its own
@@ -155,6 +156,11 @@ class GPT(nn.Module):
             return None
         n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))                       # rotated channels
         freq = cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
+        if cfg.rope_scaling:                           # Llama 3 slows its slow rotations further
+            factor, low, high, n_ctx = cfg.rope_scaling
+            turns = n_ctx * freq / (2 * math.pi)       # of each frequency in the original context
+            fast = ((turns - low) / (high - low)).clamp(0, 1)
+            freq = freq * (fast + (1 - fast) / factor)
         angle = pos[..., None, None].float() * freq                            # (B, T, 1, n / 2)
         return angle.cos(), angle.sin()
 
@@ -282,8 +288,9 @@ NAMES["qwen2"] = NAMES["llama"] | {"hf_class": "Qwen2ForCausalLM"}
 LLAMA = dict(eps=1e-6, rotary=1.0, tied=False, rms_norm=True, gated=True, bias=False)
 NEOX = dict(rotary=0.25, parallel=True, tanh_gelu=False, tied=False, by_head=True)
 DEFAULTS = {"gpt2": {}, "gpt_neox": NEOX, "llama": LLAMA | {"qkv_bias": False}, "qwen2": LLAMA}
-KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True, "rope_type": "default",
-         "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False, "type": "default"}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True, "type": "default",
+         "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False}
 RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # GPT-2 stores these (in, out)
 BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")   # of old checkpoints
@@ -308,8 +315,11 @@ def config_from_hf(c):
     c |= {old: rope[new] for old, new in RENAMED.items() if new in rope}
     fields = DEFAULTS[kind] | {ours: c[key] for ours, key in NAMES[kind].items()
                                if c.get(key) is not None}
+    if c.get("rope_type") == "llama3":
+        fields["rope_scaling"] = tuple(c[key] for key in LLAMA3)
     known = KNOWN | {"hidden_act": "silu" if "gated" in fields else "gelu",
-                     "head_dim": fields["n_embd"] // fields["n_head"]}
+                     "head_dim": fields["n_embd"] // fields["n_head"],
+                     "rope_type": "llama3" if "rope_scaling" in fields else "default"}
     unknown = {k: c[k] for k, v in known.items() if c.get(k) not in (None, v)}
     if unknown:
         raise ValueError(f"{unknown} is not implemented here")
@@ -323,6 +333,8 @@ def config_to_hf(cfg, eos, dtype):
               "eos_token_id": eos, "dtype": str(dtype).removeprefix("torch.")}
     config |= {key: getattr(cfg, ours) for ours, key in NAMES[kind].items()
                if hasattr(cfg, ours) and key != "-"}
+    if cfg.rope_scaling:
+        config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3, cfg.rope_scaling))}
     assert config_from_hf(config) == cfg, (config, cfg)
     return config
 

@@ -158,12 +158,13 @@ def speed(o, cfg, task, name):
     items = [i for b in batches for i in b]
     loss, raw = LOSSES[name], GPT(cfg).init_weights(0).to(DEVICE)
     raw.checkpointing = o.checkpointing
+    model = torch.compile(raw, dynamic=True) if o.compile else raw
     t = train.resolve(train.Config(loss=name, device=DEVICE, micro_batch=o.micro_batch, lr=1e-6,
                                    optimizer="rmsprop"))
     optimizer, ref = train.optimizer_of(t, raw), torch.zeros(len(items), len(loss.branches) + 1, 3)
 
     def step(n):
-        train.train_step(raw, raw, optimizer, loss, items, ref,
+        train.train_step(model, raw, optimizer, loss, items, ref,
                          range(n * o.rows, (n + 1) * o.rows), CLASSES, t)
     for n in range(6):                                 # warm up
         seconds(lambda: step(n))
@@ -235,6 +236,7 @@ def main():
     parser.add_argument("--rows", type=int, default=8, help="pairs a step")
     parser.add_argument("--micro_batch", type=int, default=0, help="speed: pairs a forward pass")
     parser.add_argument("--checkpointing", action="store_true", help="as train.py's")
+    parser.add_argument("--compile", action="store_true", help="as train.py's")
     parser.add_argument("--prompts", type=int, default=1843 if CUDA else 16, help="sampling")
     o = parser.parse_args()
     cfg = SHAPES[o.shape]

@@ -143,7 +143,7 @@ def test_a_damaged_file_is_one_line_and_nothing_outside_it_is_read(folder, damag
     ("gpt2", {"activation_function": "relu"}, "'relu'} is not implemented here"),
     ("pythia", {"hidden_act": "relu"}, "'hidden_act': 'relu'} is not implemented here"),
     ("pythia", {"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'} is not implemented"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'} is not implemented here"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn'} is not implemented here"),
     ("llama", {"head_dim": 16}, "'head_dim': 16} is not implemented here"),
     ("llama", {"num_key_value_heads": 3}, "n_embd must divide into n_head"),
     ("qwen2", {"use_sliding_window": True}, "'use_sliding_window': True} is not implemented"),

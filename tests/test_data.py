@@ -97,6 +97,26 @@ def test_reviews_have_a_belief_of_one_token_and_no_closing():
     assert b["tokens"][0, 0] == BPE.encode("4")[0]       # "4" + "10 stars" never fuse
 
 
+@pytest.mark.parametrize("case", golden("05"), ids=lambda c: c["name"])
+def test_the_preference_counts_the_tokens_of_golden_05(case):
+    """Pieces cut from the golden ids at the response's first `>` (29); no `>`: its first token."""
+    def pieces(ids, labels):
+        start = next(t for t, y in enumerate(labels) if y != -100)
+        answer = ids[start:max(t for t, y in enumerate(labels) if y != -100) + 1]
+        end = answer.index(29) + 1 if 29 in answer else 1
+        return ids[:start], answer[:end], answer[end:]
+    for n, (c_ids, c_labels) in enumerate(zip(case["chosen_input_ids"], case["chosen_labels"])):
+        for side, branch in (("chosen", "chosen"), ("rejected", "own")):
+            prompt, belief, response = pieces(case[f"{side}_input_ids"][n],
+                                              case[f"{side}_labels"][n])
+            item = Item(0, prompt, (belief, belief), (response, response), 29 in belief, [1.0],
+                        0, 0, 2, "other", "", "")
+            b = collate([item], (branch,), [0])
+            at = b["at"][b["slot"] == RESPONSE] + 1
+            want = [t for t, y in enumerate(case[f"recommended_{side}_labels"][n]) if y != -100]
+            assert at.tolist() == want
+
+
 @pytest.mark.parametrize("case", golden("04"), ids=lambda c: c["name"])
 def test_the_belief_likelihood_agrees_with_golden_04(case):
     for n, labels in enumerate(case["labels"]):

@@ -7,8 +7,8 @@ import torch
 from conftest import GOLDEN, CharTokenizer, golden
 
 from data import collate, encode_rows, longest, mismatch
-from losses import (ANSWER, LOSSES, PREFS, RESPONSE, Scores, calibration, kl_to_target, kto_loss,
-                    score, sft, token_logps, uniform_sft)
+from losses import (ANSWER, LOSSES, PREFS, RESPONSE, Scores, calibration, dpo_loss, kl_to_target,
+                    kto_loss, mean_nll, score, sft, token_logps, uniform_sft)
 from model import load_model, on_disk
 from train import jsd, to_tensors
 
@@ -45,6 +45,48 @@ def pair(ref=[[[0, 0, -11], [0, 0, -11.5]]], mismatch=(0.1, 0.2, 0.3), **options
     s = scores([[[0, 0, -10], [0, 0, -12.]]], ref, counts=[[[1, 1, 5], [1, 1, 6]]])
     s.mismatch = torch.tensor(mismatch)
     return s, [RESPONSE], with_options(**options)
+
+
+@pytest.mark.parametrize("case", golden("01"), ids=lambda c: c["name"])
+def test_sequence_logps_agree_with_golden_01(case):
+    labels, hidden = torch.tensor(case["labels"]), torch.tensor(case["logits"]).requires_grad_()
+    b, t = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+    logps = token_logps(hidden[b, t], torch.eye(32), labels[b, t + 1, None])[:, 0]
+    sums = torch.zeros(len(labels)).index_add(0, b, logps)
+    if case["average_log_prob"]:
+        sums = -mean_nll(sums[:, None], torch.bincount(b)[:, None])
+    close(sums, case["logps"])
+    if "grad" in case:
+        sums.sum().backward()
+        close(hidden.grad[-1], case["grad"])
+
+
+@pytest.mark.parametrize("case", golden("02"), ids=lambda c: c["name"])
+def test_dpo_agrees_with_golden_02(case):
+    chosen, rejected, ref_chosen, ref_rejected = (
+        torch.tensor(case[f"{model}_{side}_logps"], requires_grad=True)
+        for model in ("policy", "reference") for side in ("chosen", "rejected"))
+    losses = dpo_loss(chosen - ref_chosen, rejected - ref_rejected, case["beta"])
+    close(losses, case["losses"])
+    losses.mean().backward()
+    close(chosen.grad, case["grad_policy_chosen"], 1e-4, 1e-6)
+
+
+@pytest.mark.parametrize("case", golden("06"), ids=lambda c: c["name"])
+def test_kto_agrees_with_golden_06(case):
+    sums = lambda name: torch.tensor([sum(row) for row in case[name]])
+    rewards = {k: sums(f"policy_{k}") - sums(f"reference_{k}")
+               for k in ("chosen", "rejected", "KL")}
+    z0, losses = rewards["KL"].mean().clamp(min=0), []
+    assert z0.item() == pytest.approx(case["KL"], rel=1e-5)
+    for side, weight in (("chosen", "desirable_weight"), ("rejected", "undesirable_weight")):
+        r = rewards[side].requires_grad_()
+        each = kto_loss(r, side == "chosen", z0, case["beta"], case[weight])
+        each.sum().backward()
+        losses += each.tolist()
+        assert r.grad.tolist() == pytest.approx([row[0] for row in case[f"grad_{side}"]],
+                                                rel=1e-4, abs=1e-8)
+    assert losses == pytest.approx(case["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", golden("03"), ids=lambda c: c["name"])

@@ -17,9 +17,10 @@ SHAPES = {
     "neox, sequential, full rotary": GPTConfig(**NEOX, rotary=1.0),
     "llama": GPTConfig(**LLAMA, tied=False, eps=1e-6),
     "llama, shared keys, tied": GPTConfig(**LLAMA, n_kv=2, rotary_base=100000.0),
+    "llama 3": GPTConfig(**LLAMA, n_kv=1, tied=False, rope_scaling=(8.0, 1.0, 4.0, 16)),
     "qwen2": GPTConfig(**LLAMA | dict(qkv_bias=True), n_kv=2),
 }
-FAMILIES = ("gpt2", "pythia", "llama, shared keys, tied", "qwen2")
+FAMILIES = ("gpt2", "pythia", "llama 3", "qwen2")
 IDS = torch.randint(61, (3, 48), generator=torch.Generator().manual_seed(1))
 
 
