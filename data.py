@@ -756,7 +756,7 @@ def find_checkpoint(name):
         raise FileNotFoundError(f"no folder {name} (and no name on the hub: gpt2, ORG/MODEL)")
     for choices in CHECKPOINT:
         path = hub_file(name, *choices)
-    if path.name.endswith(".index.json"):              # model.py checks the index itself
+    if path.name.endswith(".index.json"):
         names = re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(path))
         for shard in sorted(set(names)):
             hub_file(name, shard)

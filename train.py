@@ -536,8 +536,6 @@ def optimizer_of(o, model):
     if not o.shard_optimizer or not dist.is_initialized():
         return kind(model.parameters(), **options)
     from torch.distributed.optim import ZeroRedundancyOptimizer   # here: slow to import
-    for p in model.parameters():                       # it sends them, so no transposed views
-        p.data = p.data.contiguous()
     return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
 
 
