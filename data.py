@@ -923,6 +923,9 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:                            # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as e:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()

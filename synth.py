@@ -666,6 +666,8 @@ def in_words(text):
 def read_label(text, labels):
     """Which of a few labels a reply gives, or None. Read are 3, **3**., 3.0, 3/5, Rating: 3, The
     rating is 3., {"answer": "3"}; not read are list items (1. The film, 1: France)."""
+    with suppress(ValueError, AttributeError):         # JSON, in any layout
+        [text] = map(str, json.loads(text).values())
     either = "|".join(map(re.escape, labels))
     named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|\"?[:=])[\W_]*)?(?<!-)({either})"
                          r"(?:\.0+|\s*/\s*\d+)?[\W_]*", text, re.I)
@@ -787,8 +789,9 @@ def opinions(o, flags):
         groups[country] = fit[:most]
         print(f"{len(fit[:most])} questions for {country}, of {len(rows)} rows: "
               f"{len(rows) - len(whole)} lack a text, two different options or their shares, "
-              f"{len(whole) - len(fit)} have options without a class. Names like it: "
-              f"{', '.join(like_named(country, known))}", file=sys.stderr)
+              f"{len(whole) - len(fit)} have options without a class", file=sys.stderr)
+        if like := [name for name in like_named(country, known) if name != country]:
+            print(f"The table also has {', '.join(like)}", file=sys.stderr)
         if not fit:
             raise ValueError(f"no question of {country} has a class for all its options: extend "
                              "--map, or give --classify llm")

@@ -126,6 +126,7 @@ def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, rep
 def test_one_of_a_few_labels_is_read_and_never_guessed(label, texts):
     assert [synth.read_label(t, ["1", "2", "3", "4", "5"]) for t in texts] == [label] * len(texts)
     assert synth.read_label("answer: yes", ["Yes", "No"]) == "Yes"
+    assert synth.read_label('{\n\n"answer"\n\n:\n"No"}', ["Yes", "No"]) == "No"
 
 
 def opinions(call, llm, tmp_path, *flags, **kwargs):
