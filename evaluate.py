@@ -15,6 +15,7 @@ import sys
 import textwrap
 import unicodedata
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -51,8 +52,10 @@ SERVER = ("base_url", "concurrency", "timeout", "max_tokens", "extra", "usd_in",
 
 def flags():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("OUT", nargs="+", help="runs; with --data also checkpoints and chat:MODEL")
-    parser.add_argument("--ask", action="append", nargs="?", const="-", metavar="QUESTION")
+    parser.add_argument("OUT", nargs="+", help="runs; with --ask or --data checkpoints, too; with "
+                        "--data chat:MODEL")
+    parser.add_argument("--ask", action="append", nargs="?", const="-", metavar="QUESTION",
+                        help="print beliefs and answers; no QUESTION: one per line of stdin")
     add_flags(parser, Config, skip=("ask",))
     add_flags(parser, Chat, SERVER)
     return parser
@@ -87,18 +90,21 @@ def ordinal_metrics(q, p, meta):
             "minority": np.hstack([np.take_along_axis(x, smallest, 1) for x in (q, p)])}
 
 
-def preference_metrics(s, items):
+def preference_metrics(s, items, beta):
     """Do preferences follow from beliefs? {name: (B,)}; NaN where both beliefs are of one class.
-    h_b: the accepted answer's log-prob less the rejected one's, both after belief b. flip: h > 0
+    h_b: the accepted answer's score less the rejected one's, both after belief b. flip: h > 0
     after the accepted belief and < 0 after the rejected one. vote: squared error of the vote share
-    sum_b pi(b|x) sigmoid(h_b); the group's is p_w / (p_w + p_l) (arXiv 2506.06298)."""
-    pair = torch.tensor([[i.accept, i.reject] for i in items])
+    sum_b pi(b|x) sigmoid(h_b); the group's is p_w / (p_w + p_l) (arXiv 2506.06298). Scores are
+    log-probs; flip_r and vote_r take rewards, beta times the log-ratio to the reference."""
+    pair, out = torch.tensor([[i.accept, i.reject] for i in items]), {}
     belief = s.class_logps.double().gather(1, pair).softmax(-1)                       # (B, 2)
-    chosen, own, given, flip = s.logps[..., RESPONSE].double().T                      # (B,) each
-    h = torch.stack([chosen - given, flip - own], 1)                                  # (B, 2)
-    votes = (belief * torch.sigmoid(h)).sum(-1)
-    out = {"flip": ((h[:, 0] > 0) & (h[:, 1] < 0)).double(),
-           "vote": (votes - s.pair[:, 0] / s.pair.sum(-1)) ** 2}
+    scores = {"": s.logps} | ({} if s.ref is None else {"_r": beta * (s.logps - s.ref)})
+    for name, values in scores.items():
+        chosen, own, given, flip = values[..., RESPONSE].double().T                   # (B,) each
+        h = torch.stack([chosen - given, flip - own], 1)                              # (B, 2)
+        votes = (belief * torch.sigmoid(h)).sum(-1)
+        out["flip" + name] = ((h[:, 0] > 0) & (h[:, 1] < 0)).double()
+        out["vote" + name] = (votes - s.pair[:, 0] / s.pair.sum(-1)) ** 2
     same = pair[:, 0] == pair[:, 1]
     return {k: v.masked_fill(same, torch.nan).numpy() for k, v in out.items()}
 
@@ -322,11 +328,13 @@ def read_run(out, o):
     plain = {"loss": "", "form": "", "init": "", "beta": 1.0, "max_length": 0, "overlong": "error",
              "dtype": "bfloat16" if device_of(o.device) == "cuda" else "float32", "data": o.data}
     log, weights = Path(out, "metrics.jsonl"), Path(out, o.checkpoint)
+    if o.ask and not o.data and Path(out, "../metrics.jsonl").is_file():          # OUT/best
+        log, weights = Path(out, "../metrics.jsonl"), out
     if not log.is_file() and (o.data or o.ask):
         return plain | {"weights": out}
     try:
-        read_json(weights / "config.json")
-        config, began = read_json(Path(out, "config.json")), read_text(log).split("\n")[0]
+        read_json(Path(weights, "config.json"))
+        config, began = read_json(log.with_name("config.json")), read_text(log).split("\n")[0]
         config |= {"weights": weights, "began": json.loads(began)["init"]}
         return {k: config[k] for k in (*plain, "weights", "began")}
     except (LookupError, TypeError, ValueError, OSError) as e:
@@ -388,7 +396,7 @@ def measure_weights(out, rows, meta, config, o, device):
                                      class_ids(tokenizer, meta["classes"]), config["dtype"])
     s = score(model)
     q, target = s.class_logps.double().exp().numpy(), s.target.numpy()
-    metrics = belief_metrics(s) | ordinal_metrics(q, target, meta) | preference_metrics(s, items)
+    metrics = belief_metrics(s) | ordinal_metrics(q, target, meta)
     texts = sample_rows(model, items, tokenizer, o, config["dtype"]) if o.samples else []
     if config["init"]:
         try:
@@ -399,6 +407,7 @@ def measure_weights(out, rows, meta, config, o, device):
             metrics |= margins(s, items, config["beta"])
         except (ValueError, OSError) as e:
             say(f"{out}: no reference, no margins: {e}")
+    metrics |= preference_metrics(s, items, config["beta"])
     return metrics, [rows[i.row] for i in items], texts
 
 
@@ -414,6 +423,8 @@ METRICS = {  # name -> (header, whose arrow says what is better; what it is, for
     "rs": ("RS ↑", "cosine of the response to one of the dataset's for the announced belief"),
     "flip": ("flip ↑", "the accepted answer wins after its belief and loses after the other"),
     "vote": ("vote ↓", "squared error of the vote share that beliefs and answers imply"),
+    "flip_r": ("flip r ↑", "the same by rewards, the gain over the reference"),
+    "vote_r": ("vote r ↓", "the same by rewards"),
     "w1": ("W1 ↓", "Wasserstein distance over the ordered classes, 0 to 1"),
     "minority": ("minority →1", "the model's mass on the rows' smallest classes over the group's"),
     "class_mass": ("mass ↑", "probability of all class tokens together"),
@@ -516,7 +527,8 @@ def print_report(results):
 def ask(outs, o):
     """Put the questions of --ask to each model; print bars and answers, or JSON."""
     models = {out: open_model(out, o) for out in outs}
-    for question in (q.strip() for text in o.ask for q in (sys.stdin if text == "-" else [text])):
+    lines = (filter(str.strip, sys.stdin) if text == "-" else [text] for text in o.ask)
+    for question in map(str.strip, chain.from_iterable(lines)):
         found = {out: opinion_of(question, *model, o) for out, model in models.items()}
         if o.json:
             print(json.dumps({"question": question, "group": o.group, "models": found}), flush=True)
@@ -527,12 +539,13 @@ def ask(outs, o):
 def open_model(out, o):
     """(model, tokenizer, meta, rows) of a run, or of a checkpoint, as if for the opinion task."""
     config, meta, rows = read_run(out, o), {"classes": list("012345"), "form": FORM}, []
-    if config["data"]:
-        meta, splits = load_dataset(config["data"], SPLITS, config["form"])
+    if data := o.data or config["data"]:
+        meta, splits = load_dataset(data, SPLITS, config["form"])
         rows = sum(splits.values(), [])
     groups = {r["group"] for r in rows if r.get("group")}
-    if o.group and rows and o.group not in groups or "{group}" in meta["form"] and not o.group:
-        raise ValueError(f"--group must be one that {out} knows: {', '.join(sorted(groups))}")
+    if (o.group or "{group}" in meta["form"]) and o.group not in groups:
+        raise ValueError(f"--group must be one that {out} was trained for: "
+                         f"{', '.join(sorted(groups)) or 'there is none'}")
     return *load_checkpoint(config["weights"], device_of(o.device)), meta, rows
 
 
@@ -547,9 +560,11 @@ def beliefs_to_speak(likeliest, o):
                              f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
         return [o.belief.strip() if text else likeliest[label]] * o.samples
     if o.shares:
-        number = re.compile(r"\s*\d*\.?\d+\s*")
-        p = np.array([float(x) if number.fullmatch(x) else np.nan for x in o.shares.split(",")])
-        if len(p) != len(classes) or not abs(p.sum() - 1) < 0.01:
+        try:
+            p = np.array(o.shares.split(","), float)
+        except ValueError:
+            p = np.full(1, np.nan)
+        if len(p) != len(classes) or min(p) < 0 or not abs(p.sum() - 1) < 0.01:
             raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, "
                              f"for the classes {', '.join(classes)}")
         drawn = np.random.default_rng(o.seed).choice(len(p), len(drawn), p=p / p.sum())
@@ -585,11 +600,14 @@ def opinion_of(question, model, tokenizer, meta, rows, o):
 
 
 def group_shares(question, rows, group):
-    """The group's shares of a question with these words, perhaps after an opening. None if the
-    dataset does not know it, or has different shares that fit."""
-    fit = {tuple(row["probabilities"]) for row in rows if group in ("", row.get("group"))
-           and f" {normal(question)} " in f" {normal(row['prompt'])} "}
-    return [*fit.pop()] if len(fit) == 1 else None
+    """The group's shares of the question that has these words or, whatever is said before and
+    after it, one of these sentences. None if the dataset has no such question, or several."""
+    prompts = [(f" {normal(row['prompt'])} ", tuple(row["probabilities"])) for row in rows
+               if group in ("", row.get("group"))]
+    for text in map(normal, (question, *re.split("[.:?!]+", question))):
+        fit = {shares for prompt, shares in prompts if f" {text} " in prompt}
+        if len(fit) == 1 and text.count(" ") > 1:
+            return [*fit.pop()]
 
 
 def print_opinions(question, found):
@@ -602,7 +620,7 @@ def print_opinions(question, found):
     for out, f in found.items():
         if f["group_shares"]:
             columns["the group", *f["group_shares"]] = [""] * len(f["classes"])
-        columns[Path(out).name, *f["shares"]] = f["beliefs"]
+        columns[str(Path(*Path(out).parts[-2:])), *f["shares"]] = f["beliefs"]
     print("\n" + textwrap.fill(clean(question), 80))
     for i, label in enumerate(f["classes"]):
         for (name, *shares), texts in columns.items():

@@ -86,7 +86,14 @@ def test_vote_and_flip_are_read_from_four_branches():
     shares = torch.tensor([[0.6, 0.4]] * 3)
     items = [SimpleNamespace(accept=a, reject=b) for a, b in ((0, 1), (0, 1), (1, 1))]
     s = Scores(logps, None, shares.log(), None, torch.tensor([[0.75, 0.25]] * 3), None)
-    m = preference_metrics(s, items)
+    m = preference_metrics(s, items, 1.0)
+    s.ref = torch.zeros(3, 4, 3)                         # rewards: h is 1 and -0.5 in row 0
+    r = preference_metrics(s, items, 0.5)
+    vote = 0.6 / (1 + np.exp(-1)) + 0.4 / (1 + np.exp(0.5))
+    assert r["vote_r"][0] == pytest.approx((vote - 0.75) ** 2)
+    s.ref[:, :, 2] = logps[1, :, 2]
+    r = preference_metrics(s, items, 0.5)
+    assert set(m) == {"flip", "vote"} and r["flip"][0] == 1 and r["flip_r"][0] == 0
     vote = 0.6 / (1 + np.exp(-2)) + 0.4 / (1 + np.exp(1))
     assert m["vote"][0] == pytest.approx((vote - 0.75) ** 2)
     assert m["flip"][:2].tolist() == [1, 0] and np.isnan(m["flip"][2]) and np.isnan(m["vote"][2])
