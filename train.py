@@ -115,7 +115,6 @@ def flags():
 help_first(__name__, flags)                            # before torch, which takes a second
 
 import numpy as np
-import scipy.special
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -307,11 +306,11 @@ def loop(r, loss):
 def jsd(p, q):
     """Jensen-Shannon distance of distributions along the last axis: the square root of the
     divergence in nats, in float64, both normalised to 1. Between 0 and sqrt(log 2) = 0.8326."""
-    p, q = (np.asarray(x, np.float64) for x in (p, q))
-    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    m = (p + q) / 2
-    divergence = (scipy.special.rel_entr(p, m) + scipy.special.rel_entr(q, m)).sum(-1) / 2
-    return np.sqrt(np.maximum(divergence, 0))          # scipy's own gives NaN where p is nearly q
+    p, q = (torch.from_numpy(np.asarray(x, np.float64)) for x in (p, q))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    m = ((p + q) / 2).clamp(min=1e-300)                # of classes that have no share in either
+    divergence = (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum(-1) / 2
+    return divergence.clamp(min=0).sqrt().numpy()      # rounding may take it below 0
 
 
 def belief_metrics(s):
