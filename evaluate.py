@@ -642,7 +642,7 @@ def measure_all(outs, o, client, device):
         try:
             runs[out] = measure(out, o, device, client)
         except (ValueError, OSError, FloatingPointError) as e:
-            problems.append(f"{out}: {e}")
+            problems.append(str(e) if out in str(e) else f"{out}: {e}")
     if not runs:
         raise ValueError(problems[0])
     for problem in problems:
