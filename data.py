@@ -669,14 +669,14 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
             ANSWERED.add(host)
             if answer.status_code < 300:
                 return read(answer) if read else answer
-            problem = hide(answer.text or answer.reason, headers, kwargs)
+            problem = hide(answer.text or answer.reason, url, headers, kwargs)
             if answer.status_code not in BUSY or "insufficient_quota" in answer.text:
                 raise Refused(shown, answer.status_code, problem)
             problem = f"the server answered {answer.status_code}: {problem}"
             wait = wait_of(answer) or wait
         except TryAgain as e:
             problem, most = (*e.args, TRIES)[:2]
-            problem = hide(problem, headers, kwargs)
+            problem = hide(problem, url, headers, kwargs)
         except requests.RequestException as e:         # its own text may hold a header
             problem = type(e).__name__
             if "Read timed out" in str(e):
@@ -706,19 +706,21 @@ def wait_of(answer):
     return max(0, min(600, seconds))
 
 
-def hide(words, headers, kwargs):
+def hide(words, url, headers, kwargs):
     """Words on one line, 500 characters at most, without the keys that were sent."""
-    keys = [*(headers or {}).values(), (kwargs.get("params") or {}).get("apikey")]
+    keys = [*(headers or {}).values(), (kwargs.get("params") or {}).get("apikey"),
+            *re.findall(r"[?&]\w*key=([^&]+)", url)]
     for key in filter(None, keys):
         words = words.replace(key.removeprefix("Bearer "), "***")
     return " ".join(words.split())[:500]
 
 
 def key_from(*names):
-    """The key in the first of these environment variables that is set, or "". ValueError if no
-    header can carry it; requests' own error would show the key."""
+    """The key in the first of these that is there, environment variables or a file, or "".
+    ValueError if no header can carry it; requests' own error would show the key."""
     for name in names:
-        key = os.environ.get(name, "").strip()
+        text = read_text(name) if isinstance(name, Path) and name.is_file() else ""
+        key = (text or os.environ.get(str(name), "")).strip()
         if not re.fullmatch("[!-~]*", key):
             raise ValueError(f"{name} holds a line break or another character that no key has")
         if key:
@@ -751,7 +753,7 @@ def find_checkpoint(name):
         raise ValueError(f"{name} is a run: give one of its checkpoints, such as {name}/best")
     if name and path.is_dir():
         return path
-    if path.parent != Path() and path.parent.is_dir() or not re.fullmatch(
+    if path.exists() or path.parent != Path() and path.parent.is_dir() or not re.fullmatch(
             r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
         raise FileNotFoundError(f"no folder {name} (and no name on the hub: gpt2, ORG/MODEL)")
     for choices in CHECKPOINT:
@@ -796,8 +798,7 @@ def hub_home():
 
 def hub_headers():
     """The hub's key as a header: HF_TOKEN, or what `hf auth login` wrote."""
-    file = hub_home() / "token"
-    token = key_from("HF_TOKEN") or file.is_file() and read_text(file).strip()
+    token = key_from("HF_TOKEN", hub_home() / "token")
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
@@ -898,7 +899,7 @@ def help_first(name, flags):
     A script calls this above its slow imports, during which Ctrl-C just ends it."""
     if name == "__main__":
         if {"-h", "--help"} & set(sys.argv):
-            flags().parse_args()
+            run(lambda: flags().parse_args())
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -912,9 +913,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
+CAUSES = {                             # words of torch's errors -> what they mean
+    "MemoryError|of memory|alloc": "out of memory: lower --micro_batch, add --checkpointing, or "
+                                   "lower --samples",
+    "inline_container|PytorchStreamWriter": "cannot write state.pt (is the disk full?)",
+    "gloo|nccl|connection": "another process of the run is gone: see its message",
+}
+
+
 def run(main):
     """Call main(). A user's mistake, or what the machine refuses, becomes one line on stderr and
-    exit code 2. Under torchrun only the first process prints it."""
+    exit code 2. Under torchrun all processes make a user's mistake; only the first prints it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:          # see help_first
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):            # a terminal that knows no ± shows a ?
@@ -926,12 +935,19 @@ def run(main):
     except BrokenPipeError:                            # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as e:
+        words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+        torchs = isinstance(e, (RuntimeError, MemoryError))        # or its libraries'
+        if torchs:
+            words = next((advice for words, advice in CAUSES.items()
+                          if re.search(words, f"{type(e).__name__}: {e}", re.I)), "")
+            if not words:
+                raise                                  # our own mistake
+            words += "; --resume goes on from the last saved state"
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
-        words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         parallel = "TORCHELASTIC_RUN_ID" in os.environ
-        if not parallel or os.environ.get("RANK") == "0":
+        if torchs or not parallel or os.environ.get("RANK") == "0":
             name = Path(sys.argv[0]).name
             print(f"{name}: error: {' '.join(words.split())}", file=sys.stderr, flush=True)
         if parallel:                                   # torch's threads may abort a plain exit

@@ -146,20 +146,22 @@ def split_up(items, held, question, problems):
 def save_dataset(o, splits, problems=(), **meta):
     """Write the folder o.out, first under a temporary name. problems: a dict for each thing left
     out; they become unparsed.jsonl, even if there are no rows."""
-    out, folder = Path(o.out), Path(f"{o.out}.tmp")
+    out, folder = Path(o.out), Path(f"{o.out}.tmp{os.getpid()}")
     for problem, n in Counter(p["problem"] for p in problems).most_common():
         print(f"left out: {n} x {problem}", file=sys.stderr)
     if not all(splits.values()):
         write_lines(f"{out}.unparsed.jsonl", problems)
         raise ValueError("too little could be used for rows of train, eval and test" + (
             f"; {out}.unparsed.jsonl says why, first {problems[0]!s:.300}" if problems else ""))
-    shutil.rmtree(folder, ignore_errors=True)
     meta = {"made_by": type(o).__name__.lower(), "form": FORM, **meta,
             "options": dataclasses.asdict(o)}
-    write(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-    for name, rows in {**splits, "unparsed": problems}.items():
-        write_lines(folder / f"{name}.jsonl", rows)
-    os.replace(folder, out)            # an error if out is a folder with files in it
+    try:
+        write(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+        for name, rows in {**splits, "unparsed": problems}.items():
+            write_lines(folder / f"{name}.jsonl", rows)
+        os.replace(folder, out)        # an error if out is a folder with files in it
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     seen, tested = ({r.get("question_id") for r in splits[s]} for s in ("train", "test"))
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     print(f"{out}: {sizes} rows from {len(seen | tested)} questions "
@@ -283,19 +285,25 @@ class Reply(NamedTuple):
 # left out, or about any request (model, key, endpoint).
 FLAGGED = re.compile("content.?(policy|management|exists)|filter|flagged|refus|safety|moderat|spii|"
                      "inspect|inappropriate|harmful|prohibit|blocklist|recitation|sensitive|violat|"
-                     "guardrail|invalid.?prompt", re.I)
-TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|many.{0,9}tokens)", re.I)
-PARAMETERS = {"response_format": "response_format|schema|structured|grammar"} | {
-    name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens")}
+                     "guardrail|invalid.?prompt|unsafe|risk|block", re.I)
+TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|many.{0,9}tokens)|"
+                      "token limit|input length", re.I)
+PARAMETERS = {"response_format": "response_format|schema|structured|grammar|json.?mode|guided"} | {
+    name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens",
+                            "max_completion_tokens")}
 OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
                     "not permitted|deployment|stream|permission|account|credit|quota|billing", re.I)
 # Finish reasons of failures and of cuts. FLAGGED finds refusals; any other is a good end.
-FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload")
-CUT = re.compile("length|max.*token|context|incomplete")
+FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload|"
+                    "interrupt|exception|unavail|other|unknown|preempt|kill|disconnect|reject")
+CUT = re.compile("length|max.*token|context|incomplete|time_limit")
 # Thinking ends at its last closing tag; if it was never closed, at the end of the text.
-TAG = r"(\w+:)?(think|thinking|thought|reasoning)>"
-THINKING = re.compile(rf"(.*(</{TAG}|\[/THINK\]|<\|channel\|>final<\|message\|>))?"
-                      rf"(\s*(<{TAG}|\[THINK\]|<\|channel\|>analysis).*)?", re.I | re.S)
+TAG = r"(\w+:)?(think|thinking|thought|reasoning|scratchpad)\s*>"
+THINKING = re.compile(
+    rf"(.*(</{TAG}|\[/THINK\]|◁/think▷|<\|(END_THINKING|end_of_thought)\|>|assistantfinal|</details>|"
+    r"<\|channel\|>final<\|message\|>))?"
+    rf"(\s*(<{TAG}|\[THINK\]|◁think▷|<\|(START_THINKING|begin_of_thought)\|>|<\|channel\|>analysis).*)?",
+    re.I | re.S)
 
 
 class Client:
@@ -312,7 +320,7 @@ class Client:
         except (ValueError, TypeError):
             raise ValueError('--extra must be a JSON object, such as {"seed": 1}') from None
         self.o, self.cache, self.answers = o, Path(o.cache or cache), {}
-        self.tokens, self.sent, self.refused = np.zeros(2, int), 0, 0      # tokens in and out
+        self.tokens, self.sent = np.zeros(2, int), 0       # tokens in and out; requests
         self.unfit, self.lock = set(), threading.Lock()    # (model, parameter it does not take)
         lines = self.cache.read_bytes().split(b"\n") if self.cache.is_file() else [b""]
         for line in lines:
@@ -353,6 +361,7 @@ class Client:
             jobs[hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()] = body
             seen[text] += 1
         found = {key: self.answers[key] for key in jobs if key in self.answers}
+        self.good, self.refused = len(found), 0
         new = [job for job in jobs.items() if job[0] not in found]
         send = partial(self.send, lambda body: request(
             method, url, headers, read, pause=self.pause, timeout=(10, self.o.timeout),
@@ -403,11 +412,12 @@ class Client:
         self.tokens += tokens
         refused = isinstance(answer, Reply) and answer.ended == "refused"
         self.refused += refused
-        if not refused or self.answers and FLAGGED.search(answer.text):
+        self.good += not refused
+        if not refused or self.good and FLAGGED.search(answer.text):
             self.answers[key] = answer
             with open(self.cache, "a", encoding="utf-8", newline="\n") as f:
                 f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
-        if not self.answers and self.refused >= 5:
+        if not self.good and self.refused >= 5:
             raise ValueError(f"all of the first {self.refused} were refused: {answer.text}")
         if self.o.max_usd and not refused and not any(tokens):
             raise ValueError("the server reports no usage, so --max_usd cannot hold")
@@ -418,7 +428,7 @@ class Client:
         """One answer, asked for without the parameters that the model has refused before."""
         model = body.get("model")
         fit = {k: v for k, v in body.items() if (model, k) not in self.unfit}
-        if "max_tokens" in body.keys() - fit.keys():
+        if "max_tokens" in body.keys() - fit and (model, "max_completion_tokens") not in self.unfit:
             fit["max_completion_tokens"] = body["max_tokens"]          # its newer name
         try:
             return get(fit)
@@ -443,11 +453,15 @@ class Client:
 def culprit_of(e, body):
     """The field of a request's body that a Refused is about: a parameter, or a chat's messages.
     None if any request would be refused. In doubt it is the messages: see Client.keep."""
-    culprit = next((k for k in PARAMETERS if k in body and re.search(PARAMETERS[k], e.words)), None)
+    if re.search("suspend|deactivat|billing|your account", e.words, re.I):
+        return None
+    culprit = next((k for k in PARAMETERS
+                    if k in body and re.search(PARAMETERS[k], e.words, re.I)), None)
     about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
-    if about_prompt or not culprit and not OF_ALL.search(e.words):
+    if about_prompt and str(culprit) not in e.words or not culprit and not OF_ALL.search(e.words):
         culprit = "messages"
-    return culprit if culprit in body and e.status in (400, 403, 413, 422) else None
+    statuses = (400, 403, 413, 422, 451) if culprit == "messages" else (400, 404, 422, 501)
+    return culprit if culprit in body and e.status in statuses else None
 
 
 def endpoint(o, path):
@@ -462,14 +476,17 @@ def endpoint(o, path):
 
 
 def read_json_answer(response, field):
-    """A server's JSON object in which `field` is a list; TryAgain for anything else."""
-    tries, kind = TRIES, response.headers.get("Content-Type", "no type")
+    """A server's JSON object in which `field` is a list. Refused for an error about the request,
+    whatever its status; TryAgain for anything else."""
+    tries, kind, refused = TRIES, response.headers.get("Content-Type", "no type"), None
     with suppress(ValueError, AttributeError):         # half an answer, a page of HTML
         answer = json.loads(response.content)
         if isinstance(answer.get(field), list) and not answer.get("error"):
             return answer
         if not re.search(r'"code": ?"?(429|5\d\d)\b', response.text):  # other errors do not pass
-            tries = 2
+            tries, refused = 2, FLAGGED.search(response.text) or TOO_LONG.search(response.text)
+    if refused:
+        raise Refused(response.url.partition("?")[0], 400, response.text[:500])
     raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", tries)
 
 
@@ -477,12 +494,14 @@ def read_chat(response):
     """A chat completion -> (Reply, [tokens in, out]). TryAgain for one that failed."""
     answer = read_json_answer(response, "choices")
     try:
-        choice, usage = (answer["choices"] or [{}])[0], answer.get("usage") or {}
-        tokens = [int(usage.get(f"{k}_tokens") or 0) for k in ("prompt", "completion")]
+        choice, usage = (answer["choices"] or [None])[0] or {}, answer.get("usage") or {}
+        tokens = [usage.get(f"{k}_tokens") for k in ("prompt", "completion")]
+        tokens = [n if isinstance(n, int) else 0 for n in tokens]
         ended, message = choice.get("finish_reason") or "stop", choice.get("message") or {}
         text, refusal = message.get("content") or "", message.get("refusal")
         if isinstance(text, list):                     # of parts, some of which may be thinking
-            text = "".join(p["text"] for p in text if "text" in p.get("type", "text"))
+            text = "".join(p["text"] for p in text if p.get("type", "text") in (
+                "text", "output_text"))
         text = THINKING.sub("", text, count=1).strip()
     except (AttributeError, TypeError, KeyError, ValueError):
         raise TryAgain(f"no chat completion: {str(answer)[:300]}", 2) from None
@@ -526,7 +545,7 @@ def read_embeddings(response):
     answer, n = read_json_answer(response, "data"), len(json.loads(response.request.body)["input"])
     with suppress(KeyError, TypeError, AttributeError, ValueError):
         # Some servers leave out an index of 0, some number nothing: the sort is stable.
-        items = sorted(answer["data"], key=lambda item: item.get("index") or 0)
+        items = sorted(answer["data"], key=lambda item: int(item.get("index") or 0))
         vectors = np.array([item["embedding"] for item in items])
         if (vectors.dtype.kind in "if" and vectors.shape[:-1] == (n,)
                 and np.isfinite(vectors).all() and vectors.any(1).all()):
@@ -541,7 +560,7 @@ def embed(client, texts, model, size=64):
     try:
         parts = client.ask("POST", url, bodies, read_embeddings, "embeddings", headers)
     except ConnectionError as e:                       # some servers take only 10 inputs at once
-        if size == 1 or getattr(e.__cause__, "status", 0) not in (400, 413, 422):
+        if min(size, len(texts)) == 1 or getattr(e.__cause__, "status", 0) not in (400, 413, 422):
             raise
         return embed(client, texts, model, size // 2)
     vectors = np.array([vector for part in parts for vector in part])
@@ -556,7 +575,7 @@ TEXT = {"type": "string"}
 
 def closed(**fields):
     """The JSON schema of an object that has these fields and no others. [x] is a list of x."""
-    fields = {k: {"type": "array", "items": v[0]} if isinstance(v, list) else v
+    fields = {k: {"type": "array", "items": v[0]} if isinstance(v, list) else TEXT | v
               for k, v in fields.items()}
     return {"type": "object", "properties": fields, "required": list(fields),
             "additionalProperties": False}
@@ -659,8 +678,9 @@ def in_words(text):
     string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
     found = re.findall(rf"{string}\s*:\s*{string}", text)
     pairs = [[one_line(json.loads(x, strict=False)) for x in pair] for pair in found]
-    return "\n".join(f"Q: {value}" if name == "question" else f"[{name}] {value}"
-                     for name, value in pairs) or text
+    layout = {"question": "\nQ: {1}", "option": "\n[{1}] ", "answer": "{1}"}      # or {"Yes": ...}
+    return "".join(layout.get(name, "\n[{0}] {1}").format(name, value)
+                   for name, value in pairs) or text
 
 
 def read_label(text, labels):
@@ -749,7 +769,9 @@ def classify(client, asked_in):
 def like_named(country, known):
     """Names with the same last word, because the table joins two surveys, which write some names
     differently (S. Korea, South Korea); without any, those of similar letters."""
-    country = {"USA": "United States", "UK": "Britain"}.get(country.upper(), country)
+    country = {"US": "United States", "USA": "United States", "AMERICA": "United States",
+               "UK": "Britain", "UNITED KINGDOM": "Britain", "CZECH REPUBLIC": "Czech Rep.",
+               "RUSSIAN FEDERATION": "Russia"}.get(country.upper().replace(".", ""), country)
     same = [name for name in sorted(known) if country.rpartition(" ")[2] in name]
     return same or difflib.get_close_matches(country, known) or sorted(known)
 
@@ -982,10 +1004,11 @@ def read_omdb(response):
     text = re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", response.text)
     try:
         answer = json.loads(text, strict=False)
-    except ValueError:                 # an answer about no film is asked for again
-        answer = {"Error": "not found" if text.startswith('{"Title"') else text[:200]}
+    except ValueError:                 # half of it, or an answer about no film, is asked for again
+        whole = re.fullmatch(r'\{"Title".*\}\s*', text, re.S)
+        answer = {"Error": "Movie not found!" if whole else text[:200]}
     error = str(answer.get("Error"))
-    if answer.get("Response") != "True" and "not found" not in error:
+    if answer.get("Response") != "True" and not re.fullmatch(r"\w+ not found!?", error):
         raise TryAgain(f"OMDb: {error}", 1 if "limit" in error else TRIES)
     return answer, [0, 0]
 
@@ -1092,9 +1115,13 @@ def read_pairs(path):
 def pair_of(row):
     """(prompt, chosen, rejected) of HH-RLHF or of TRL's lists of messages. A dialogue that holds
     its prompt is cut before the last turn of the assistant at which both sides agree."""
+    def words_of(content):             # a text, parts of it, or null
+        return "".join(part.get("text") or "" for part in content) if isinstance(
+            content, list) else content or ""
+
     def text_of(turns):
-        return turns or "" if not isinstance(turns, list) else "".join(    # a null is an empty text
-            f"\n\n{'Human' if m['role'] == 'user' else m['role'].title()}: {m['content']}"
+        return turns or "" if not isinstance(turns, list) else "".join(
+            f"\n\n{'Human' if m['role'] == 'user' else m['role'].title()}: {words_of(m['content'])}"
             for m in turns)
 
     prompt, chosen, rejected = map(text_of, (row.get("prompt"), row["chosen"], row["rejected"]))

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sqlite3
@@ -421,12 +420,13 @@ def lock(path, wait=0):
     sqlite's file lock does that on every platform. wait: seconds before giving up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path if rank_and_size()[0] == 0 else ":memory:"         # rank 0 holds it for all
-    with closing(sqlite3.connect(file, timeout=wait)) as connection:
-        try:
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            raise ValueError(f"another process is at work in {path.parent}: wait for it, or give "
-                             "another --out") from None
+    try:
+        connection = sqlite3.connect(file, timeout=wait)
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as e:
+        raise ValueError(f"another process is at work in {path.parent}, or it cannot be written to "
+                         f"({e}): wait, or give another --out") from None
+    with closing(connection):
         yield
 
 
@@ -586,27 +586,30 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             vars(self).update({k: saved[k] for k in self.STATE})
-        except Exception as e:                         # of many kinds, depending on the damage
-            raise ValueError(f"{path} is damaged or of another version ({type(e).__name__}): begin "
-                             "the run again with --overwrite") from None
-        if rank_and_size()[0] == 0:
             lines = log.read_text().split("\n")[:-1]   # a kill may have cut the last one
-            write(log, "".join(x + "\n" for x in lines if json.loads(x)["step"] <= self.step))
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        except Exception as e:                         # of many kinds, depending on the damage
+            raise ValueError(f"{path} or {log.name} is damaged or of another version: begin the "
+                             f"run again with --overwrite ({type(e).__name__})") from None
+        if rank_and_size()[0] == 0:
+            write(log, "".join(line + "\n" for line in kept))
 
 
 def begin(o):
     """True if OUT holds a state to go on from; if not, OUT is made ready for a new run. ValueError
     if that would destroy another run, or go on with one that differs."""
     out = Path(o.out)
-    made = [name for name in ("metrics.jsonl", "best", "last", "state.pt") if (out / name).exists()]
+    # a start that failed leaves no more than these
+    made = sorted({path.name for path in out.glob("[!.]*")} - {"config.json", "state.pt.tmp"})
     if o.resume and "state.pt" in made:
         check_same(out, o, vars(o).keys() - {*MACHINE, "out", "resume", "overwrite"})
         return True
     # a run that was killed before its first state has nothing but a line of log to lose
     if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
-        raise ValueError(f"{out} holds a run already ({', '.join(made)}): --resume goes on from "
-                         "state.pt, --overwrite throws it away, --out gives another folder")
-    for path in [out / name for name in (*made, "eval.json", "samples.jsonl")]:
+        raise ValueError(f"{out} is in use ({', '.join(made[:4])}): --resume goes on from its "
+                         "state.pt, --overwrite throws its run away, --out gives another folder")
+    for name in ("metrics.jsonl", "best", "last", "state.pt", "eval.json", "samples.jsonl"):
+        path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write(out / "config.json", json.dumps(asdict(o), indent=1) + "\n")
     return False
@@ -640,27 +643,13 @@ def report(r):
             print(f"  {text:58}{before[name]:9.3f}{after[name]:9.3f}")
     print(f"\nFor example, the shares of the classes: {decode(item.prompt):.500}")
     print(" " * 10 + "".join(f"{decode([c]):>7}" for c in r.classes))
-    for name, shares in (("group", s.target[0]), ("model", s.class_logps[0].exp())):
+    for name, shares in (("group", s.target[0]), ("model", s.class_logps[0].softmax(-1))):
         print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares.tolist()))
     print(f"\nnext: python evaluate.py {o.out}, or ask it: --ask \"YOUR QUESTION\"")
 
 
-CAUSES = {                             # words of torch's errors -> what they mean
-    "MemoryError|of memory|allocate": "out of memory: lower --micro_batch, add --checkpointing",
-    "inline_container|PytorchStreamWriter": "cannot write state.pt (is the disk full?)",
-    "gloo|nccl|connection": "another process of the run is gone: see its message",
-}
-
-
 def main():
-    o = resolve(Config(**vars(flags().parse_args())))
-    try:
-        r = train(o)
-    except (RuntimeError, MemoryError) as e:
-        for words, advice in CAUSES.items():
-            if re.search(words, f"{type(e).__name__}: {e}", re.I):
-                raise OSError(f"{advice}; --resume goes on from the last saved state") from None
-        raise
+    r = train(resolve(Config(**vars(flags().parse_args()))))
     report(r)
     leave()
 

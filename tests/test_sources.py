@@ -191,7 +191,7 @@ def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_p
     body = llm.requests[0].body
     assert len(llm.requests) == 3 and body["temperature"] == 0 and body["max_tokens"] == 50
     assert body["response_format"]["json_schema"]["schema"]["properties"] == {
-        "answer": {"enum": synth.CLASSES}}
+        "answer": {"type": "string", "enum": synth.CLASSES}}
     (tmp_path / "d").rename(tmp_path / "first")
     (tmp_path / "map.json").write_text(json.dumps({"No": 1}))
     p = opinions(call, llm, tmp_path, *table, "--classify", "llm")     # and what --map lacks
@@ -422,7 +422,8 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
 @pytest.mark.parametrize("text, plot", [
     (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}', 'in\\spiritual "peace"'),
     ('{"Title":"T","Plot":"from\x1f peace.\tSo.","Response":"True"}', "from\x1f peace.\tSo."),
-    ('{"Title":"T","Plot":"half a', None), ("<html>", "again"), ('{"Response":"False"}', "again")])
+    ('{"Title":"T","Plot":"say "yes""}', None),
+    ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"), ('{"Response":"False"}', "again")])
 def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
     response = type("Response", (), {"text": text})
     if plot == "again":

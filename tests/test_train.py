@@ -259,7 +259,7 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state(world, tmp_path, c
     path.write_text(rows)
     (tmp_path / "o/state.pt").write_bytes(state[:5000])
     p = call(train, *again, cwd=tmp_path, check=2)
-    assert "o/state.pt is damaged" in p.stderr
+    assert "o/state.pt or metrics.jsonl is damaged" in p.stderr
 
 
 def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(world, tmp_path):
@@ -280,10 +280,10 @@ def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
     shutil.copytree(sft / f"out/{world.name}-sft-seed0", out)
     flags = argv(world, "--loss", "sft", "--epochs", 1, "--out", out)
     p = call(train, *flags, cwd=tmp_path, check=2)
-    assert "holds a run already (metrics.jsonl, best, last, state.pt): --resume goes" in p.stderr
+    assert "is in use (best, last, metrics.jsonl, state.pt): --resume goes" in p.stderr
     (out / "state.pt").unlink()
     p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "holds a run already (metrics.jsonl, best, last)" in p.stderr and len(evals(out)) > 5
+    assert "is in use (best, last, metrics.jsonl)" in p.stderr and len(evals(out)) > 5
     call(train, *flags, "--overwrite", cwd=tmp_path)
     assert len(evals(out)) < 5
     for path in (out / "best", out / "last"):
@@ -294,7 +294,7 @@ def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
 
 
 @pytest.mark.parametrize("error, message", [
-    (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing; --resume goes on"),
+    (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing, or lower"),
     (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"), "another process of the")])
 def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
