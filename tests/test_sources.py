@@ -30,9 +30,8 @@ def make(call, monkeypatch, tmp_path):
 @pytest.fixture
 def llm(server, make):
     """Writes as Appendix A asks, gives classes, and mines two principles, told by a word of the
-    prompt; .json: mines as the schema asks. .spoil(reply, prompt) -> another reply, or (status,
-    answer). .make(command, *flags) asks it."""
-    server.json, server.spoil = False, lambda reply, prompt: reply
+    prompt. .spoil(reply, prompt) -> another reply, or (status, answer). .make runs a command."""
+    server.spoil = lambda reply, prompt: reply
     server.make = lambda *flags, **kw: make(*flags, "--base_url", server.url, **kw)
 
     def reply(prompt):
@@ -50,15 +49,12 @@ def llm(server, make):
             return principle + str(prompt.count("x") % 2)
         if "Group the numbered" in prompt:
             listed = re.findall(r"^(\d+)\. (.*)$", prompt, re.M)
-            named = {k: [int(n) for n, s in listed if s[:5] == k[:5]]
-                     for k in ("Do not harm", "Be brief")}
-            return json.dumps({"groups": [{"statement": k, "numbers": v} for k, v in named.items()]
-                               }) if server.json else "\n".join(
-                f"- {k} :: {str(v)[1:-1]}" for k, v in named.items())
+            return "\n".join(f"- {k} :: " + ", ".join(n for n, s in listed if s[:5] == k[:5])
+                             for k in ("Do not harm", "Be brief"))
         sides = re.search(r"Answer 1: (.*?)\n\nAnswer 2: (.*?)\n\nDoes", prompt, re.S).groups()
-        sides = ["agree" if "good" in a else "neutral" if "so" in a else "disagree" for a in sides]
-        return json.dumps(dict(zip(("answer_1", "answer_2"), sides))) if server.json else "\n".join(
-            f"{n}: {side}" for n, side in enumerate(sides, 1))
+        return "\n".join(f"{n}: " + (
+            "agree" if "good" in side else "neutral" if "so" in side else "disagree")
+            for n, side in enumerate(sides, 1))
 
     def answer(r):
         prompt = r.body["messages"][0]["content"]
@@ -74,49 +70,40 @@ def save(path, *records):
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+# --- The LLM as writer -----------------------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------
-# The LLM as writer
-
-OPTIONS = ["Very good job", "Somewhat bad", "It's \"fine\" [VOL]", "DK/Refused"]
 REPLY = """Here are two styles:
 
 Style 1: Casual and Friendly
 Q: So, tell me: how do you rate it? [be honest]
-A1: [Very good job] Honestly: A great job: 5 of 5!
-A2: [Somewhat bad] Hmm, [sigh] it could be better. Ask A2: never mind.
-A3: [It's "fine" [VOL]] It's "fine", I'd say. "Never" is no "word".
-A4: [DK/Refused] I'd rather not say.
+A1: [Very good job] Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.
+A2: [DK/It's "fine" [VOL]] It's "fine", I'd say. "Never" is no "word".
 
 **Style 2: Formal**
 - **Question 2:** "How would you evaluate it?"
 
-- **B.** [somewhat bad.] Rather poor.
-- **A:** [VERY GOOD JOB]: "Excellent."
-1. [DK/Refused] - No comment.
-- **C** : [It’s “fine” [VOL]] Fine.
+- **C** : [dk/it’s “fine” [VOL].] - Fine.
+1. [VERY GOOD JOB]: "Excellent."
 
 I hope that these small talks help!
 """
 STYLES = {"styles": [{"question": "a?", "answers": {"Yes": "y", "no.": "[No] n"}}]}
-GOOD = "Q: a?\nA1: [Yes] y\nA2: [No] n"
+YES = "Q: a?\nA1: [Yes] y"
+GOOD = f"{YES}\nA2: [No] n"
 
 
 def test_a_reply_is_read_however_it_is_laid_out():
-    assert synth.parse_dialogues(REPLY, OPTIONS) == ([
+    assert synth.parse_dialogues(REPLY, ["Very good job", 'DK/It\'s "fine" [VOL]']) == ([
         ("So, tell me: how do you rate it? [be honest]", [
-            "Honestly: A great job: 5 of 5!",
-            "Hmm, [sigh] it could be better. Ask A2: never mind.",
-            "It's \"fine\", I'd say. \"Never\" is no \"word\".", "I'd rather not say."]),
-        ("How would you evaluate it?", ["Excellent.", "Rather poor.", "Fine.", "No comment."])], [])
+            "Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.",
+            "It's \"fine\", I'd say. \"Never\" is no \"word\"."]),
+        ("How would you evaluate it?", ["Excellent.", "Fine."])], [])
 
 
 @pytest.mark.parametrize("reply", [
-    "Q: a?\n1. [Yes] y\n2. [No] n", "Q1. a?\nA1 - [Yes] y\nA2 - [No] n", "*Q:* a?\n*A1:* [Yes] y\n"
-    "*A2:* [No] n", "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
+    "Q: a?\n1. [Yes] y\n2. [No] n", "Q1. a?\nA1 - [Yes] y\nA2 - [No] n",
+    "*Q:* a?\n*A1:* [Yes] y\n*A2:* [No] n", "Q: a?\n- **B.** [Yes] y\n- **A:** [No] n",
+    "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
     "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
     "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\n---\nStyle 2: b",
     "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (Yes) y\r\nA2: [2. No] n\r\n",
@@ -128,13 +115,11 @@ def test_common_layouts_and_json_are_read(reply):
 
 @pytest.mark.parametrize("problem, ended, replies", [
     ("a style that is not one answer to each option", "stop", [
-        "Q: a?\nA1: [Yes] y\nA2: Not certain.\nA3: [No] n",
-        "Q: a?\nA1: [Yes] y\nA2: [No] n\nI hope that helps!", "Q: a?\nA1: [Yes] y",
-        "Q: a?\nA1: [Yes] y\nA2: [No] n\n2. Formal and Polite",
-        "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: Well (yes) y\nA2: [No] n",
-        "Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
-        "Q: a?\nA1: [Yes] y\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n",
-        "Q: a?\nA1: [Yes] y\nA2: [No] n\nA3: [Yes] y3", "Q: a?\nA1: [Yes]\nA2: [No] n",
+        f"{YES}\nA2: Not certain.\nA3: [No] n", f"{GOOD}\nI hope that helps!", YES,
+        f"{GOOD}\n2. Formal and Polite", "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n",
+        f"{YES}\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
+        f"{YES}\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n", f"{GOOD}\nA3: [Yes] y3",
+        "Q: a?\nA1: Well (yes) y\nA2: [No] n", "Q: a?\nA1: [Yes]\nA2: [No] n",
         '{"styles": [{"question": "a?", "answers": {"Yes": "y"}}]}',
         '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
     ("a style cut off by the length limit", "length", [
@@ -143,15 +128,14 @@ def test_common_layouts_and_json_are_read(reply):
         "Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
         "A2: [No] n"]),
     ("a reply without a question line", "stop", ["I can't.", "A1: [Yes] y\nA2: [No] n"]),
-    ("a prompt that the server refused", "refused", ["400: no\nQ: a?\nA1: [Yes] y\nA2: [No] n"])])
+    ("a prompt that the server refused", "refused", [f"400: no\n{GOOD}"])])
 def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
+    another = [("a?", ["y", "n"])] if problem.startswith(("a style", "the prompt")) else []
     for reply in replies:
-        good, problems = synth.parse_dialogues(reply, ["Yes", "No"], ended)
-        assert good == [] and [p["problem"] for p in problems] == [problem]
-        if problem.startswith(("a style", "the prompt")):
-            first = json.dumps(STYLES) if reply[0] == "{" else "Q: a?\nA1: [Yes] y\nA2: [No] n"
-            good, problems = synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended)
-            assert good == [("a?", ["y", "n"])] and [p["problem"] for p in problems] == [problem]
+        first = json.dumps(STYLES) if reply[0] == "{" else GOOD
+        for text, good in [(reply, []), (f"{first}\n\n{reply}", another)][:1 + len(another)]:
+            read, problems = synth.parse_dialogues(text, ["Yes", "No"], ended)
+            assert read == good and [p["problem"] for p in problems] == [problem]
 
 
 @pytest.mark.parametrize("label, texts", [
@@ -197,8 +181,8 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
     for what in ("4 x a reply without a question line", "30 x a wording given before",
                  "4 x a prompt that the server refused", "2 x a question with fewer than 3 texts"):
         assert what in err
-    assert {"group": "Chile (rural)", "question": "1", "problem": "a reply without a question line",
-            "text": "I'm sorry, I cannot."} in lines(tmp_path / "d/unparsed.jsonl")
+    assert ('"question": "1", "problem": "a reply without a question line", "text": "I\'m sorry, I '
+            'cannot."}') in (tmp_path / "d/unparsed.jsonl").read_text()
     rows = sum(rows.values(), [])
     assert {r["question_id"] for r in rows} == {"0"}
     assert len(rows) == len({r["prompt"] for r in rows}) == 10
@@ -209,7 +193,8 @@ def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm,
     err = llm.make("opinions", *table, "--writer", "llm", "--styles", 2, check=2)
     assert len(llm.requests) == 20 and "0 of 20 replies could be read" in err
     assert "As an AI model I have no opinion." in err.splitlines()[-1]
-    assert len(lines(tmp_path / "d.unparsed.jsonl")) >= 20 and not (tmp_path / "d").exists()
+    assert (tmp_path / "d.unparsed.jsonl").read_text().count("\n") >= 20
+    assert not (tmp_path / "d").exists()
 
 
 def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_path):
@@ -236,8 +221,7 @@ def test_the_survey_table_comes_from_the_hub(table, server, make, tmp_path, monk
         "/datasets/Anthropic/llm_global_opinions/resolve/main/data/global_opinions.csv"}
 
 
-# ---------------------------------------------------------------------------------------------
-# Published sets, by the hub's rows API
+# --- Published sets, by the hub's rows API ---------------------------------------------------
 
 def published_rows(n, **change):
     row = {"prompt": "<Q>How?<A>", "options": "['Good', 'Bad', \"Don't know\"]", "extra": 1,
@@ -290,9 +274,8 @@ def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(h
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
 
 
-def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub, tmp_path):
-    whole, good = {s: published_rows(450) for s in SPLITS}, hub.answer
-    hub.rows = whole
+def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
+    hub.rows, good = {s: published_rows(450) for s in SPLITS}, hub.answer
     hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "300" else good(r)
     assert "400" in hub.fetch(check=2)
     hub.answer, sent = good, len(hub.requests)
@@ -300,10 +283,6 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub, tmp
     assert "remove d.rows.jsonl and try again" in hub.fetch(check=2)
     again = [r.query["offset"] for r in hub.requests[sent:] if r.query.get("split") == "train"]
     assert "300" in again and "0" not in again and len(again) <= 3
-    (tmp_path / "d.rows.jsonl").unlink()
-    hub.rows = whole
-    rows = hub.fetch()[2]["train"]
-    assert [r["accept_response"] for r in rows] == [f"ok {i}" for i in range(450)]
 
 
 @pytest.mark.parametrize("path, answer, message", [
@@ -343,8 +322,7 @@ def test_a_published_set_of_reviews_has_five_classes_and_no_group(hub):
     assert row["accept_choice_id"] == "5" and not {"accept_choice", "group"} & row.keys()
 
 
-# ---------------------------------------------------------------------------------------------
-# Reviews
+# --- Reviews ---------------------------------------------------------------------------------
 
 SNAP = ("product/productId: P{:d}\nreview/userId: A\nreview/profileName: a: b\n"
         "review/score: {:.1f}\nreview/text: {}")
@@ -469,19 +447,17 @@ review/text: bad""".encode(encoding))
     assert read("r.jsonl") == [(["P1"], None, "4", "it's \"o\"")]  # 2014's set, in Python's form
 
 
-@pytest.mark.parametrize("text", ["[{}]", "", "a,b\n", '{\n "asin": "P1",\n "overall": 5.0\n}\n'])
-def test_a_file_without_a_readable_review_is_shown(tmp_path, text):
+@pytest.mark.parametrize("text, titles, message", [
+    ("[{}]", "P1,One", "no review could be read"), ("[{}]", "P1,One", "It begins with '[{}]'"),
+    ("", "P1,One", "It begins with ''"), ("a,b\n", "P1,One", "It begins with 'a,b'"),
+    ('{\n "asin": "P1",\n "overall": 5.0\n}\n', "P1,One", "It begins with '{'"),
+    ("", "P1,The Good, the Bad", "t.csv must have lines of product,title"),
+    ("", "P1", "t.csv must have lines of product,title")])
+def test_a_file_without_readable_reviews_or_titles_is_refused(
+        reviews, tmp_path, text, titles, message):
     save(tmp_path / "r.jsonl", text)
-    with pytest.raises(ValueError) as e:
-        list(synth.read_reviews(tmp_path / "r.jsonl", synth.Counter()))
-    assert "no review could be read" in str(e.value)
-    assert f"It begins with {text.partition(chr(10))[0]!r}" in str(e.value)
-
-
-@pytest.mark.parametrize("titles", ["P1,The Good, the Bad\n", "P1\n"])
-def test_a_table_of_titles_is_refused_if_it_has_not_two_columns(reviews, titles):
     err = reviews("r.jsonl", titles, "--metadata", "none", check=2)
-    assert "t.csv must have lines of product,title" in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
 @real_data
@@ -497,33 +473,32 @@ def test_the_real_reviews_give_rows(reviews, name, titles):
     assert not any(re.search("<br|&quot;", r["accept_response"]) for r in train)
 
 
-# ---------------------------------------------------------------------------------------------
-# Mined beliefs
+# --- Mined beliefs ---------------------------------------------------------------------------
 
 def asked(i):
-    return f"{'hurt' if i % 2 else 'talk'} {i}?\n\nAssistant: Hm.\n\nHuman: And?"
+    return f"{'hurt' if i % 2 else 'talk'} {i % 30}?\n\nAssistant: Hm.\n\nHuman: And?"
 
 
 @pytest.fixture
 def pairs(tmp_path):
-    """60 pairs in the form of HH-RLHF."""
+    """60 pairs in the form of HH-RLHF, two of each prompt, and 10 of equal answers."""
     path, rows = tmp_path / "hh.jsonl.gz", []
-    for i in range(60):
+    for i in range(70):
         chosen, rejected = ("good", "so so") if i % 10 else ("so so", "good")
+        rejected = chosen if i >= 60 else rejected if i % 3 else "no"
         start = f"\n\nHuman: {asked(i)}\n\nAssistant: "
-        rows.append({"chosen": f"{start}{chosen} {i}",
-                     "rejected": f"{start}{rejected if i % 3 else 'no'} {i}"})
+        rows.append({"chosen": f"{start}{chosen} {i}", "rejected": f"{start}{rejected} {i}"})
     save(path, *rows)
     return path
 
 
-@pytest.mark.parametrize("form", ["words", "json"])
-def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, form):
-    llm.json = form == "json"
-    _, meta, rows = llm.make("mine", "--pairs", pairs)
-    assert meta["classes"] == ["1", "2", "3"] and sum(map(len, rows.values())) == 60
+def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, tmp_path):
+    err, meta, rows = llm.make("mine", "--pairs", pairs)
+    assert "70 pairs, of which 10 are left out" in err and meta["classes"] == ["1", "2", "3"]
+    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]         # each in one split
+    assert [len(p) for p in prompts] == [22, 4, 4] and sum(map(len, rows.values())) == 60
     for r in sum(rows.values(), []):
-        i = int(re.search(r"\d+", r["prompt"])[0])
+        i = int(re.search(r"\d+", r["accept_response"])[0])
         assert r["prompt"] == asked(i)
         assert r["accept_choice"] == ("Do not harm" if i % 2 else "Be brief") == r["reject_choice"]
         assert r["accept_choice_id"] == ("3" if i % 10 else "2")     # whichever stood first
@@ -532,34 +507,25 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, form):
     assert len(llm.requests) == 60 + 1 + 60
     assert {r.body["max_tokens"] for r in llm.requests} == {100, 4096, 60}
     assert ["response_format" in r.body for r in llm.requests] == [False] * 60 + [True] * 61
+    assert (tmp_path / "d.answers.jsonl").is_file()         # whatever --out ends in
     assert llm.make("mine", "--pairs", pairs)[2] == rows
     assert len(llm.requests) == 121                         # all of it is kept
 
 
-def test_equal_pairs_are_left_out_and_a_prompt_stays_in_one_split(llm, tmp_path):
-    save(tmp_path / "p.jsonl", *({"prompt": f"talk {i % 6}?", "chosen": f"good {i}",
-                                  "rejected": f"{'no' if i < 50 else 'good'} {i}"}
-                                 for i in range(60)))
-    err, _, rows = llm.make("mine", "--pairs", "p.jsonl")
-    assert "60 pairs, of which 10 are left out" in err
-    assert (tmp_path / "d.answers.jsonl").is_file()         # whatever --out ends in
-    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
-    assert [len(p) for p in prompts] == [4, 1, 1] and sum(map(len, rows.values())) == 50
-
-
 def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path):
     flagged = 400, {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}
-    replies = {("State the one", "talk 4?"): "I'm sorry.\nI cannot.",
-               ("State the one", "hurt 7?"): flagged, ("Statement:", "hurt 9?"): flagged,
-               ("Statement:", "talk 8?"): "both agree",
-               ("Statement:", "talk 14?"): "1: agree\n2: agree"}
+    replies = {("State the one", "good 34"): "I'm sorry.\nI cannot.",
+               ("State the one", "good 37"): flagged, ("Statement:", "good 39"): flagged,
+               ("Statement:", "good 38"): "both agree",
+               ("Statement:", "good 44"): "1: agree\n2: agree"}
     llm.spoil = lambda reply, prompt: next(
         (r for (a, b), r in replies.items() if a in prompt and b in prompt), reply)
     err, _, rows = llm.make("mine", "--pairs", pairs)
     for what in ("1 x no statement (stop)", "2 x no two different stances (stop)",
                  "1 x no statement (refused)", "1 x no two different stances (refused)"):
         assert what in err
-    assert sum(map(len, rows.values())) == 55 and len(lines(tmp_path / "d/unparsed.jsonl")) == 5
+    assert sum(map(len, rows.values())) == 55
+    assert (tmp_path / "d/unparsed.jsonl").read_text().count("\n") == 5
 
 
 def test_statements_are_grouped_in_rounds_and_no_more_than_max_are_kept(llm, tmp_path):
@@ -568,7 +534,9 @@ def test_statements_are_grouped_in_rounds_and_no_more_than_max_are_kept(llm, tmp
     of, problems = synth.group_statements(client, many, 3, size=6)
     assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
     assert problems == [] and len(llm.requests) == 4
-    assert synth.read_groups('{"groups": [{"statement": "a", "numbers": [null]}]}') == []
+    found = '{"groups": [{"statement": "a", "numbers": %s}]}'                # as the schema asks
+    assert synth.read_groups(found % [2, 1]) == [("a", 2), ("a", 1)]
+    assert synth.read_groups(found % "[null]") == []
     of, problems = synth.group_statements(client, many, 1)
     assert set(of.values()) == {"Do not harm"} and len(problems) == 8
 
@@ -617,8 +585,7 @@ def test_the_real_pairs_are_read():
         "Do you know why turk", "To be honest, I don’", "I know that the Amer"]
 
 
-# ---------------------------------------------------------------------------------------------
-# In-context rows
+# --- In-context rows -------------------------------------------------------------------------
 
 def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, make, world):
     _, meta, rows = make("icf", "--data", world, "--shots", 3)
@@ -634,16 +601,11 @@ def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, make
     assert prompt_text(rows["test"][0], meta["form"]) == \
         f"Question: {rows['test'][0]['prompt']}, Answer:"
     (tmp_path / "d").rename(tmp_path / "shot")
-    assert "has the form 'Question: {prompt}, Answer:' already" in make("icf", "--data", "shot",
-                                                                        check=2)
-    err = make("icf", "--data", world, "--shots", 41, check=2)
-    assert "has not 41 training rows" in err
-
-
-def test_a_review_that_begins_with_a_digit_does_not_hide_its_rating():
-    row = {"prompt": "Film", "accept_choice_id": "5", "accept_response": "10 out of 10"}
-    shot = synth.example(row, "Question: {prompt}, Answer:")
-    assert shot == "Question: Film, Answer:5 10 out of 10\n\n"
+    err = make("icf", "--data", "shot", check=2)
+    assert "has the form 'Question: {prompt}, Answer:' already" in err
+    assert "has not 41 training rows" in make("icf", "--data", world, "--shots", 41, check=2)
+    row = {"prompt": "F", "accept_choice_id": "5", "accept_response": "10 out of 10"}
+    assert synth.example(row, "{prompt}:") == "F:5 10 out of 10\n\n"          # no rating of 510
 
 
 def test_shots_are_dropped_until_the_row_fits(make, world, capsys):

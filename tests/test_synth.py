@@ -38,17 +38,13 @@ def test_the_same_seed_writes_the_same_bytes(whole, tmp_path):
     assert toy(tmp_path / "other", seed=1)[1]["train"] != rows["train"]
 
 
-def test_the_world_is_as_large_and_as_split_as_it_says(whole):
+def test_the_world_is_split_as_it_says_and_its_beliefs_follow_the_shares(whole):
     _, _, rows = whole
     seen, tried, tested = ({r["question_id"] for r in rows[s]} for s in SPLITS)
     assert len(seen) == 250 and len(rows["train"]) == 4000 and len(rows["eval"]) == 500
     assert tried == seen and len(tested - seen) == 50
     train = {r["prompt"] for r in rows["train"]}                     # eval and test: new wordings
     assert not train & {r["prompt"] for r in rows["eval"] + rows["test"]}
-
-
-def test_the_accepted_belief_follows_the_shares_and_the_rejected_is_another(whole):
-    _, _, rows = whole
     expected, got = np.zeros(6), np.zeros(6)
     for r in rows["train"]:
         expected += r["probabilities"]
