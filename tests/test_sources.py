@@ -130,10 +130,12 @@ def test_common_layouts_and_json_are_read(reply):
     ("a reply without a question line", "stop", ["I can't.", "A1: [Yes] y\nA2: [No] n"]),
     ("a prompt that the server refused", "refused", [f"400: no\n{GOOD}"])])
 def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
-    another = [("a?", ["y", "n"])] if problem.startswith(("a style", "the prompt")) else []
     for reply in replies:
-        first = json.dumps(STYLES) if reply[0] == "{" else GOOD
-        for text, good in [(reply, []), (f"{first}\n\n{reply}", another)][:1 + len(another)]:
+        cases = [(reply, [])]
+        if problem.startswith(("a style", "the prompt")):
+            first = json.dumps(STYLES) if reply[0] == "{" else GOOD
+            cases += [(f"{first}\n\n{reply}", [("a?", ["y", "n"])])]
+        for text, good in cases:
             read, problems = synth.parse_dialogues(text, ["Yes", "No"], ended)
             assert read == good and [p["problem"] for p in problems] == [problem]
 
@@ -255,21 +257,27 @@ def hub(server, monkeypatch, make):
 
 def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(hub):
     """Rows of one question share options and shares; the country is in the set's name. A belief of
-    more than one class counts for its most frequent one."""
-    other = published_rows(3, probabilities="[0, 0, 0.5, 0, 0.5, 0]", accept_choice_id=5)
-    hub.rows = {"train": published_rows(250) + other, "validation": published_rows(3),
+    more than one class counts for its most frequent one. Rows with an empty cell are left out."""
+    odd = [published_rows(1, **change)[0] for change in (
+        {"reject_response": " "}, {"prompt": ""}, {"accept_choice_id": ""}, {"options": None},
+        {"accept_response": None}, {"probabilities": "[0, 0, 0.4, null, 0.6, 0]"})]
+    other = published_rows(3, probabilities="[0, 0, 0.5, 0, 0.5, 0]", accept_choice_id=5,
+                           reject_choice_id=0)              # which is no empty cell
+    hub.rows = {"train": published_rows(250) + odd + other, "validation": published_rows(3) + odd,
                 "test": published_rows(2)}
     hub.long = [123]
-    _, meta, rows = hub.fetch("--name", "Some/mmoqa_pk_large")
+    err, meta, rows = hub.fetch("--name", "Some/mmoqa_pk_large")
     train = rows["train"]
     assert [len(rows[s]) for s in SPLITS] == [253, 3, 2]
+    assert "12 x a row with an empty or odd cell" in err
     assert [r["accept_response"] for r in train[:250]] == [f"ok {i}" for i in range(250)]
     assert train[0] == {
         "prompt": "How?", "options": ["Good", "Bad", "Don't know"], "accept_choice_id": "4",
         "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Good",
         "accept_response": "ok 0", "reject_choice_id": "2", "reject_choice": "Bad",
         "reject_response": "no", "group": "Pakistan", "question_id": train[9]["question_id"]}
-    assert len({r["question_id"] for r in train}) == 2 and train[-1]["group"] == "Pakistan"
+    assert len({r["question_id"] for r in train}) == 2
+    assert train[-1]["group"] == "Pakistan" and train[-1]["reject_choice_id"] == "0"
     assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
 
@@ -298,18 +306,6 @@ def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message)
     assert "does not exist" in hub.fetch("--name", "Other/set", check=2)
     hub.answer = lambda r: (200, answer) if r.path == path else good(r)
     assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
-
-
-def test_a_published_row_with_an_empty_cell_is_left_out_and_counted(hub):
-    rows = published_rows(120, reject_choice_id=0)
-    rows[7]["reject_response"] = " "
-    rows[8]["prompt"] = rows[9]["accept_choice_id"] = ""
-    rows[10]["accept_response"] = rows[11]["options"] = None
-    rows[12]["probabilities"] = "[0, 0, 0.4, null, 0.6, 0]"
-    hub.rows = {s: rows for s in SPLITS}
-    err, _, rows = hub.fetch()
-    assert len(rows["train"]) == 114 and "18 x a row with an empty or odd cell" in err
-    assert rows["train"][0]["reject_choice_id"] == "0"      # which is no empty cell
 
 
 def test_a_published_set_of_reviews_has_five_classes_and_no_group(hub):
