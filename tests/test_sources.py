@@ -2,103 +2,124 @@
 import gzip
 import json
 import re
+import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from conftest import SHARED, completion, real_data
 
 import data
 import synth
-from data import encode_rows, load_dataset, load_rows, prompt_text
-
-SPLITS = ("train", "eval", "test")
-OPTIONS = ["Very good job", "Somewhat bad", "It's \"fine\" [VOL]", "DK/Refused"]
-REPLY = """Here are two styles:
-
-Style 1: Casual and Friendly
-Q: So, tell me: how do you rate it? [be honest]
-A1: [Very good job] Honestly: A great job: 5 of 5!
-A2: [Somewhat bad] Hmm, [sigh] it could be better. Ask A2: never mind.
-A3: [It's "fine" [VOL]] It's "fine", I'd say. "Never" is no "word".
-A4: [DK/Refused] I'd rather not say.
-
-**Style 2: Formal**
-- **Question 2:** "How would you evaluate it?"
-
-- **B.** [somewhat bad.] Rather poor.
-- **A:** [VERY GOOD JOB]: "Excellent."
-1. [DK/Refused] - No comment.
-- **C** : [It’s “fine” [VOL]] Fine.
-
-I hope that these small talks help!
-"""
-STYLES = {"styles": [{"question": "a?", "answers": {"Yes": "y", "no.": "[No] n"}}]}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from data import SPLITS, encode_rows, load_dataset, prompt_text
 
 
 @pytest.fixture
-def llm(server, monkeypatch, tmp_path):
-    """Writes as Appendix A asks. .spoil(reply, prompt) -> another reply, or (status, answer)."""
-    monkeypatch.setattr(data, "PAUSE", 0.01)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    server.spoil = lambda reply, prompt: reply
+def make(call, monkeypatch, tmp_path):
+    """make(command, *flags) writes tmp_path/d anew -> (what it said, meta, {split: rows}); with
+    check=2 it fails, and only what it said comes back."""
+    monkeypatch.setattr(data, "PAUSE", 0.001)
 
-    def answer(r):
-        prompt = r.body["messages"][0]["content"]
+    def make(*flags, check=0):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        err = call(synth, *flags, "--out", "d/", cwd=tmp_path, check=check).stderr
+        return err if check else (err, *load_dataset(str(tmp_path / "d"), SPLITS))
+    return make
+
+
+@pytest.fixture
+def llm(server, make):
+    """Writes as Appendix A asks, gives classes, and mines two principles, told by a word of the
+    prompt. .spoil(reply, prompt) -> another reply, or (status, answer). .make runs a command."""
+    server.spoil = lambda reply, prompt: reply
+    server.make = lambda *flags, **kw: make(*flags, "--base_url", server.url, **kw)
+
+    def reply(prompt):
         if "Choices:" in prompt:
             n = int(re.search(r"generate (\d+) different", prompt)[1])
             options = json.loads(re.search(r"Choices: (.*)", prompt)[1])
             asked, number = re.search(r"Question: (.*)", prompt)[1], len(server.requests)
-            reply = "\n".join(f"Style {i}: Style\nQ: {asked} ({number}.{i})\n" + "".join(
+            return "\n".join(f"Style {i}: Style\nQ: {asked} ({number}.{i})\n" + "".join(
                 f"A{k}: [{o}] In {number}.{i} I say: {o}.\n" for k, o in enumerate(options, 1))
                 for i in range(1, n + 1))
-        else:
-            reply = {"Maybe": "The class is 3.", "Yes": '{"answer": "4"}'}.get(
-                re.search("Option: (.*)", prompt)[1], "2")
-        reply = server.spoil(reply, prompt)
-        return reply if isinstance(reply, tuple) else (200, completion(reply))
+        if option := re.search("Option: (.*)", prompt):
+            return {"Maybe": "The class is 3.", "Yes": '{"answer": "4"}'}.get(option[1], "2")
+        if "State the one" in prompt:
+            principle = "Do not harm." if "hurt" in prompt else "Be brief."
+            return principle + str(prompt.count("x") % 2)
+        if "Group the numbered" in prompt:
+            listed = re.findall(r"^(\d+)\. (.*)$", prompt, re.M)
+            return "\n".join(f"- {k} :: " + ", ".join(n for n, s in listed if s[:5] == k[:5])
+                             for k in ("Do not harm", "Be brief"))
+        sides = re.search(r"Answer 1: (.*?)\n\nAnswer 2: (.*?)\n\nDoes", prompt, re.S).groups()
+        return "\n".join(f"{n}: " + (
+            "agree" if "good" in side else "neutral" if "so" in side else "disagree")
+            for n, side in enumerate(sides, 1))
+
+    def answer(r):
+        prompt = r.body["messages"][0]["content"]
+        spoiled = server.spoil(reply(prompt), prompt)
+        return spoiled if isinstance(spoiled, tuple) else (200, completion(spoiled))
     server.answer = answer
     return server
 
 
-# ---------------------------------------------------------------------------------------------
-# The LLM as writer
+def save(path, *records):
+    """Write texts and JSON, with empty lines between them, plain or as .gz."""
+    text = "\n\n".join(r if isinstance(r, str) else json.dumps(r) for r in records).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+# --- The LLM as writer -----------------------------------------------------------------------
+
+REPLY = """Here are two styles:
+
+Style 1: Casual and Friendly
+Q: So, tell me: how do you rate it? [be honest]
+A1: [Very good job] Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.
+A2: [DK/It's "fine" [VOL]] It's "fine", I'd say. "Never" is no "word".
+
+**Style 2: Formal**
+- **Question 2:** "How would you evaluate it?"
+
+- **C** : [dk/it’s “fine” [VOL].] - Fine.
+1. [VERY GOOD JOB]: "Excellent."
+
+I hope that these small talks help!
+"""
+STYLES = {"styles": [{"question": "a?", "answers": {"Yes": "y", "no.": "[No] n"}}]}
+YES = "Q: a?\nA1: [Yes] y"
+GOOD = f"{YES}\nA2: [No] n"
+
 
 def test_a_reply_is_read_however_it_is_laid_out():
-    good, problems = synth.parse_dialogues(REPLY, OPTIONS)
-    assert problems == []
-    (q1, a1), (q2, a2) = good
-    assert q1 == "So, tell me: how do you rate it? [be honest]"
-    assert q2 == "How would you evaluate it?"
-    assert a1 == ["Honestly: A great job: 5 of 5!",
-                  "Hmm, [sigh] it could be better. Ask A2: never mind.",
-                  "It's \"fine\", I'd say. \"Never\" is no \"word\".", "I'd rather not say."]
-    assert a2 == ["Excellent.", "Rather poor.", "Fine.", "No comment."]
+    assert synth.parse_dialogues(REPLY, ["Very good job", 'DK/It\'s "fine" [VOL]']) == ([
+        ("So, tell me: how do you rate it? [be honest]", [
+            "Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.",
+            "It's \"fine\", I'd say. \"Never\" is no \"word\"."]),
+        ("How would you evaluate it?", ["Excellent.", "Fine."])], [])
 
 
 @pytest.mark.parametrize("reply", [
-    "Q: a?\n1. [Yes] y\n2. [No] n", "Q1. a?\nA1 - [Yes] y\nA2 - [No] n", "*Q:* a?\n*A1:* [Yes] y\n"
-    "*A2:* [No] n", "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
+    "Q: a?\n1. [Yes] y\n2. [No] n", "Q1. a?\nA1 - [Yes] y\nA2 - [No] n",
+    "*Q:* a?\n*A1:* [Yes] y\n*A2:* [No] n", "Q: a?\n- **B.** [Yes] y\n- **A:** [No] n",
+    "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
     "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
-    "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", "```\nQ: a?\nA1: [Yes] y\nA2: [No] n\n```",
-    "Q: a?\nA1: [Yes] y\nA2: [No] n\n---\nStyle 2: b", "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!",
-    "Q: a?\r\nA1: (Yes) y\r\nA2: [2. No] n\r\n", "Q： a?\nA1： [Yes] y\nA2： [Option: No] n",
-    "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n", json.dumps(STYLES), json.dumps(STYLES, indent=1)])
+    "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\n---\nStyle 2: b",
+    "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (Yes) y\r\nA2: [2. No] n\r\n",
+    "Q： a?\nA1： [Yes] y\nA2： [Option: No] n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n",
+    json.dumps(STYLES), json.dumps(STYLES, indent=1)])
 def test_common_layouts_and_json_are_read(reply):
     assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
 
 
 @pytest.mark.parametrize("problem, ended, replies", [
     ("a style that is not one answer to each option", "stop", [
-        "Q: a?\nA1: [Yes] y\nA2: Not certain.\nA3: [No] n",
-        "Q: a?\nA1: [Yes] y\nA2: [No] n\nI hope that helps!", "Q: a?\nA1: [Yes] y",
-        "Q: a?\nA1: [Yes] y\nA2: [No] n\n2. Formal and Polite",
-        "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: Well (yes) y\nA2: [No] n",
-        "Q: a?\nA1: [Yes] y\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
-        "Q: a?\nA1: [Yes] y\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n",
-        "Q: a?\nA1: [Yes] y\nA2: [No] n\nA3: [Yes] y3", "Q: a?\nA1: [Yes]\nA2: [No] n",
+        f"{YES}\nA2: Not certain.\nA3: [No] n", f"{GOOD}\nI hope that helps!", YES,
+        f"{GOOD}\n2. Formal and Polite", "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n",
+        f"{YES}\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
+        f"{YES}\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n", f"{GOOD}\nA3: [Yes] y3",
+        "Q: a?\nA1: Well (yes) y\nA2: [No] n", "Q: a?\nA1: [Yes]\nA2: [No] n",
         '{"styles": [{"question": "a?", "answers": {"Yes": "y"}}]}',
         '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
     ("a style cut off by the length limit", "length", [
@@ -107,15 +128,16 @@ def test_common_layouts_and_json_are_read(reply):
         "Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
         "A2: [No] n"]),
     ("a reply without a question line", "stop", ["I can't.", "A1: [Yes] y\nA2: [No] n"]),
-    ("a prompt that the server refused", "refused", ["400: no\nQ: a?\nA1: [Yes] y\nA2: [No] n"])])
+    ("a prompt that the server refused", "refused", [f"400: no\n{GOOD}"])])
 def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
     for reply in replies:
-        good, problems = synth.parse_dialogues(reply, ["Yes", "No"], ended)
-        assert good == [] and [p["problem"] for p in problems] == [problem]
+        cases = [(reply, [])]
         if problem.startswith(("a style", "the prompt")):
-            first = json.dumps(STYLES) if reply[0] == "{" else "Q: a?\nA1: [Yes] y\nA2: [No] n"
-            good, problems = synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended)
-            assert good == [("a?", ["y", "n"])] and [p["problem"] for p in problems] == [problem]
+            first = json.dumps(STYLES) if reply[0] == "{" else GOOD
+            cases += [(f"{first}\n\n{reply}", [("a?", ["y", "n"])])]
+        for text, good in cases:
+            read, problems = synth.parse_dialogues(text, ["Yes", "No"], ended)
+            assert read == good and [p["problem"] for p in problems] == [problem]
 
 
 @pytest.mark.parametrize("label, texts", [
@@ -129,35 +151,27 @@ def test_one_of_a_few_labels_is_read_and_never_guessed(label, texts):
     assert synth.read_label('{\n\n"answer"\n\n:\n"No"}', ["Yes", "No"]) == "No"
 
 
-def opinions(call, llm, tmp_path, *flags, **kwargs):
-    return call(synth, "opinions", *flags, "--base_url", llm.url, "--out", tmp_path / "d",
-                cwd=tmp_path, **kwargs)
-
-
-def test_an_llm_writes_the_dialogues(table, llm, tmp_path, call):
-    flags = (*table, "--writer", "llm", "--noise", 0, "--pairs_per_question", 90)
-    p = opinions(call, llm, tmp_path, *flags)
-    assert "Chile (rural): 12 of 12 replies could be read" in p.stderr
+def test_an_llm_writes_the_dialogues(table, llm):
+    flags = ("opinions", *table, "--writer", "llm", "--noise", 0, "--pairs_per_question", 90)
+    err, meta, rows = llm.make(*flags)
+    assert "Chile (rural): 12 of 12 replies could be read" in err
     body = llm.requests[0].body
     assert "Chile (rural), please generate 10 different" in body["messages"][0]["content"]
     assert body["max_tokens"] == 4096 and body["response_format"]["type"] == "json_schema"
     assert len(llm.requests) == 3 * 4                       # 40 paraphrases, 10 to a request
-    meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
     assert [len(rows[s]) for s in SPLITS] == [2 * 72, 2 * 9, 2 * 9 + 18]
     assert meta["belief_to_class"]["A lot"] == "5" and meta["llm"]["llm"] == "gpt-3.5-turbo-1106"
     for r in sum(rows.values(), []):                        # the answer is the one to its belief
-        assert r["accept_response"].endswith(f": {r['accept_choice']}.")
-        assert r["reject_response"].endswith(f": {r['reject_choice']}.")
+        for side in ("accept", "reject"):
+            assert r[f"{side}_response"].endswith(f": {r[f'{side}_choice']}.")
         texts = r["prompt"], r["accept_response"], r["reject_response"]
         assert len({re.search(r"\d+\.\d+", t)[0] for t in texts}) == 1       # of one style
     prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
     assert not prompts[0] & (prompts[1] | prompts[2])
-    (tmp_path / "d").rename(tmp_path / "first")
-    opinions(call, llm, tmp_path, *flags)                   # a second run asks nothing
-    assert len(llm.requests) == 12 and load_dataset(str(tmp_path / "d"), SPLITS)[1] == rows
+    assert llm.make(*flags)[2] == rows and len(llm.requests) == 12      # now it asks nothing
 
 
-def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path, call):
+def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
     def spoil(reply, prompt):
         if "How bad" in prompt:
             return "I'm sorry, I cannot."
@@ -165,68 +179,66 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path, call):
             return 400, {"error": {"message": "Your prompt was flagged", "code": "invalid_prompt"}}
         return re.sub(r"\((\d+)\.(1?\d)\)", r"(\2)", reply)      # the same wordings in each reply
     llm.spoil = spoil
-    p = opinions(call, llm, tmp_path, *table, "--writer", "llm", "--holdout_questions", 0)
+    err, _, rows = llm.make("opinions", *table, "--writer", "llm", "--holdout_questions", 0)
     for what in ("4 x a reply without a question line", "30 x a wording given before",
                  "4 x a prompt that the server refused", "2 x a question with fewer than 3 texts"):
-        assert what in p.stderr
-    assert {"group": "Chile (rural)", "question": "1", "problem": "a reply without a question line",
-            "text": "I'm sorry, I cannot."} in lines(tmp_path / "d/unparsed.jsonl")
-    rows = sum((load_rows(tmp_path / f"d/{s}.jsonl", synth.CLASSES) for s in SPLITS), [])
+        assert what in err
+    assert ('"question": "1", "problem": "a reply without a question line", "text": "I\'m sorry, I '
+            'cannot."}') in (tmp_path / "d/unparsed.jsonl").read_text()
+    rows = sum(rows.values(), [])
     assert {r["question_id"] for r in rows} == {"0"}
     assert len(rows) == len({r["prompt"] for r in rows}) == 10
 
 
-def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm, tmp_path, call):
+def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm, tmp_path):
     llm.spoil = lambda reply, prompt: "As an AI model I have no opinion."
-    p = opinions(call, llm, tmp_path, *table, "--writer", "llm", "--styles", 2, check=2)
-    assert len(llm.requests) == 20 and "0 of 20 replies could be read" in p.stderr
-    assert "As an AI model I have no opinion." in p.stderr.splitlines()[-1]
-    assert len(lines(tmp_path / "d.unparsed.jsonl")) >= 20 and not (tmp_path / "d").exists()
+    err = llm.make("opinions", *table, "--writer", "llm", "--styles", 2, check=2)
+    assert len(llm.requests) == 20 and "0 of 20 replies could be read" in err
+    assert "As an AI model I have no opinion." in err.splitlines()[-1]
+    assert (tmp_path / "d.unparsed.jsonl").read_text().count("\n") >= 20
+    assert not (tmp_path / "d").exists()
 
 
-def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_path, call):
-    flags = [*table[:2], *table[4:], "--classify", "llm", "--max_questions", 1,
-             "--holdout_questions", 0]                      # no --map
-    opinions(call, llm, tmp_path, *flags)
+def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_path):
+    llm.make("opinions", *table[:2], *table[4:], "--classify", "llm", "--max_questions", 1,
+             "--holdout_questions", 0)                      # no --map
     body = llm.requests[0].body
     assert len(llm.requests) == 3 and body["temperature"] == 0 and body["max_tokens"] == 50
     assert body["response_format"]["json_schema"]["schema"]["properties"] == {
         "answer": {"type": "string", "enum": synth.CLASSES}}
-    (tmp_path / "d").rename(tmp_path / "first")
-    (tmp_path / "map.json").write_text(json.dumps({"No": 1}))
-    p = opinions(call, llm, tmp_path, *table, "--classify", "llm")     # and what --map lacks
-    assert "4 questions" in p.stderr and len(llm.requests) == 3 + 6 - 2
-    assert json.loads((tmp_path / "d/meta.json").read_text())["belief_to_class"] == {
-        "No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2", "A bit": "2", "Not too much": "2",
-        "A lot": "2"}
+    save(tmp_path / "map.json", {"No": 1})
+    err, meta, _ = llm.make("opinions", *table, "--classify", "llm")   # and what --map lacks
+    assert "4 questions" in err and len(llm.requests) == 3 + 6 - 2
+    assert meta["belief_to_class"] == {"No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2",
+                                       "A bit": "2", "Not too much": "2", "A lot": "2"}
 
 
-def test_the_survey_table_comes_from_the_hub(table, llm, tmp_path, call, monkeypatch):
+def test_the_survey_table_comes_from_the_hub(table, server, make, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
     text = (tmp_path / "t.csv").read_text()
-    monkeypatch.setenv("HF_ENDPOINT", llm.url)
-    llm.answer = lambda r: (200, text, ("ETag", '"abc"'), ("X-Repo-Commit", "c0ffee"))
-    assert "3 questions for Chile" in opinions(call, llm, tmp_path, *table[2:]).stderr   # no --csv
-    assert {r.path for r in llm.requests} == {
+    server.answer = lambda r: (200, text, ("ETag", '"abc"'), ("X-Repo-Commit", "c0ffee"))
+    assert "3 questions for Chile" in make("opinions", *table[2:])[0]                  # no --csv
+    assert {r.path for r in server.requests} == {
         "/datasets/Anthropic/llm_global_opinions/resolve/main/data/global_opinions.csv"}
 
 
-# ---------------------------------------------------------------------------------------------
-# Published sets, by the hub's rows API
+# --- Published sets, by the hub's rows API ---------------------------------------------------
 
 def published_rows(n, **change):
-    row = {"prompt": "<Q>How?<A>", "options": "['Good', 'Bad', \"Don't know\"]",
-           "accept_choice_id": 4, "accept_choice": "Good", "accept_response": "ok",
+    row = {"prompt": "<Q>How?<A>", "options": "['Good', 'Bad', \"Don't know\"]", "extra": 1,
            "probabilities": [0.1, 0, 0.3, 0, 0.6, 0],
-           "reject_choice_id": "2", "reject_choice": "Bad", "reject_response": "no", "extra": 1}
+           "accept_choice_id": 4, "accept_choice": "Good",
+           "reject_choice_id": "2", "reject_choice": "Bad", "reject_response": "no"}
     return [row | {"accept_response": f"ok {i}"} | change for i in range(n)]
 
 
 @pytest.fixture
-def hub(server, monkeypatch, tmp_path, call):
-    """Plays datasets-server: .rows {split: [row]}; cells of .long come cut off in pages of more
-    than one row. .fetch(name, check) runs the command."""
-    monkeypatch.setattr(data, "PAUSE", 0.01)
+def hub(server, monkeypatch, make):
+    """Plays datasets-server: .rows {split: [row]}; the rows of .long come cut off in pages of more
+    than one row. .fetch(*flags) runs the command."""
     monkeypatch.setenv("HF_DATASETS_SERVER", server.url)
+    server.fetch = partial(make, "published", "--name", "Some/set")
     server.rows, server.long = {}, []
 
     def answer(r):
@@ -234,63 +246,51 @@ def hub(server, monkeypatch, tmp_path, call):
             return 404, {"error": "The dataset does not exist."}
         if r.path == "/splits":
             return 200, {"splits": [{"config": "default", "split": s} for s in server.rows]}
-        rows, start, length = server.rows[r.query["split"]], *(
-            int(r.query[k]) for k in ("offset", "length"))
-        assert r.query["config"] == "default" and length <= 100
+        rows, start, n = server.rows[r.query["split"]], int(r.query["offset"]), r.query["length"]
+        assert r.query["config"] == "default" and int(n) <= 100
         return 200, {"features": [], "num_rows_total": len(rows), "partial": False, "rows": [
-            {"row_idx": start + i, "row": row, "truncated_cells":
-             ["accept_response"] if length > 1 and start + i in server.long else []}
-            for i, row in enumerate(rows[start:start + length])]}
-
-    def fetch(name="Some/set", check=0):
-        p = call(synth, "published", "--name", name, "--out", "d", cwd=tmp_path, check=check)
-        return p.stderr if check else (p.stderr, *load_dataset(str(tmp_path / "d"), SPLITS))
-    server.answer, server.fetch, server.folder = answer, fetch, tmp_path
+            {"row_idx": i, "row": row, "truncated_cells": ["x"] * (n != "1" and i in server.long)}
+            for i, row in enumerate(rows[start:start + int(n)], start)]}
+    server.answer = answer
     return server
 
 
-def test_a_published_set_is_fetched(hub):
-    hub.rows = {"train": published_rows(250), "validation": published_rows(3),
+def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(hub):
+    """Rows of one question share options and shares; the country is in the set's name. A belief of
+    more than one class counts for its most frequent one. Rows with an empty cell are left out."""
+    odd = [published_rows(1, **change)[0] for change in (
+        {"reject_response": " "}, {"prompt": ""}, {"accept_choice_id": ""}, {"options": None},
+        {"accept_response": None}, {"probabilities": "[0, 0, 0.4, null, 0.6, 0]"})]
+    other = published_rows(3, probabilities="[0, 0, 0.5, 0, 0.5, 0]", accept_choice_id=5,
+                           reject_choice_id=0)              # which is no empty cell
+    hub.rows = {"train": published_rows(250) + odd + other, "validation": published_rows(3) + odd,
                 "test": published_rows(2)}
     hub.long = [123]
-    _, meta, rows = hub.fetch()
-    assert [len(rows[s]) for s in SPLITS] == [250, 3, 2]
-    assert [r["accept_response"] for r in rows["train"]] == [f"ok {i}" for i in range(250)]
-    assert rows["train"][0] == {
+    err, meta, rows = hub.fetch("--name", "Some/mmoqa_pk_large")
+    train = rows["train"]
+    assert [len(rows[s]) for s in SPLITS] == [253, 3, 2]
+    assert "12 x a row with an empty or odd cell" in err
+    assert [r["accept_response"] for r in train[:250]] == [f"ok {i}" for i in range(250)]
+    assert train[0] == {
         "prompt": "How?", "options": ["Good", "Bad", "Don't know"], "accept_choice_id": "4",
         "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Good",
         "accept_response": "ok 0", "reject_choice_id": "2", "reject_choice": "Bad",
-        "reject_response": "no", "question_id": rows["train"][9]["question_id"]}
+        "reject_response": "no", "group": "Pakistan", "question_id": train[9]["question_id"]}
+    assert len({r["question_id"] for r in train}) == 2
+    assert train[-1]["group"] == "Pakistan" and train[-1]["reject_choice_id"] == "0"
     assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
 
 
-def test_published_rows_know_their_question_and_group(hub):
-    """Rows of one question share options and shares; the country is in the set's name. A belief of
-    more than one class counts for its most frequent one."""
-    rows = published_rows(3) + published_rows(3, probabilities="[0, 0, 0.5, 0, 0.5, 0]")
-    rows += published_rows(1, accept_choice_id=5)
-    hub.rows = {"train": rows, "dev": rows, "test": rows}
-    _, meta, rows = hub.fetch("Some/mmoqa_pk_large")
-    assert len({r["question_id"] for r in rows["train"]}) == 2
-    assert {r["group"] for r in rows["train"]} == {"Pakistan"}
-    assert meta["belief_to_class"]["Good"] == "4"
-
-
 def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
-    hub.rows = {s: published_rows(450) for s in SPLITS}
-    good = hub.answer
+    hub.rows, good = {s: published_rows(450) for s in SPLITS}, hub.answer
     hub.answer = lambda r: (400, "gone") if r.query.get("offset") == "300" else good(r)
     assert "400" in hub.fetch(check=2)
     hub.answer, sent = good, len(hub.requests)
-    whole, hub.rows = hub.rows, {s: published_rows(150) for s in SPLITS}
+    hub.rows = {s: published_rows(150) for s in SPLITS}
     assert "remove d.rows.jsonl and try again" in hub.fetch(check=2)
     again = [r.query["offset"] for r in hub.requests[sent:] if r.query.get("split") == "train"]
     assert "300" in again and "0" not in again and len(again) <= 3
-    (hub.folder / "d.rows.jsonl").unlink()
-    hub.rows = whole
-    assert [r["accept_response"] for r in hub.fetch()[2]["train"]] == [
-        f"ok {i}" for i in range(450)]
 
 
 @pytest.mark.parametrize("path, answer, message", [
@@ -303,82 +303,59 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
     ("probabilities", [0.5, 0.5], "neither 6 shares")])
 def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
     hub.rows, good = {s: published_rows(3, **{path: answer}) for s in SPLITS}, hub.answer
-    assert "does not exist" in hub.fetch("Other/set", check=2)
+    assert "does not exist" in hub.fetch("--name", "Other/set", check=2)
     hub.answer = lambda r: (200, answer) if r.path == path else good(r)
     assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
 
 
-def test_a_published_row_with_an_empty_cell_is_left_out_and_counted(hub):
-    rows = published_rows(120, reject_choice_id=0)
-    rows[7]["reject_response"] = " "
-    rows[8]["prompt"] = rows[9]["accept_choice_id"] = ""
-    rows[10]["accept_response"] = rows[11]["options"] = None
-    rows[12]["probabilities"] = "[0, 0, 0.4, null, 0.6, 0]"
-    hub.rows = {s: rows for s in SPLITS}
-    err, _, rows = hub.fetch()
-    assert len(rows["train"]) == 114 and "18 x a row with an empty or odd cell" in err
-    assert rows["train"][0]["reject_choice_id"] == "0"      # which is no empty cell
-
-
-def test_a_published_set_of_reviews_has_five_classes(hub):
-    hub.rows = {s: published_rows(5, probabilities="[0.1, 0.1, 0.2, 0.2, 0.4]", accept_choice=None,
-                                  options=[1, 2, 3, 4, 5], reject_choice=None, accept_choice_id=5.0)
-                for s in SPLITS}
+def test_a_published_set_of_reviews_has_five_classes_and_no_group(hub):
+    rows = published_rows(5, probabilities="[0.1, 0.1, 0.2, 0.2, 0.4]", options=[1, 2, 3, 4, 5],
+                          accept_choice=None, reject_choice=None, accept_choice_id=5.0)
+    hub.rows = {"train": rows, "dev": rows, "test": rows}
     _, meta, rows = hub.fetch()
-    assert meta["classes"] == ["1", "2", "3", "4", "5"] and not meta["off_scale"]
-    assert rows["train"][0]["accept_choice_id"] == "5" and "accept_choice" not in rows["train"][0]
-    assert rows["train"][0]["options"] == ["1", "2", "3", "4", "5"]
+    row = rows["train"][0]
+    assert meta["classes"] == row["options"] == ["1", "2", "3", "4", "5"] and not meta["off_scale"]
+    assert row["accept_choice_id"] == "5" and not {"accept_choice", "group"} & row.keys()
 
 
-# ---------------------------------------------------------------------------------------------
-# Reviews
+# --- Reviews ---------------------------------------------------------------------------------
 
-SNAP = """product/productId: P1
-review/userId: A
-review/profileName: a: b
-review/score: {}
-review/text: {}
-
-"""
-TEXTS = ["Good<br /><br />film &amp; fun. It&#39;s a number {} of all that I have seen.",
-         "Bad, bad film, the number {} of the worst: 9 of 10 would leave."]
+SNAP = ("product/productId: P{:d}\nreview/userId: A\nreview/profileName: a: b\n"
+        "review/score: {:.1f}\nreview/text: {}")
+GREAT = "Good<br /><br />film &amp; fun. It&#39;s a number {} of all that I have seen."
+POOR = "Bad, bad film, the number {} of the worst: 9 of 10 would leave."
 META = {"Title": "The Ring", "Year": "2002", "Genre": "Horror, Mystery", "imdbID": "tt0298130",
-        "Director": "Gore Verbinski", "Plot": "A journalist investigates a videotape.",
-        "Response": "True"}
-PROMPT = ("The Ring, 2002, Gore Verbinski (Genre: Horror, Mystery). A journalist investigates a "
-          "videotape.")
+        "Director": "Gore Verbinski", "Plot": "A videotape.", "Response": "True"}
+PROMPT = "The Ring, 2002, Gore Verbinski (Genre: Horror, Mystery). A videotape."
 
 
-def snap(path, opener=open):
-    """40 reviews of products P0 and P1, and 7 that are to be left out."""
-    with opener(path, "wt") as f:
-        for n in range(40):
-            record = SNAP.format(f"{5 if n % 4 else 2}.0", TEXTS[not n % 4].format(n))
-            f.write(record.replace("P1", f"P{n % 3 > 0:d}"))
-        f.write(SNAP.format("5.0", TEXTS[0].format(1)))                 # an edition: the same again
-        f.write(SNAP.format("3.5", "half a star is none") + "product/productId: P1\n\n")
-        f.write(SNAP.format("4.0", "short") + SNAP.format("1.0", "long " * 600))
-        f.write(SNAP.format("4.0", "a product that has no title").replace("P1", "P9"))
+def snap(path):
+    """40 reviews of products P0 and P1, and 6 that are to be left out: the same again (an edition),
+    half a star, no text, too short, too long, without a title."""
+    save(path, *(SNAP.format(n % 3 > 0, 5 if n % 4 else 2, (GREAT if n % 4 else POOR).format(n))
+                 for n in range(40)),
+         SNAP.format(1, 5, GREAT.format(1)), SNAP.format(1, 3.5, "half a star is none"),
+         "product/productId: P1", SNAP.format(1, 4, "short"), SNAP.format(1, 1, "long " * 600),
+         SNAP.format(9, 4, "a product that has no title"))
 
 
-def run_reviews(call, tmp_path, titles, *flags, name="r.jsonl", **kwargs):
-    (tmp_path / "t.csv").write_text(titles)
-    p = call(synth, "reviews", "--reviews", name, "--titles", "t.csv", "--out", "d", *flags,
-             cwd=tmp_path, **kwargs)
-    return p.stderr, load_dataset(str(tmp_path / "d"), SPLITS)[1] if not kwargs else None
+@pytest.fixture
+def reviews(make, tmp_path):
+    def reviews(name, titles, *flags, check=0):
+        save(tmp_path / "t.csv", titles)
+        return make("reviews", "--reviews", name, "--titles", "t.csv", *flags, check=check)
+    return reviews
 
 
-@pytest.mark.parametrize("name, opener", [("movies.txt", open), ("movies.txt.gz", gzip.open)])
 def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(
-        tmp_path, call, server, monkeypatch, name, opener):
-    """Two titles are one film to OMDb, which does not know a third."""
-    monkeypatch.setattr(data, "PAUSE", 0.01)
+        tmp_path, reviews, server, monkeypatch):
+    """Two titles are one film to OMDb."""
     monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
-    snap(tmp_path / name, opener)
+    snap(tmp_path / "m.txt.gz")
     busy = [(503, "busy"), (200, {"Response": "False", "Error": "Error getting data."})]
     server.answer = lambda r: busy.pop() if busy else (200, META)
-    flags = ('P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url)
-    err, rows = run_reviews(call, tmp_path, *flags, name=name)
+    flags = "m.txt.gz", 'P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url
+    err, _, rows = reviews(*flags)
     for reason in ("1 that repeat the same user's text", "2 that are no review",
                    "2 too short or too long", "1 of a product without a title"):
         assert reason in err
@@ -396,25 +373,23 @@ def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(
     assert {"t": "The Ring", "y": "2002", "plot": "short", "apikey": "omdb-secret"} in [
         r.query for r in server.requests]
     assert "secret" not in (tmp_path / "d.omdb.jsonl").read_text() + err
-    (tmp_path / "d").rename(tmp_path / "first")
-    run_reviews(call, tmp_path, *flags, name=name)
+    assert reviews(*flags)[2] == rows
     assert len(server.requests) == 4                        # two films, two that were tried again
 
 
 def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
-        tmp_path, call, server, monkeypatch):
-    monkeypatch.setattr(data, "PAUSE", 0.001)
+        tmp_path, reviews, server, monkeypatch):
     snap(tmp_path / "m.txt")
-    flags = ("P0,The Ring (2002)\nP1,Unheard Of\n", "--omdb", server.url)
-    assert "set OMDB_API_KEY" in run_reviews(call, tmp_path, *flags, name="m.txt", check=2)[0]
+    flags = "m.txt", "P0,The Ring (2002)\nP1,Unheard Of\n", "--omdb", server.url
+    assert "set OMDB_API_KEY" in reviews(*flags, check=2)
     monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
     for status, words in ((401, "Invalid API key!"), (200, "Request limit reached!")):
         server.answer = lambda r: (status, {"Response": "False", "Error": words})
-        err, _ = run_reviews(call, tmp_path, *flags, name="m.txt", check=2)
+        err = reviews(*flags, check=2)
         assert words in err and "secret" not in err and not (tmp_path / "d.omdb.jsonl").exists()
     server.answer = lambda r: (200, META if r.query["t"] == "The Ring" else {
         "Response": "False", "Error": "Movie not found!"})
-    err, rows = run_reviews(call, tmp_path, *flags, name="m.txt")
+    err, _, rows = reviews(*flags)
     assert "1 x a title without metadata" in err
     assert {r["prompt"] for r in rows["train"]} == {PROMPT}
 
@@ -425,7 +400,7 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
     ('{"Title":"T","Plot":"say "yes""}', None),
     ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"), ('{"Response":"False"}', "again")])
 def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
-    response = type("Response", (), {"text": text})
+    response = SimpleNamespace(text=text)
     if plot == "again":
         with pytest.raises(data.TryAgain):
             synth.read_omdb(response)
@@ -433,19 +408,16 @@ def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
         assert synth.read_omdb(response)[0].get("Plot") == plot
 
 
-def test_the_later_amazon_forms_and_the_caps(tmp_path, call):
+def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
     """Equal words of different users count, and a user's copies do not."""
-    with open(tmp_path / "r.jsonl", "w") as f:
-        for n in range(60):
-            asin, stars, text = f"P{n % 3}", 5 - n // 3 % 5, f"{'the same' if n % 2 else n} " * 5
-            f.write(json.dumps({"asin": asin, "overall": stars, "reviewText": text, "reviewerID": n}
-                               if n % 2 else {"asin": f"V{n}", "parent_asin": asin, "rating": stars,
-                                              "text": text, "user_id": n // 4}) + "\n")
-        f.write(json.dumps({"asin": "P1", "overall": 5, "reviewText": "the same " * 5,
-                            "reviewerID": 1}))
-        f.write('\n{"broken\n{"asin": "P0", "overall": 5.0}\n{}\n')
-    err, rows = run_reviews(call, tmp_path, "P0,Zero\nP1,One\nP2,Two\n", "--metadata", "none",
-                            "--max_titles", 2, "--max_reviews", 15, "--min_chars", 1)
+    records = [
+        {"asin": f"P{n % 3}", "overall": 5 - n // 3 % 5, "reviewText": "the same " * 5,
+         "reviewerID": n} if n % 2 else
+        {"asin": f"V{n}", "parent_asin": f"P{n % 3}", "rating": 5 - n // 3 % 5, "text": f"{n} " * 5,
+         "user_id": n // 4} for n in range(60)]
+    save(tmp_path / "r.jsonl", *records, records[1], '{"broken', {"asin": "P0", "overall": 5.0}, {})
+    err, _, rows = reviews("r.jsonl", "P0,Zero\nP1,One\nP2,Two\n", "--metadata", "none",
+                           "--max_titles", 2, "--max_reviews", 15, "--min_chars", 1)
     rows = sum(rows.values(), [])
     for reason in ("3 that are no review", "1 that repeat the same user's text",
                    "1 x a title without metadata, two ratings or 3 reviews, or beyond --max"):
@@ -455,161 +427,113 @@ def test_the_later_amazon_forms_and_the_caps(tmp_path, call):
     assert len(rows) == 30 and rows[0]["probabilities"] == [0.2] * 5
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "cp1252"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252"])
 def test_text_is_cleaned_whatever_its_form(tmp_path, encoding):
-    quotes = "“”" if encoding == "cp1252" else "''"
-    (tmp_path / "r.txt").write_bytes(f"""product/productId: P1\r
+    (tmp_path / "r.txt").write_bytes("""product/productId: P1\r
 review/score: 5.0\r
 review/text: Amélie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="x">so</a> \
-on the next 3 < 4 {quotes} [[VIDEOID:f6a7]] [[ASIN:B00 The Film]]\r
+on the next 3 < 4 “” [[VIDEOID:f6a7]] [[ASIN:B00 The Film]]\r
 \r
 product/productId: P1
 review/score: 1.0
 review/text: bad""".encode(encoding))
-    found = list(synth.read_reviews(tmp_path / "r.txt", synth.Counter()))
-    assert found == [(["P1"], None, "5", f'Amélie is "good" and so on the next 3 < 4 {quotes}'),
-                     (["P1"], None, "1", "bad")]
-    (tmp_path / "r.jsonl").write_text("{'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s \"o\"'}")
-    assert list(synth.read_reviews(tmp_path / "r.jsonl", synth.Counter())) == [
-        (["P1"], None, "4", "it's \"o\"")]                 # the set of 2014, in Python's form
+    read = lambda name: list(synth.read_reviews(tmp_path / name, synth.Counter()))
+    assert read("r.txt") == [(["P1"], None, "5", 'Amélie is "good" and so on the next 3 < 4 “”'),
+                             (["P1"], None, "1", "bad")]
+    save(tmp_path / "r.jsonl", "{'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s \"o\"'}")
+    assert read("r.jsonl") == [(["P1"], None, "4", "it's \"o\"")]  # 2014's set, in Python's form
 
 
-@pytest.mark.parametrize("text", ["[{}]", "", "a,b\n", '{\n "asin": "P1",\n "overall": 5.0\n}\n'])
-def test_a_file_without_a_readable_review_is_shown(tmp_path, text):
-    (tmp_path / "r.jsonl").write_text(text)
-    with pytest.raises(ValueError) as e:
-        list(synth.read_reviews(tmp_path / "r.jsonl", synth.Counter()))
-    assert "no review could be read" in str(e.value)
-    assert f"It begins with {text.partition(chr(10))[0]!r}" in str(e.value)
-
-
-@pytest.mark.parametrize("titles", ["P1,The Good, the Bad\n", "P1\n"])
-def test_a_table_of_titles_is_refused_if_it_has_not_two_columns(tmp_path, call, titles):
-    err, _ = run_reviews(call, tmp_path, titles, "--metadata", "none", check=2)
-    assert "t.csv must have lines of product,title" in err.splitlines()[-1]
+@pytest.mark.parametrize("text, titles, message", [
+    ("[{}]", "P1,One", "no review could be read"), ("[{}]", "P1,One", "It begins with '[{}]'"),
+    ("", "P1,One", "It begins with ''"), ("a,b\n", "P1,One", "It begins with 'a,b'"),
+    ('{\n "asin": "P1",\n "overall": 5.0\n}\n', "P1,One", "It begins with '{'"),
+    ("", "P1,The Good, the Bad", "t.csv must have lines of product,title"),
+    ("", "P1", "t.csv must have lines of product,title")])
+def test_a_file_without_readable_reviews_or_titles_is_refused(
+        reviews, tmp_path, text, titles, message):
+    save(tmp_path / "r.jsonl", text)
+    err = reviews("r.jsonl", titles, "--metadata", "none", check=2)
+    assert message in err.splitlines()[-1]
 
 
 @real_data
 @pytest.mark.parametrize("name, titles", [
     ("amazon_movies_sample.txt", ["B0001G6PZC", "B000063W1R", "0790747324", "B002OHDRF2"]),
     ("amazon_movies_and_tv_5_sample.jsonl", ["0005019281", "0005119367"])])
-def test_the_real_reviews_give_rows(tmp_path, call, name, titles):
-    err, rows = run_reviews(call, tmp_path, "".join(f"{t},Film {t}\n" for t in titles),
-                            "--metadata", "none", name=SHARED / "movies" / name)
-    assert "that are no review" not in err
-    assert len(rows["train"]) > 60 and {r["question_id"] for r in rows["train"]} == {
-        f"Film {t}" for t in titles}
-    assert not any("<br" in r["accept_response"] or "&quot;" in r["accept_response"]
-                   for r in rows["train"])
+def test_the_real_reviews_give_rows(reviews, name, titles):
+    err, _, rows = reviews(SHARED / "movies" / name, "".join(f"{t},Film {t}\n" for t in titles),
+                           "--metadata", "none")
+    train = rows["train"]
+    assert "that are no review" not in err and len(train) > 60
+    assert {r["question_id"] for r in train} == {f"Film {t}" for t in titles}
+    assert not any(re.search("<br|&quot;", r["accept_response"]) for r in train)
 
 
-# ---------------------------------------------------------------------------------------------
-# Mined beliefs
+# --- Mined beliefs ---------------------------------------------------------------------------
+
+def asked(i):
+    return f"{'hurt' if i % 2 else 'talk'} {i % 30}?\n\nAssistant: Hm.\n\nHuman: And?"
+
 
 @pytest.fixture
-def judge(server, monkeypatch):
-    """An LLM that mines: two principles, told by a word of the prompt. .json: it answers as the
-    schema asks. .spoil(reply, prompt) -> reply, or (status, answer)."""
-    monkeypatch.setattr(data, "PAUSE", 0.01)
-    server.json, server.spoil = False, lambda reply, prompt: reply
-
-    def reply(prompt):
-        if "State the one" in prompt:
-            principle = "Do not harm." if "hurt" in prompt else "Be brief."
-            return principle + str(prompt.count("x") % 2)
-        if "Group the numbered" in prompt:
-            listed = re.findall(r"^(\d+)\. (.*)$", prompt, re.M)
-            named = {k: [n for n, s in listed if s[:5] == k[:5]]
-                     for k in ("Do not harm", "Be brief")}
-            if server.json:
-                return json.dumps({"groups": [{"statement": k, "numbers": [*map(int, v)]}
-                                              for k, v in named.items()]})
-            return "\n".join(f"- {k} :: {', '.join(v)}" for k, v in named.items())
-        sides = re.search(r"Answer 1: (.*?)\n\nAnswer 2: (.*?)\n\nDoes", prompt, re.S).groups()
-        sides = ["agree" if "good" in a else "neutral" if "so" in a else "disagree" for a in sides]
-        return json.dumps(dict(zip(("answer_1", "answer_2"), sides))) if server.json else "\n".join(
-            f"{n}: {side}" for n, side in enumerate(sides, 1))
-
-    def answer(r):
-        prompt = r.body["messages"][0]["content"]
-        spoiled = server.spoil(reply(prompt), prompt)
-        return spoiled if isinstance(spoiled, tuple) else (200, completion(spoiled))
-    server.answer = answer
-    return server
+def pairs(tmp_path):
+    """60 pairs in the form of HH-RLHF, two of each prompt, and 10 of equal answers."""
+    path, rows = tmp_path / "hh.jsonl.gz", []
+    for i in range(70):
+        chosen, rejected = ("good", "so so") if i % 10 else ("so so", "good")
+        rejected = chosen if i >= 60 else rejected if i % 3 else "no"
+        start = f"\n\nHuman: {asked(i)}\n\nAssistant: "
+        rows.append({"chosen": f"{start}{chosen} {i}", "rejected": f"{start}{rejected} {i}"})
+    save(path, *rows)
+    return path
 
 
-def hh(path, n=60):
-    with gzip.open(path, "wt") as f:
-        for i in range(n):
-            base = f"\n\nHuman: {'hurt' if i % 2 else 'talk'} {i}?\n\nAssistant: Hm.\n\nHuman: And?"
-            say = ["good", "so so"][::-1 if i % 10 == 0 else 1]
-            f.write(json.dumps({"chosen": f"{base}\n\nAssistant: {say[0]} {i}", "rejected":
-                                f"{base}\n\nAssistant: {say[1] if i % 3 else 'no'} {i}"}) + "\n")
-
-
-def run_mine(call, judge, tmp_path, *flags, pairs="hh.jsonl.gz"):
-    p = call(synth, "mine", "--pairs", pairs, "--base_url", judge.url, "--out", "d/", *flags,
-             cwd=tmp_path)
-    return p.stderr, *load_dataset(str(tmp_path / "d"), SPLITS)
-
-
-@pytest.mark.parametrize("form", ["words", "json"])
-def test_beliefs_are_mined_from_pairs_that_had_none(tmp_path, call, judge, form):
-    hh(tmp_path / "hh.jsonl.gz")
-    judge.json = form == "json"
-    _, meta, rows = run_mine(call, judge, tmp_path)
-    rows = sum(rows.values(), [])
-    assert meta["classes"] == ["1", "2", "3"] and len(rows) == 60
-    for r in rows:
-        i = int(re.search(r"\d+", r["prompt"])[0])
-        assert r["prompt"] == f"{'hurt' if i % 2 else 'talk'} {i}?\n\nAssistant: Hm.\n\nHuman: And?"
+def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, tmp_path):
+    err, meta, rows = llm.make("mine", "--pairs", pairs)
+    assert "70 pairs, of which 10 are left out" in err and meta["classes"] == ["1", "2", "3"]
+    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]         # each in one split
+    assert [len(p) for p in prompts] == [22, 4, 4] and sum(map(len, rows.values())) == 60
+    for r in sum(rows.values(), []):
+        i = int(re.search(r"\d+", r["accept_response"])[0])
+        assert r["prompt"] == asked(i)
         assert r["accept_choice"] == ("Do not harm" if i % 2 else "Be brief") == r["reject_choice"]
         assert r["accept_choice_id"] == ("3" if i % 10 else "2")     # whichever stood first
         assert r["reject_choice_id"] == ("1" if i % 3 == 0 else "2" if i % 10 else "3")
         assert r["probabilities"] == ([0, 0, 1] if i % 2 else [0, 0.2, 0.8])
-    assert len(judge.requests) == 60 + 1 + 60
-    assert {r.body["max_tokens"] for r in judge.requests} == {100, 4096, 60}
-    assert ["response_format" in r.body for r in judge.requests] == [False] * 60 + [True] * 61
-    (tmp_path / "d").rename(tmp_path / "first")
-    run_mine(call, judge, tmp_path)
-    assert len(judge.requests) == 121                       # all of it is kept
-
-
-def test_equal_pairs_are_left_out_and_a_prompt_stays_in_one_split(tmp_path, call, judge):
-    with open(tmp_path / "p.jsonl", "w") as f:
-        for i in range(60):
-            f.write(json.dumps({"prompt": f"talk {i % 6}?", "chosen": f"good {i}",
-                                "rejected": f"no {i}" if i < 50 else f"good {i}"}) + "\n\n")
-    err, _, rows = run_mine(call, judge, tmp_path, pairs="p.jsonl")
-    assert "60 pairs, of which 10 are left out" in err
+    assert len(llm.requests) == 60 + 1 + 60
+    assert {r.body["max_tokens"] for r in llm.requests} == {100, 4096, 60}
+    assert ["response_format" in r.body for r in llm.requests] == [False] * 60 + [True] * 61
     assert (tmp_path / "d.answers.jsonl").is_file()         # whatever --out ends in
-    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
-    assert [len(p) for p in prompts] == [4, 1, 1] and sum(map(len, rows.values())) == 50
+    assert llm.make("mine", "--pairs", pairs)[2] == rows
+    assert len(llm.requests) == 121                         # all of it is kept
 
 
-def test_what_cannot_be_used_costs_one_pair_and_is_counted(tmp_path, call, judge):
-    hh(tmp_path / "hh.jsonl.gz")
+def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path):
     flagged = 400, {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}
-    replies = {("State the one", "talk 4?"): "I'm sorry.\nI cannot.",
-               ("State the one", "hurt 7?"): flagged, ("Statement:", "hurt 9?"): flagged,
-               ("Statement:", "talk 8?"): "both agree",
-               ("Statement:", "talk 14?"): "1: agree\n2: agree"}
-    judge.spoil = lambda reply, prompt: next(
+    replies = {("State the one", "good 34"): "I'm sorry.\nI cannot.",
+               ("State the one", "good 37"): flagged, ("Statement:", "good 39"): flagged,
+               ("Statement:", "good 38"): "both agree",
+               ("Statement:", "good 44"): "1: agree\n2: agree"}
+    llm.spoil = lambda reply, prompt: next(
         (r for (a, b), r in replies.items() if a in prompt and b in prompt), reply)
-    err, _, rows = run_mine(call, judge, tmp_path)
+    err, _, rows = llm.make("mine", "--pairs", pairs)
     for what in ("1 x no statement (stop)", "2 x no two different stances (stop)",
                  "1 x no statement (refused)", "1 x no two different stances (refused)"):
         assert what in err
-    assert sum(map(len, rows.values())) == 55 and len(lines(tmp_path / "d/unparsed.jsonl")) == 5
+    assert sum(map(len, rows.values())) == 55
+    assert (tmp_path / "d/unparsed.jsonl").read_text().count("\n") == 5
 
 
-def test_statements_are_grouped_in_rounds_and_no_more_than_max_are_kept(judge, tmp_path):
-    client = synth.Client(synth.Chat(base_url=judge.url), tmp_path / "c.jsonl")
+def test_statements_are_grouped_in_rounds_and_no_more_than_max_are_kept(llm, tmp_path):
+    client = synth.Client(synth.Chat(base_url=llm.url), tmp_path / "c.jsonl")
     many = [f"Do not harm {n}" for n in range(9)] + [f"Be brief {n}" for n in range(8)]
     of, problems = synth.group_statements(client, many, 3, size=6)
     assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
-    assert problems == [] and len(judge.requests) == 4
-    assert synth.read_groups('{"groups": [{"statement": "a", "numbers": [null]}]}') == []
+    assert problems == [] and len(llm.requests) == 4
+    found = '{"groups": [{"statement": "a", "numbers": %s}]}'                # as the schema asks
+    assert synth.read_groups(found % [2, 1]) == [("a", 2), ("a", 1)]
+    assert synth.read_groups(found % "[null]") == []
     of, problems = synth.group_statements(client, many, 1)
     assert set(of.values()) == {"Do not harm"} and len(problems) == 8
 
@@ -625,30 +549,30 @@ def test_stances_are_never_guessed(text, classes):
 
 
 USER, SAID = {"role": "user", "content": "Hi?"}, [{"role": "assistant", "content": c} for c in "ab"]
+PAIR = {"prompt": "Hi?", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize("row", [
-    {"prompt": "Hi?", "chosen": "a", "rejected": "b"},
+    PAIR, {"prompt": [USER], "chosen": SAID[:1], "rejected": SAID[1:]},
     {"chosen": "\n\nHuman: Hi?\n\nAssistant: a", "rejected": "\n\nHuman: Hi?\n\nAssistant: b"},
-    {"prompt": [USER], "chosen": SAID[:1], "rejected": SAID[1:]},
     {"chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]},
     {"prompt": "Hi?", "chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]}])
-def test_pairs_of_any_form_are_read_and_others_refused(tmp_path, row):
+def test_pairs_of_any_form_are_read(row):
     assert synth.pair_of(row) == ("Hi?", "a", "b")
     assert not all(synth.pair_of(row | {"chosen": None}))   # which leaves it out
-    path = tmp_path / "p.jsonl"
-    for bad in ('{"chosen": "a"}', '{"chosen": "a", "rejected": "b"}', "[]", "{",
-                '{"prompt": "Hi?", "chosen": ["a"], "rejected": "b"}'):
-        path.write_text("\ufeff" + json.dumps(row) + "\n" + bad + "\n", encoding="utf-8")
-        with pytest.raises(ValueError, match="p.jsonl, line 2 is not a pair of chosen"):
-            synth.read_pairs(path)
-    path.write_text(json.dumps(row | {"prompt": "Qué?"}, ensure_ascii=False), encoding="cp1252")
-    with pytest.raises(ValueError, match="p.jsonl is not UTF-8"):
-        synth.read_pairs(path)
-    hh(tmp_path / "hh.jsonl.gz")
-    (tmp_path / "cut.gz").write_bytes((tmp_path / "hh.jsonl.gz").read_bytes()[:400])
-    with pytest.raises(ValueError, match="cut.gz is not UTF-8 text, or damaged .*fetch it again"):
-        synth.read_pairs(tmp_path / "cut.gz")
+
+
+def test_a_file_of_anything_but_pairs_is_refused(tmp_path, pairs):
+    def refused(name, message):
+        with pytest.raises(ValueError, match=message):
+            synth.read_pairs(tmp_path / name)
+    for bad in ({"chosen": "a"}, {"chosen": "a", "rejected": "b"}, [], "{", PAIR | {"chosen": [1]}):
+        save(tmp_path / "p.jsonl", "\ufeff" + json.dumps(PAIR), bad)
+        refused("p.jsonl", "p.jsonl, line 3 is not a pair of chosen")
+    (tmp_path / "p.jsonl").write_bytes(json.dumps(PAIR).replace("Hi", "Qué").encode("cp1252"))
+    refused("p.jsonl", "p.jsonl is not UTF-8")
+    (tmp_path / "cut.gz").write_bytes(pairs.read_bytes()[:400])
+    refused("cut.gz", "cut.gz is not UTF-8 text, or damaged .*fetch it again")
 
 
 @real_data
@@ -658,12 +582,10 @@ def test_the_real_pairs_are_read():
         "Do you know why turk", "To be honest, I don’", "I know that the Amer"]
 
 
-# ---------------------------------------------------------------------------------------------
-# In-context rows
+# --- In-context rows -------------------------------------------------------------------------
 
-def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, call, world):
-    call(synth, "icf", "--data", world, "--shots", 3, "--out", "d", cwd=tmp_path)
-    meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, make, world):
+    _, meta, rows = make("icf", "--data", world, "--shots", 3)
     _, plain = load_dataset(str(world), SPLITS)
     shots = {f"Question: {r['prompt']}, Answer:{r['accept_choice_id']}<{r['accept_choice']}>"
              f"{r['accept_response']}\n\n": r["question_id"] for r in plain["train"]}
@@ -675,21 +597,16 @@ def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, call
             assert len(set(row["context"])) == 4 and row["question_id"] not in asked
     assert prompt_text(rows["test"][0], meta["form"]) == \
         f"Question: {rows['test'][0]['prompt']}, Answer:"
-    p = call(synth, "icf", "--data", "d", "--out", "e", cwd=tmp_path, check=2)
-    assert "has the form 'Question: {prompt}, Answer:' already" in p.stderr
-    p = call(synth, "icf", "--data", world, "--shots", 41, "--out", "e", cwd=tmp_path, check=2)
-    assert "has not 41 training rows" in p.stderr
+    (tmp_path / "d").rename(tmp_path / "shot")
+    err = make("icf", "--data", "shot", check=2)
+    assert "has the form 'Question: {prompt}, Answer:' already" in err
+    assert "has not 41 training rows" in make("icf", "--data", world, "--shots", 41, check=2)
+    row = {"prompt": "F", "accept_choice_id": "5", "accept_response": "10 out of 10"}
+    assert synth.example(row, "{prompt}:") == "F:5 10 out of 10\n\n"          # no rating of 510
 
 
-def test_a_review_that_begins_with_a_digit_does_not_hide_its_rating():
-    row = {"prompt": "Film", "accept_choice_id": "5", "accept_response": "10 out of 10"}
-    assert synth.example(row, "Question: {prompt}, Answer:") == \
-        "Question: Film, Answer:5 10 out of 10\n\n"
-
-
-def test_shots_are_dropped_until_the_row_fits(tmp_path, call, world, capsys):
-    call(synth, "icf", "--data", world, "--shots", 5, "--out", "d", cwd=tmp_path)
-    meta, rows = load_dataset(str(tmp_path / "d"), ("train",))
+def test_shots_are_dropped_until_the_row_fits(make, world, capsys):
+    _, meta, rows = make("icf", "--data", world, "--shots", 5)
     tok = data.train_bpe([r["prompt"] + r["accept_response"] for r in rows["train"]], 400)
     whole = encode_rows(rows["train"], tok, meta, 10_000)
     cut = encode_rows(rows["train"], tok, meta, 200)

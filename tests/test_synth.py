@@ -1,28 +1,21 @@
 """python -m pytest tests/test_synth.py: the shipped world, and surveys with the template writer"""
-import csv
 import re
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import SHARED, SURVEY, cli, real_data
+from conftest import SHARED, cli, real_data
 
 import synth
-from data import load_meta, load_rows, prompt_text, run
+from data import SPLITS, load_dataset, load_rows, prompt_text
 from evaluate import expressed_opinion
 
 CLASSES = synth.CLASSES
-SPLITS = ("train", "eval", "test")
-
-
-def load(folder):
-    return {s: load_rows(folder / f"{s}.jsonl", CLASSES) for s in SPLITS}
 
 
 def toy(folder, **flags):
     synth.toy(synth.Toy(out=str(folder), **flags))
-    return load(folder)
+    return load_dataset(str(folder), SPLITS)
 
 
 def fits(rows, side, meta):
@@ -34,30 +27,24 @@ def fits(rows, side, meta):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "toy"
-    rows = toy(folder)
-    return folder, load_meta(folder), rows
+    return folder, *toy(folder)
 
 
 def test_the_same_seed_writes_the_same_bytes(whole, tmp_path):
-    cli("synth.py", "toy", "--out", tmp_path / "again", cwd=tmp_path)
-    for s in SPLITS:
-        assert ((tmp_path / "again" / f"{s}.jsonl").read_bytes()
-                == (whole[0] / f"{s}.jsonl").read_bytes())
-    assert toy(tmp_path / "other", seed=1)["train"] != whole[2]["train"]
+    folder, _, rows = whole
+    cli("synth.py", "toy", "--out", "again", cwd=tmp_path)
+    for name in (f"{s}.jsonl" for s in SPLITS):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    assert toy(tmp_path / "other", seed=1)[1]["train"] != rows["train"]
 
 
-def test_the_world_is_as_large_and_as_split_as_it_says(whole):
+def test_the_world_is_split_as_it_says_and_its_beliefs_follow_the_shares(whole):
     _, _, rows = whole
-    seen = {r["question_id"] for r in rows["train"]}
+    seen, tried, tested = ({r["question_id"] for r in rows[s]} for s in SPLITS)
     assert len(seen) == 250 and len(rows["train"]) == 4000 and len(rows["eval"]) == 500
-    assert {r["question_id"] for r in rows["eval"]} == seen
-    assert len({r["question_id"] for r in rows["test"]} - seen) == 50
+    assert tried == seen and len(tested - seen) == 50
     train = {r["prompt"] for r in rows["train"]}                     # eval and test: new wordings
     assert not train & {r["prompt"] for r in rows["eval"] + rows["test"]}
-
-
-def test_the_accepted_belief_follows_the_shares_and_the_rejected_is_another(whole):
-    _, _, rows = whole
     expected, got = np.zeros(6), np.zeros(6)
     for r in rows["train"]:
         expected += r["probabilities"]
@@ -75,60 +62,60 @@ def test_accepted_and_rejected_answers_are_noisy_alike_and_independently(whole, 
     # a stray answer can express another option of the same class: nearly none here
     assert [accept.mean(), reject.mean()] == pytest.approx([0.15, 0.15], abs=0.015)    # sd 0.0056
     assert (accept * reject).mean() == pytest.approx(0.15 ** 2, abs=0.008)
-    clean = toy(tmp_path / "clean", noise=0.0, paraphrases=3)["train"]
+    clean = toy(tmp_path / "clean", noise=0.0, paraphrases=3)[1]["train"]
     assert fits(clean, "accept", meta).all() and fits(clean, "reject", meta).all()
 
 
 def test_two_countries_make_one_set_with_the_group_in_the_prompt(tmp_path, whole):
-    rows = toy(tmp_path / "two", country="Avalon, Borduria", paraphrases=3)
-    meta = load_meta(tmp_path / "two")
+    meta, rows = toy(tmp_path / "two", country="Avalon, Borduria", paraphrases=3)
     assert {r["group"] for r in rows["train"]} == {"Avalon", "Borduria"} == set(meta["groups"])
     row = rows["train"][-1]
     assert prompt_text(row, meta["form"]) == f"<G>Borduria<Q>{row['prompt']}<A>"
     seen, tested = ({(r["group"], r["question_id"]) for r in rows[s]} for s in ("train", "test"))
     for group in meta["groups"]:                            # held out is held out for all
         assert {(group, q) for _, q in tested - seen} <= tested - seen
-    one, other = ({r["question_id"]: r["probabilities"] for r in rows["train"] if r["group"] == g}
-                  for g in ("Avalon", "Borduria"))          # the same questions, other shares
-    assert one == {r["question_id"]: r["probabilities"] for r in whole[2]["train"]}
-    assert one.keys() == other.keys()
+    one, other, known = ({r["question_id"]: r["probabilities"] for r in some if r["group"] == g}
+                         for some, g in ((rows["train"], "Avalon"), (rows["train"], "Borduria"),
+                                         (whole[2]["train"], "Avalon")))
+    assert one == known and one.keys() == other.keys()      # the same questions, other shares
     assert np.mean([np.abs(np.subtract(one[q], other[q])).sum() / 2 for q in one]) > 0.2
 
 
 def test_counted_shares_are_those_of_the_training_rows_and_test_keeps_the_known(whole, tmp_path):
-    counted = toy(tmp_path / "counted", shares="counted")
+    _, counted = toy(tmp_path / "counted", shares="counted")
     assert counted["test"] == whole[2]["test"]
-    rows = [r for r in counted["train"] if r["question_id"] == counted["train"][0]["question_id"]]
-    shares = [sum(r["accept_choice_id"] == c for r in rows) / len(rows) for c in CLASSES]
-    assert rows[0]["probabilities"] == pytest.approx(shares, abs=1e-6)
-    assert rows[0]["probabilities"] != whole[2]["train"][0]["probabilities"]
+    first = counted["train"][0]
+    of = Counter(r["accept_choice_id"] for r in counted["train"]
+                 if r["question_id"] == first["question_id"])
+    shares = [of[c] / of.total() for c in CLASSES]
+    assert first["probabilities"] == pytest.approx(shares, abs=1e-6)
+    assert first["probabilities"] != whole[2]["train"][0]["probabilities"]
 
 
 def test_a_survey_table_becomes_rows(table, tmp_path, call):
-    p = call(synth, "opinions", *table, "--out", tmp_path / "d/", cwd=tmp_path)
+    p = call(synth, "opinions", *table, "--out", "d", cwd=tmp_path)
     assert ("3 questions for Chile (rural), of 6 rows: 2 lack a text, two different options or "
             "their shares, 1 have options without a class") in p.stderr
-    meta, rows = load_meta(tmp_path / "d"), sum(load(tmp_path / "d").values(), [])
-    by_question = {r["question_id"]: r for r in rows}
-    assert by_question["0"]["probabilities"] == pytest.approx([0.3, 0, 0.1, 0, 0.6, 0])
-    assert by_question["1"]["probabilities"] == pytest.approx(
-        [0, 0, 0.5, 0, 0, 0.5])                                      # classes add up
+    meta, rows = load_dataset(str(tmp_path / "d"), SPLITS)
+    rows = sum(rows.values(), [])
+    shares = {r["question_id"]: r["probabilities"] for r in rows}
+    assert shares["0"] == pytest.approx([0.3, 0, 0.1, 0, 0.6, 0])
+    assert shares["1"] == pytest.approx([0, 0, 0.5, 0, 0, 0.5])      # classes add up
     assert all("Is it so?" in r["prompt"] for r in rows if r["question_id"] == "0")
     assert all(any(t in r["reject_response"] for t in r["options"]) for r in rows)
     assert 0.7 < fits(rows, "reject", meta).mean() < 1               # --noise 0.15
-    again = call(synth, "opinions", *table, "--map", tmp_path / "d/meta.json", "--out",
-                 tmp_path / "e", cwd=tmp_path)                       # one set's map for the next
-    assert "3 questions" in again.stderr
+    again = call(synth, "opinions", *table, "--map", "d/meta.json", "--out", "e", cwd=tmp_path)
+    assert "3 questions" in again.stderr                    # one set's map for the next
 
 
 def test_a_question_that_the_table_repeats_is_held_out_in_both_rows(tmp_path):
     questions = {"X": [synth.Question(str(n), [text], "this", ["Yes", "No"], [4, 2], [0.5, 0.5])
                        for n, text in enumerate(["Is it so?", "is it so", "Why not?", "And now?"])]}
     for seed in range(8):
-        o = synth.Opinions(out=str(tmp_path / f"d{seed}"), holdout_questions=1, paraphrases=10,
-                           seed=seed)
+        out = tmp_path / f"d{seed}"
+        o = synth.Opinions(out=str(out), holdout_questions=1, paraphrases=10, seed=seed)
         synth.write_surveys(questions, o, synth.template_writer)
-        trained = {r["question_id"] for r in load_rows(tmp_path / f"d{seed}/train.jsonl", CLASSES)}
+        trained = {r["question_id"] for r in load_rows(out / "train.jsonl", CLASSES)}
         assert trained in ({"0", "1", "2"}, {"0", "1", "3"}, {"2", "3"})
 
 
@@ -145,46 +132,34 @@ def test_a_question_that_the_table_repeats_is_held_out_in_both_rows(tmp_path):
     (["--seed", -1], "--seed"), (["--out", ""], "--out is needed"),
     (["--colour", "red"], "unrecognized arguments")])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
-        table, tmp_path, change, message, monkeypatch, capsys):
+        table, tmp_path, change, message, monkeypatch, call):
     for name in ("API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")                    # left over in the environment
-    monkeypatch.chdir(tmp_path)
-    flags = ["synth.py", "opinions", *table, "--out", tmp_path / "d", *change]
-    monkeypatch.setattr(sys, "argv", [str(x) for x in flags])
-    with pytest.raises(SystemExit) as e:
-        run(synth.main)
-    err = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and message in err[-1] and err[-1].startswith("synth.py: error: ")
+    p = call(synth, "opinions", *table, "--out", "d", *change, cwd=tmp_path, check=2)
+    last = p.stderr.strip().splitlines()[-1]
+    assert message in last and last.startswith("synth.py: error: ")
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize("column, cell, message", [
-    (1, "{'Chile (rural)': ['a', 0.5]}", "could not convert string"),
-    (1, "{'Chile (rural)': 0.5}", "not iterable"), (1, "", "not a dict"), (2, "Yes", "not a list")])
-def test_a_broken_cell_of_the_table_is_named(tmp_path, column, cell, message):
-    row = list(SURVEY[0])
-    row[column] = cell
-    with open(tmp_path / "t.csv", "w", newline="") as f:
-        csv.writer(f).writerows([["question", "selections", "options", "source"], row])
-    with pytest.raises(ValueError, match=f"row 0: .*{message}.*needs the columns"):
-        synth.read_opinions(tmp_path / "t.csv")
-
-
-@pytest.mark.parametrize("encoding, selections, options", [
-    ("utf-8-sig", "{'Chile': [0.6, 0.4]}", "['Sí', 'No']"),
-    ("utf-8", '{"Chile": [0.6, 0.4]}', '["Sí", "No"]'),              # one's own, in JSON
-    ("cp1252", "{'Chile': [0.6, 0.4]}", "['Sí', 'No']"), ("utf-16", "{}", "[]")])
-def test_a_survey_of_ones_own_is_read_if_it_is_utf8(tmp_path, encoding, selections, options):
-    with open(tmp_path / "t.csv", "w", newline="", encoding=encoding) as f:
-        csv.writer(f).writerows([["Question", "Selections", "Options"],
-                                 ["¿Así?", selections, options]])
-    if encoding.startswith("utf-8"):
-        assert synth.read_opinions(tmp_path / "t.csv") == [
-            (0, "¿Así?", ["Sí", "No"], {"Chile": [0.6, 0.4]})]
-    else:
-        with pytest.raises(ValueError, match="t.csv is not UTF-8"):
-            synth.read_opinions(tmp_path / "t.csv")
+@pytest.mark.parametrize("encoding, selections, options, message", [
+    ("utf-8-sig", "{'Chile': [0.6, 0.4]}", "['Sí', 'No']", ""),
+    ("utf-8", '{""Chile"": [0.6, 0.4]}', '[""Sí"", ""No""]', ""),    # one's own, in JSON
+    ("cp1252", "{'Chile': [0.6, 0.4]}", "['Sí', 'No']", "t.csv is not UTF-8"),
+    ("utf-16", "{}", "[]", "t.csv is not UTF-8"), ("utf-8", "", "['Sí', 'No']", "not a dict"),
+    ("utf-8", "{'Chile': ['a', 0.5]}", "['Sí', 'No']", "could not convert string"),
+    ("utf-8", "{'Chile': 0.5}", "['Sí', 'No']", "not iterable"),
+    ("utf-8", "{'Chile': [0.6, 0.4]}", "Yes", "not a list")])
+def test_a_survey_of_ones_own_is_read_or_what_is_wrong_with_it_is_named(
+        tmp_path, encoding, selections, options, message):
+    path = tmp_path / "t.csv"
+    path.write_text(f'Question,Selections,Options\n¿Así?,"{selections}","{options}"\n', encoding)
+    if not message:
+        assert synth.read_opinions(path) == [(0, "¿Así?", ["Sí", "No"], {"Chile": [0.6, 0.4]})]
+        return
+    row = "" if "UTF-8" in message else "row 0: .*{}.*needs the columns"
+    with pytest.raises(ValueError, match=row.format(message) or message):
+        synth.read_opinions(path)
 
 
 @pytest.mark.parametrize("country, like", [
@@ -203,7 +178,7 @@ def test_like_named_countries_are_found(country, like):
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, call):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/precious").write_text("x")
-    p = call(synth, "toy", "--out", tmp_path / "d", cwd=tmp_path, check=2)
+    p = call(synth, "toy", "--out", "d", cwd=tmp_path, check=2)
     assert "is not empty: give another, or remove it first" in p.stderr
     with pytest.raises(OSError):                       # nor by who calls the function
         toy(tmp_path / "d", paraphrases=3)
@@ -218,6 +193,6 @@ def test_the_real_table_gives_the_known_numbers_of_questions(tmp_path, call):
     call(synth, "opinions", "--csv", SHARED / "goqa/global_opinions.csv", "--map",
          SHARED / "option_map.json", "--paraphrases", 3, "--out", "d", "--country",
          ", ".join(countries), cwd=tmp_path)
-    rows = sum(load(tmp_path / "d").values(), [])
+    rows = sum(load_dataset(str(tmp_path / "d"), SPLITS)[1].values(), [])
     us, pk, sa = ({r["question_id"] for r in rows if r["group"] == c} for c in countries)
     assert (len(us), len(us & pk), len(us & sa)) == (668, 283, 261)
