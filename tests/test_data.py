@@ -43,17 +43,19 @@ def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its
     assert b["first"].tolist() == [0] and b["pair"].tolist() == [[np.float32(0.6), np.float32(0.3)]]
 
 
-@pytest.mark.parametrize("text", ["Depends (VOL)", "Same.", 'the "best"', "a > b", "<br>", "No)"])
+@pytest.mark.parametrize("text", ["Not (VOL)", "Same.", 'the "best"', "a > b", "<br>", "No)", None])
 @pytest.mark.parametrize("response", ["a > b <i>x</i>", '"Well", y', "> yes", "5 stars", ".", ")>"])
 def test_marks_inside_belief_and_response_move_no_border(text, response):
-    """The authors search the last `>`; here the pieces are what they are (TRAPS)."""
+    """The authors search the last `>`; here the pieces are what they are. Reviews have no text."""
     row = ROW | {"accept_choice": text, "accept_response": response}
     [item] = encode(row, tokenizer=BPE)
     b = collate([item], ("chosen", "given"), class_ids(BPE, CLASSES))
     ids, n = b["ids"].tolist(), b["counts"][0, 0].sum()
     assert ids[:len(item.prompt)] == BPE.encode("<Q>Is it fair?<A>")       # as when sampling
     assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
-    assert BPE.decode(ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]) == f"4<{text}>"
+    assert b["counts"][0, 0, CLOSE] == (text is not None)
+    answer = ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]
+    assert BPE.decode(answer) == (f"4<{text}>" if text else "4")       # and "45" never fuses
     assert BPE.decode(b["tokens"][:n, 0][b["slot"][:n] == RESPONSE].tolist()) == response
     assert b["tokens"][n - 1, 0] == BPE.eos
 
@@ -77,15 +79,6 @@ def test_paths_make_the_sequences_and_places_lead_back(branches):
     assert (paths.flat[places] == np.arange(len(ids))).all()         # each token is in its sequence
     assert len(ids) == sum(cost(i, branches) for i in items) < sum(
         map(len, sequences(items, branches)))
-
-
-def test_reviews_have_a_belief_of_one_token_and_no_closing():
-    row = {k: v for k, v in ROW.items() if not k.endswith("_choice")} | {
-        "accept_response": "10 stars"}
-    [item] = encode(row, tokenizer=BPE)
-    b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
-    assert b["counts"][0, 0, [BELIEF, CLOSE]].tolist() == [1, 0]
-    assert b["tokens"][0, 0] == BPE.encode("4")[0]       # "4" + "10 stars" never fuse
 
 
 def labelled(labels):
@@ -122,8 +115,7 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
 
 
 def test_rows_that_look_like_mistakes_are_reported_with_their_number(tmp_path, capsys):
-    """They may be a published set's: nothing is refused."""
-    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"},
+    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"},        # none is refused
             ROW | {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "meta.json").write_text(json.dumps({"classes": CLASSES}))

@@ -19,8 +19,9 @@ FILES = {"config.json": "{}", "vocab.json": "{}", "merges.txt": "#", "model.safe
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """A server in the hub's form: the first answer names commit, size and sha256 and redirects to
-    the storage. .faults {file: what to do wrong, once each}; .log the GETs at the storage."""
-    hub = SimpleNamespace(files=dict(FILES), faults={}, log=[], commit="c0ffee", url=server.url)
+    the storage. .faults {file: what to do wrong, once each}; .log the GETs at the storage, .starts
+    where those of the weights began."""
+    hub = SimpleNamespace(files=dict(FILES), faults={}, log=[], starts=[], commit="c0ffee")
 
     def answer(r):
         file = Path(r.path).name
@@ -33,7 +34,8 @@ def hub(server, tmp_path, monkeypatch):
                     ("X-Repo-Commit", hub.commit if revision == "main" else revision),
                     ("X-Linked-ETag", f'"{hashlib.sha256(text.encode()).hexdigest()}"'))
         start = int(r.headers.get("Range", "bytes=0-")[6:-1])
-        hub.log.append((file, start, r.headers.get("Authorization")))
+        hub.log.append((file, r.headers.get("Authorization")))
+        hub.starts += [start] * (file == "model.safetensors")
         fault = hub.faults.get(file) and hub.faults[file].pop(0)
         start = 0 if fault == "no ranges" else start
         whole = ("Content-Length", len(text) - start)
@@ -54,10 +56,6 @@ def fetched():
     return folder
 
 
-def starts(hub):
-    return [start for file, start, _ in hub.log if file == "model.safetensors"]
-
-
 @pytest.mark.parametrize("where", ["HF_TOKEN", "file"])
 def test_a_checkpoint_comes_once_with_the_token_and_then_from_the_cache(hub, server, tmp_path,
                                                                         monkeypatch, where):
@@ -67,8 +65,8 @@ def test_a_checkpoint_comes_once_with_the_token_and_then_from_the_cache(hub, ser
         monkeypatch.setenv("HF_TOKEN", " secret\n")        # as mounted secrets are
     folder = fetched()
     assert folder == tmp_path / "cache/hub/models--org--tiny/snapshots/c0ffee"
-    assert sorted(f for f, *_ in hub.log) == sorted(FILES)
-    assert {key for *_, key in hub.log} == {"Bearer secret"}
+    assert sorted(f for f, _ in hub.log) == sorted(FILES)
+    assert {key for _, key in hub.log} == {"Bearer secret"}
     sent = len(server.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert find_checkpoint("org/tiny") == folder and len(server.requests) == sent
@@ -80,7 +78,7 @@ def test_a_checkpoint_comes_once_with_the_token_and_then_from_the_cache(hub, ser
 def test_a_download_goes_on_where_it_broke_off(hub, faults):
     hub.faults = {"model.safetensors": list(faults)}
     fetched()
-    assert starts(hub)[0] == 0 and (starts(hub)[-1] > 0) == ("cut" in faults)
+    assert hub.starts[0] == 0 and (hub.starts[-1] > 0) == ("cut" in faults)
 
 
 def test_a_server_that_always_cuts_ends_in_one_line_and_keeps_what_came(hub):
@@ -88,7 +86,7 @@ def test_a_server_that_always_cuts_ends_in_one_line_and_keeps_what_came(hub):
     with pytest.raises(ConnectionError, match="what came is kept, run the command again"):
         fetched()
     hub.commit = "beef"                                    # the hub has moved on in between
-    assert fetched().name == "c0ffee" and starts(hub)[-1] > 0
+    assert fetched().name == "c0ffee" and hub.starts[-1] > 0
 
 
 def test_a_file_that_is_not_what_was_announced_is_thrown_away(hub, tmp_path):

@@ -23,20 +23,12 @@ def close(found, want, rtol=1e-5, atol=1e-5):
     torch.testing.assert_close(found, torch.tensor(want), rtol=rtol, atol=atol)
 
 
-def scores(logps, ref=None, counts=None, n_options=2.0):
-    """Scores of B rows with two branches, from lists."""
-    logps = torch.tensor(logps, dtype=torch.float32)
-    B = len(logps)
-    return Scores(logps, torch.ones(logps.shape) if counts is None else torch.tensor(counts),
-                  torch.full((B, 2), math.log(0.5)), torch.full((B, 2), 0.5),
-                  torch.tensor([[0.6, 0.2]]).expand(B, 2), torch.full((B,), n_options),
-                  logps.clone() if ref is None else torch.tensor(ref, dtype=torch.float32))
-
-
-def pair(ref=[[[0, 0, -11], [0, 0, -11.5]]], z0=(0.1, 0.2, 0.3), pieces=[RESPONSE], **options):
-    """(Scores, pieces, options): response tokens 5 and 6."""
-    s = scores([[[0, 0, -10], [0, 0, -12.]]], ref, counts=[[[1, 1, 5], [1, 1, 6]]])
-    s.mismatch = torch.tensor(z0)
+def pair(logps=[[0, 0, -10], [0, 0, -12.]], ref=[[0, 0, -11], [0, 0, -11.5]], n_options=2.0,
+         counts=[[1, 1, 5], [1, 1, 6]], z0=[0.1, 0.2, 0.3], pieces=[RESPONSE], **options):
+    """(Scores of one row, pieces, options)."""
+    logps, ref, counts = (torch.tensor([x]) for x in (logps, ref, counts))
+    s = Scores(logps, counts, torch.full((1, 2), math.log(0.5)), torch.full((1, 2), 0.5),
+               torch.tensor([[0.6, 0.2]]), torch.tensor([n_options]), ref, torch.tensor(z0))
     return s, pieces, replace(O, **options)
 
 
@@ -181,12 +173,8 @@ def test_gdpo_kto_agrees_with_golden_08(family, case, batch):
     check_gradients(whole, model, case)
 
 
-def lost(reward):
-    """1 - sigmoid."""
-    return 1 / (1 + math.exp(reward))
-
-
-AT_REF = {"ref": [[[0, 0, -10], [0, 0, -12.]]]}
+AT_REF = {"ref": [[0, 0, -10], [0, 0, -12.]]}
+lost = lambda reward: 1 / (1 + math.exp(reward))         # 1 - sigmoid
 
 
 @pytest.mark.parametrize("name, options, value", [
@@ -214,9 +202,9 @@ def test_preference_terms_give_the_numbers_worked_by_hand(name, options, value):
 @pytest.mark.parametrize("name", PREFS)
 def test_every_preference_term_raises_chosen_lowers_rejected_and_reads_no_belief(name):
     """Cal-DPO, IPO and PIPA-M stop or turn around past their targets, so near the reference."""
-    s, pieces, o = pair(beta=0.05, prior=0.3)
+    s, *rest = pair(beta=0.05, prior=0.3)
     s.logps.requires_grad_()
-    PREFS[name].term(s, pieces, o).sum().backward()
+    PREFS[name].term(s, *rest).sum().backward()
     assert (s.logps.grad[0, 0, RESPONSE] < 0) and (s.logps.grad[0, 1, RESPONSE] > 0)
     assert s.logps.grad[..., :RESPONSE].abs().sum() == 0
 
@@ -224,9 +212,9 @@ def test_every_preference_term_raises_chosen_lowers_rejected_and_reads_no_belief
 @pytest.mark.parametrize("name", ["dil", "pipa-m"])
 def test_exponents_are_clipped_far_above_the_reference(name):
     """PIPA-M's where the policy says more than it can."""
-    s, pieces, o = pair()
-    s.logps = torch.tensor([[[0, 0, 4000.0], [0, 0, 4000.0]]], requires_grad=True)
-    loss = PREFS[name].term(s, pieces, o)
+    s, *rest = pair([[0, 0, 4000.0]] * 2)
+    s.logps.requires_grad_()
+    loss = PREFS[name].term(s, *rest)
     loss.sum().backward()
     assert loss.isfinite().all() and s.logps.grad.abs().sum() == 0
 
@@ -235,9 +223,9 @@ def test_exponents_are_clipped_far_above_the_reference(name):
 def test_hdpo_without_a_reference_learns_the_shares_and_dpo_soft_has_them_as_optimum(q):
     """alpha 1, beta 0: over pairs drawn by the shares, the loss is least at odds q / (1 - q)."""
     def at(odds, name, beta):
-        s = scores([[[0, 0, odds / 2], [0, 0, -odds / 2]]], ref=[[[0, 0, 0], [0, 0, 0.]]])
+        s, *rest = pair([[0, 0, odds / 2], [0, 0, -odds / 2]], [[0, 0, 0.]] * 2, beta=beta)
         s.pair = torch.tensor([[q, 1 - q]])
-        return PREFS[name].term(s, [RESPONSE], replace(O, beta=beta)).item()
+        return PREFS[name].term(s, *rest).item()
     odds = math.log(q / (1 - q))
     for loss in (lambda x: q * at(x, "hdpo", 0.0) + (1 - q) * at(-x, "hdpo", 0.0),
                  lambda x: at(x, "dpo-soft", 1.0)):
@@ -278,32 +266,24 @@ def test_a_mismatched_pair_fits_the_context_and_one_prompt_alone_is_refused():
         mismatch(encode(ROW, ROW), 96, 0)
 
 
-def test_every_objective_returns_a_loss_per_row_and_leaves_the_scores_alone():
-    s = scores([[[-1, -2, -3], [-4, -5, -6.]]] * 3, counts=[[[2, 1, 3]] * 2] * 3)
-    s.mismatch = torch.zeros(3)
-    before = s.logps.clone()
-    for name, loss in LOSSES.items():
-        losses, parts = loss.objective(s, O)
-        for values in (losses, *parts.values()):
-            assert values.shape == (3,) and values.isfinite().all(), name
-        assert loss.branches[0] == "chosen"
-    assert torch.equal(s.logps, before)
-
-
-def test_the_anchor_is_the_likelihood_of_the_accepted_response():
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_objective_has_a_number_per_row_and_leaves_the_scores_alone(name):
     s, _, o = pair()
-    plain, parts = LOSSES["gdpo"].objective(s, o)
-    anchored, _ = LOSSES["gdpo"].objective(s, replace(o, w_anchor=0.5))
-    assert parts["response_nll"].item() == pytest.approx(10 / 5)
-    assert (anchored - plain).item() == pytest.approx(0.5 * 10 / 5)
+    before = s.logps.clone()
+    loss, parts = LOSSES[name].objective(s, o)
+    assert all(x.shape == (1,) and x.isfinite() for x in (loss, *parts.values()))
+    assert torch.equal(s.logps, before) and LOSSES[name].branches[0] == "chosen"
 
 
-def test_sft_kl_is_sft_and_the_kl_term_and_both_kl_adds_the_rejected_response():
+def test_sft_kl_adds_the_kl_term_both_kl_the_rejected_and_the_anchor_the_accepted_response():
     s, _, o = pair(w_kl=5.0)
     kl = kl_to_target(s.class_logps, s.target)
     loss, parts = LOSSES["sft-kl"].objective(s, o)
-    assert loss.item() == pytest.approx((sft(s, o)[0] + 5 * kl).item()) and parts["kl"] == kl
-    assert (LOSSES["both-kl"].objective(s, o)[0] - loss).item() == pytest.approx(12 / 6)
+    close(loss - sft(s, o)[0], (5 * kl).tolist())
+    close(LOSSES["both-kl"].objective(s, o)[0] - loss, [12 / 6])
+    plain, of_gdpo = LOSSES["gdpo"].objective(s, o)
+    close(LOSSES["gdpo"].objective(s, replace(o, w_anchor=0.5))[0] - plain, [0.5 * 10 / 5])
+    assert parts["kl"] == kl and of_gdpo["response_nll"] == 10 / 5
 
 
 def test_uniform_sft_is_sft_over_evenly_spread_beliefs():
@@ -313,9 +293,8 @@ def test_uniform_sft_is_sft_over_evenly_spread_beliefs():
     expected = 0.0
     for a, p in enumerate(shares):
         for r in set(range(3)) - {a}:
-            s = scores([[[-nll[a], 0, 0], [-nll[r], 0, 0.]]], counts=[[[1, 0, 0], [1, 0, 0]]],
-                       n_options=3.0)
-            expected += p / 2 * uniform_sft(s, O)[0].item()
+            s, _, o = pair([[-nll[a], 0, 0], [-nll[r], 0, 0]], counts=[[1, 0, 0]] * 2, n_options=3)
+            expected += p / 2 * uniform_sft(s, o)[0].item()
     assert expected == pytest.approx(sum(nll) / 3)
 
 

@@ -101,12 +101,10 @@ def test_20000_strings_have_the_ids_of_pythia(tmp_path):
     assert (pythia.n_tokens, pythia.eos) == (50277, 0)
 
 
-TEMPLATE = {"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
-
-
 @pytest.mark.parametrize("parts", [
-    {"post_processor": TEMPLATE}, {"truncation": {"max_length": 2, "strategy": "LongestFirst"}},
+    {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
+                        "single": [{"Sequence": {"id": "A", "type_id": 0}}]}},
+    {"truncation": {"max_length": 2, "strategy": "LongestFirst"}},
     {"padding": {"strategy": {"Fixed": 9}, "pad_id": 7}},
     {"added_tokens": [special(BPE.eos, EOS), special(513, "[PAD]"), special(514, "<|im_start|>")]},
 ], ids=lambda p: [*p][0])

@@ -30,10 +30,6 @@ def lines(out):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
 
-def evals(out):
-    return [r["eval"] for r in lines(out) if "eval" in r]
-
-
 def argv(world, *more):
     return list(map(str, ["--data", world, *SMALL, *more]))
 
@@ -165,10 +161,9 @@ def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
         sft, world, loss, dtype, tolerance, call):
     flags = argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype)
     call(train, *flags, "--out", loss + dtype, cwd=sft)
-    first, *_ = evals(sft / (loss + dtype))
-    for name, value in first.items():
-        if name.startswith(("joint_", "given_")) and value is not None:
-            assert value == pytest.approx(0, abs=tolerance)
+    first = lines(sft / (loss + dtype))[0]["eval"]
+    rewards = [v for k, v in first.items() if k.startswith(("joint_", "given_")) and v is not None]
+    assert rewards == pytest.approx([0] * len(rewards), abs=tolerance) and len(rewards) > 3
     assert first["pref"] == pytest.approx(0.693147, abs=tolerance)
 
 
@@ -180,7 +175,7 @@ def test_two_processes_give_the_run_of_one(sft, world, call):
     more = ["--shard_optimizer", "--micro_batch", 3, "--out", "two"]
     cli("train.py", *flags, *more, cwd=sft, nproc=2)
     one, two = lines(sft / "one"), lines(sft / "two")
-    assert len(one) == len(two) and len(evals(sft / "one")) > 2
+    assert len(one) == len(two) and sum("eval" in r for r in one) > 2
     for a, b in zip(one, two):
         assert b.get("eval", b) == pytest.approx(a.get("eval", a), rel=2e-3, abs=2e-3)
     one, two = (torch.load(sft / f"{n}/state.pt")["optimizer"]["state"] for n in ("one", "two"))
@@ -237,25 +232,38 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
         assert text in p.stdout
 
 
-def test_a_run_goes_on_only_with_its_own_flags_rows_and_state(world, tmp_path, call):
-    """And it starts only from an SFT run with its own flags and rows, which is trained first."""
+def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_unasked(
+        world, tmp_path, call):
+    """It starts only from an SFT run with its own flags and rows, which is trained first. Killed
+    before its first state, it begins again."""
     shutil.copytree(world, tmp_path / "d")
-    path, flags = tmp_path / "d/train.jsonl", argv("d", "--epochs", 1, "--out", "o")
+    path, out = tmp_path / "d/train.jsonl", tmp_path / "o"
+    flags = argv("d", "--epochs", 1, "--out", "o")
     p = call(train, *flags, cwd=tmp_path)
     assert "training SFT first, with SFT's own defaults" in p.stderr
     again = [*flags, "--resume", "--init", "out/d-sft-seed0/best"]
-    rows, state = path.read_text(), (tmp_path / "o/state.pt").read_bytes()
+    rows, log = path.read_text(), lines(out)
     other = "".join(reversed(rows.splitlines(keepends=True)))
     for text, more, message in (
+            (other, again, "the run in o differs from this one: hash_of_rows"),
+            (other, flags, "the run in out/d-sft-seed0 differs from this one: hash_of_rows"),
             (rows, [*again, "--beta", 0.3], "o differs from this one: beta 1.0 (here: 0.3); use"),
             (rows, [*flags, "--form", "{prompt}:"], "form <Q>{prompt}<A> (here: {prompt}:)"),
-            (other, again, "the run in o differs from this one: hash_of_rows"),
-            (other, flags, "the run in out/d-sft-seed0 differs from this one: hash_of_rows")):
+            (rows, flags, "holds a run already (metrics.jsonl, best, last, state.pt): --resume")):
         path.write_text(text)
         refused(call, message, *more, cwd=tmp_path)
-    path.write_text(rows)
-    (tmp_path / "o/state.pt").write_bytes(state[:5000])
+    (out / "state.pt").write_bytes((out / "state.pt").read_bytes()[:5000])
     refused(call, "o/state.pt is damaged", *again, cwd=tmp_path)
+    (out / "state.pt").unlink()
+    refused(call, "a run already (metrics.jsonl, best, last)", *again, cwd=tmp_path)
+    assert lines(out) == log
+    call(train, *flags, "--overwrite", cwd=tmp_path)
+    assert lines(out) == log and (out / "state.pt").is_file()
+    for name in ("best", "last"):
+        shutil.rmtree(out / name)
+    (out / "state.pt").unlink()
+    call(train, *flags, "--resume", cwd=tmp_path)
+    assert lines(out) == log and (out / "last").is_dir()
 
 
 def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(world, tmp_path):
@@ -268,26 +276,6 @@ def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(wo
     assert len(steps) == 10 and steps == sorted(set(steps))
     given = {"checkpointing": True, "micro_batch": 3, "shard_optimizer": True}
     assert given.items() <= json.loads((folder / "config.json").read_text()).items()
-
-
-def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
-    """But with --resume, one that was killed before its first state begins again."""
-    out = tmp_path / "run"
-    shutil.copytree(sft / f"out/{world.name}-sft-seed0", out)
-    flags = argv(world, "--loss", "sft", "--epochs", 1, "--out", out)
-    refused(call, "holds a run already (metrics.jsonl, best, last, state.pt): --resume goes",
-            *flags, cwd=tmp_path)
-    (out / "state.pt").unlink()
-    refused(call, "holds a run already (metrics.jsonl, best, last)", *flags, "--resume",
-            cwd=tmp_path)
-    assert len(evals(out)) > 5
-    call(train, *flags, "--overwrite", cwd=tmp_path)
-    assert len(evals(out)) < 5
-    for path in (out / "best", out / "last"):
-        shutil.rmtree(path)
-    (out / "state.pt").unlink()
-    call(train, *flags, "--resume", cwd=tmp_path)
-    assert (out / "last").is_dir()
 
 
 @pytest.mark.parametrize("error, message", [
