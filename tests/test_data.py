@@ -60,25 +60,20 @@ def test_marks_inside_belief_and_response_move_no_border(text, response):
     assert b["tokens"][n - 1, 0] == BPE.eos
 
 
-def sequences(items, branches):
-    """The tokens of each branch of each row, from its pieces."""
-    return [i.prompt + i.beliefs[k] + i.responses[r]
-            for i in items for k, r in (BRANCHES[b] for b in branches)]
-
-
 @pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own", "given", "flip")])
 def test_paths_make_the_sequences_and_places_lead_back(branches):
     items = encode(ROW, LONG, ROW)
+    sequences = [i.prompt + i.beliefs[k] + i.responses[r]
+                 for i in items for k, r in (BRANCHES[b] for b in branches)]
     b = collate(items, branches, CLASS_IDS)
     ids, paths, places = (b[k] for k in ("ids", "paths", "places"))
-    for path, expected in zip(paths, sequences(items, branches)):
+    for path, expected in zip(paths, sequences):
         assert ids[path[:len(expected)]].tolist() == expected
         assert (path[len(expected):] == path[len(expected) - 1]).all()
         assert (places[path] % paths.shape[1] == np.minimum(
             np.arange(len(path)), len(expected) - 1)).all()              # its position
     assert (paths.flat[places] == np.arange(len(ids))).all()         # each token is in its sequence
-    assert len(ids) == sum(cost(i, branches) for i in items) < sum(
-        map(len, sequences(items, branches)))
+    assert len(ids) == sum(cost(i, branches) for i in items) < sum(map(len, sequences))
 
 
 def labelled(labels):

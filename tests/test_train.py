@@ -168,8 +168,7 @@ def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
 
 
 def test_two_processes_give_the_run_of_one(sft, world, call):
-    """Batches of 13 leave a last batch of 1 row: one process has none, and still joins in. KTO's z0
-    is of the whole batch. A sharded optimizer changes nothing."""
+    """The last batch, of 1 row, leaves one process none. KTO's z0 is of the whole batch."""
     flags = argv(world, "--loss", "gdpo-kto", "--epochs", 2, "--batch_size", 13)
     call(train, *flags, "--out", "one", cwd=sft)
     more = ["--shard_optimizer", "--micro_batch", 3, "--out", "two"]
@@ -184,8 +183,7 @@ def test_two_processes_give_the_run_of_one(sft, world, call):
 
 
 def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world, call):
-    """torchrun's rendezvous on one machine. The other node says so in one line, and one process
-    goes on from the last evaluation."""
+    """The other node says so in one line, and one process goes on from the last evaluation."""
     flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--shard_optimizer", "--out", "nodes")
     endpoint = f"localhost:{20000 + os.getpid() % 10000}"
     nodes = [start(flags, sft, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
@@ -280,8 +278,7 @@ def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(wo
 
 @pytest.mark.parametrize("error, message", [
     (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing; --resume goes on"),
-    (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"), "another process of the")])
+    (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory")])
 def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
     monkeypatch.setattr(train, "train", Mock(side_effect=error))
     p = call(train, cwd=tmp_path, check=2)
