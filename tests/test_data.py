@@ -14,58 +14,28 @@ from losses import score
 from model import load_model
 from train import to_tensors
 
-CLASSES = [str(k) for k in range(6)]
+CLASSES, CLASS_IDS = [str(k) for k in range(6)], range(15, 21)
 ROW = {"prompt": "Is it fair?", "options": ["Yes", "No", "DK"], "accept_choice_id": "4",
        "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes",
        "accept_response": "Sure.", "reject_choice_id": "2", "reject_choice": "No",
        "reject_response": "Never in my life."}
+LONG = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
 BPE = train_bpe(["the cat sat on the mat, the cat sat"] * 3 + ["Yes No 4<Yes>"] * 5, 300)
 
 
-def encode(*rows, max_length=96, tokenizer=None, **kwargs):
-    return encode_rows(rows, tokenizer or CharTokenizer(), {"classes": CLASSES}, max_length,
-                       **kwargs)
+def encode(*rows, max_length=96, tokenizer=CharTokenizer(), **kwargs):
+    return encode_rows(rows, tokenizer, {"classes": CLASSES}, max_length, **kwargs)
 
 
 def decode(ids):
     return "".join("$" if i == 127 else " " if i == 94 else chr(i + 33) for i in ids)
 
 
-def test_a_row_becomes_its_pieces():
-    [item] = encode(ROW)
-    assert decode(item.prompt) == "<Q>Is it fair?<A>"
-    assert [decode(b) for b in item.beliefs] == ["4<Yes>", "2<No>"]
-    assert [decode(r) for r in item.responses] == ["Sure.$", "Never in my life.$"]
-    assert (item.accept, item.reject, item.n_options, item.kind, item.question) == (
-        4, 2, 3, "majority", "is it fair")
-
-
-@pytest.mark.parametrize("text", ["Depends (VOL)", "Same.", 'the "best"', "a > b", "<br>", "No)"])
-@pytest.mark.parametrize("response", ["a > b <i>so</i>", '"Well", yes', "> yes", "5 stars", "...",
-                                      ")>"])
-def test_marks_inside_belief_and_response_move_no_border(text, response):
-    """The authors search the last `>`; here the pieces are what they are (TRAPS)."""
-    row = ROW | {"accept_choice": text, "accept_response": response}
-    [item] = encode(row, tokenizer=BPE)
-    b = collate([item], ("chosen", "given"), class_ids(BPE, CLASSES))
-    ids, n = b["ids"].tolist(), b["counts"][0, 0].sum()
-    assert ids[:len(item.prompt)] == BPE.encode("<Q>Is it fair?<A>")       # as when sampling
-    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
-    assert BPE.decode(ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]) == f"4<{text}>"
-    assert BPE.decode(b["tokens"][:n, 0][b["slot"][:n] == RESPONSE].tolist()) == response
-    assert b["tokens"][n - 1, 0] == BPE.eos
-
-
-def sequences(items, branches):
-    """The tokens of each branch of each row, from its pieces."""
-    return [i.prompt + i.beliefs[k] + i.responses[r]
-            for i in items for k, r in (BRANCHES[b] for b in branches)]
-
-
-def test_each_branch_scores_its_pieces_and_each_piece_is_laid_down_once():
+def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its_own():
     """A belief that an earlier branch went through is scored there alone."""
     [item] = encode(ROW)
-    b = collate([item], ("chosen", "own", "given", "flip"), range(15, 21))
+    assert (item.n_options, item.kind, item.question) == (3, "majority", "is it fair")
+    b = collate([item], ("chosen", "own", "given", "flip"), CLASS_IDS)
     assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18], [0, 0, 6]]
     assert np.bincount(b["slot"], minlength=12).tolist() == b["counts"].reshape(-1).tolist()
     assert decode(b["ids"]) == ("<Q>Is it fair?<A>" "4<Yes>Sure.$" "2<No>Never in my life.$"
@@ -73,72 +43,74 @@ def test_each_branch_scores_its_pieces_and_each_piece_is_laid_down_once():
     assert b["first"].tolist() == [0] and b["pair"].tolist() == [[np.float32(0.6), np.float32(0.3)]]
 
 
+@pytest.mark.parametrize("text", ["Not (VOL)", "Same.", 'the "best"', "a > b", "<br>", "No)", None])
+@pytest.mark.parametrize("response", ["a > b <i>x</i>", '"Well", y', "> yes", "5 stars", ".", ")>"])
+def test_marks_inside_belief_and_response_move_no_border(text, response):
+    """The authors search the last `>`; here the pieces are what they are. Reviews have no text."""
+    row = ROW | {"accept_choice": text, "accept_response": response}
+    [item] = encode(row, tokenizer=BPE)
+    b = collate([item], ("chosen", "given"), class_ids(BPE, CLASSES))
+    ids, n = b["ids"].tolist(), b["counts"][0, 0].sum()
+    assert ids[:len(item.prompt)] == BPE.encode("<Q>Is it fair?<A>")       # as when sampling
+    assert b["at"][0] == len(item.prompt) - 1            # the class is read at the prompt's end
+    assert b["counts"][0, 0, CLOSE] == (text is not None)
+    answer = ids[len(item.prompt):][:b["counts"][0, 0, :RESPONSE].sum()]
+    assert BPE.decode(answer) == (f"4<{text}>" if text else "4")       # and "45" never fuses
+    assert BPE.decode(b["tokens"][:n, 0][b["slot"][:n] == RESPONSE].tolist()) == response
+    assert b["tokens"][n - 1, 0] == BPE.eos
+
+
 @pytest.mark.parametrize("branches", [("chosen", "given"), ("chosen", "own", "given", "flip")])
 def test_paths_make_the_sequences_and_places_lead_back(branches):
-    items = encode(ROW, ROW | {"prompt": "Or a much longer question?"}, ROW)
-    b = collate(items, branches, range(15, 21))
+    items = encode(ROW, LONG, ROW)
+    sequences = [i.prompt + i.beliefs[k] + i.responses[r]
+                 for i in items for k, r in (BRANCHES[b] for b in branches)]
+    b = collate(items, branches, CLASS_IDS)
     ids, paths, places = (b[k] for k in ("ids", "paths", "places"))
-    for path, expected in zip(paths, sequences(items, branches)):
+    for path, expected in zip(paths, sequences):
         assert ids[path[:len(expected)]].tolist() == expected
         assert (path[len(expected):] == path[len(expected) - 1]).all()
         assert (places[path] % paths.shape[1] == np.minimum(
             np.arange(len(path)), len(expected) - 1)).all()              # its position
     assert (paths.flat[places] == np.arange(len(ids))).all()         # each token is in its sequence
-    assert len(ids) == sum(cost(i, branches) for i in items) < sum(
-        map(len, sequences(items, branches)))
+    assert len(ids) == sum(cost(i, branches) for i in items) < sum(map(len, sequences))
 
 
-def test_reviews_have_a_belief_of_one_token_and_no_closing():
-    row = {k: v for k, v in ROW.items() if not k.endswith("_choice")} | {
-        "accept_response": "10 stars"}
-    [item] = encode(row, tokenizer=BPE)
-    b = collate([item], ("chosen",), class_ids(BPE, CLASSES))
-    assert b["counts"][0, 0, [BELIEF, CLOSE]].tolist() == [1, 0]
-    assert b["tokens"][0, 0] == BPE.encode("4")[0]       # "4" + "10 stars" never fuse
+def labelled(labels):
+    return [t for t, y in enumerate(labels) if y != -100]
+
+
+def collated(ids, labels, branch="chosen"):
+    """A golden answer as a batch. Its belief ends at its first `>` (29), or is its first token."""
+    first, *_, last = labelled(labels)
+    answer = ids[first:last + 1]
+    end = answer.index(29) + 1 if 29 in answer else 1
+    return collate([Item(0, ids[:first], (answer[:end],) * 2, (answer[end:],) * 2, end > 1, [1.0],
+                         0, 0, 2, "other", "", "")], (branch,), [15])
 
 
 @pytest.mark.parametrize("case", golden("05"), ids=lambda c: c["name"])
 def test_the_preference_counts_the_tokens_of_golden_05(case):
-    """Pieces cut from the golden ids at the response's first `>` (29); no `>`: its first token."""
-    def pieces(ids, labels):
-        start = next(t for t, y in enumerate(labels) if y != -100)
-        answer = ids[start:max(t for t, y in enumerate(labels) if y != -100) + 1]
-        end = answer.index(29) + 1 if 29 in answer else 1
-        return ids[:start], answer[:end], answer[end:]
-    for n, (c_ids, c_labels) in enumerate(zip(case["chosen_input_ids"], case["chosen_labels"])):
-        for side, branch in (("chosen", "chosen"), ("rejected", "own")):
-            prompt, belief, response = pieces(case[f"{side}_input_ids"][n],
-                                              case[f"{side}_labels"][n])
-            item = Item(0, prompt, (belief, belief), (response, response), 29 in belief, [1.0],
-                        0, 0, 2, "other", "", "")
-            b = collate([item], (branch,), [0])
-            at = b["at"][b["slot"] == RESPONSE] + 1
-            want = [t for t, y in enumerate(case[f"recommended_{side}_labels"][n]) if y != -100]
-            assert at.tolist() == want
+    for side, branch in (("chosen", "chosen"), ("rejected", "own")):
+        for ids, labels, want in zip(*(case[f"{name}_{what}"] for name, what in (
+                (side, "input_ids"), (side, "labels"), (f"recommended_{side}", "labels")))):
+            b = collated(ids, labels, branch)
+            assert (b["at"][b["slot"] == RESPONSE] + 1).tolist() == labelled(want)
 
 
 @pytest.mark.parametrize("case", golden("04"), ids=lambda c: c["name"])
 def test_the_belief_likelihood_agrees_with_golden_04(case):
-    for n, labels in enumerate(case["labels"]):
-        at = [t for t, y in enumerate(labels) if y != -100 and t > 0]
-        answer = [labels[t] for t in at]
-        end = answer.index(29) + 1 if 29 in answer else 1
-        item = Item(0, [0] * at[0], (answer[:end],) * 2, (answer[end:] or [31],) * 2, end > 1,
-                    [1.0], 0, 0, 2, "other", "", "")
-        b = to_tensors(collate([item], ("chosen",), [15]), "cpu")
-        hidden = torch.tensor(case["logits"][n])
-        if not answer[end:]:
-            hidden = torch.cat([hidden, hidden[-1:]])
-        s = score(lambda *packed: hidden, torch.eye(32), b)
-        assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(
-            case["belief_logp_avg"][n], rel=1e-5)
-        assert s.logps[0, 0, :RESPONSE].sum().item() == pytest.approx(
-            case["belief_logp_sum_including_gt"][n], rel=1e-5)
+    rows = zip(*(case[k] for k in (
+        "logits", "labels", "belief_logp_avg", "belief_logp_sum_including_gt")))
+    for logits, labels, average, total in rows:
+        b = to_tensors(collated(labels, labels), "cpu")
+        s = score(lambda *packed: torch.tensor(logits), torch.eye(32), b)
+        assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(average, rel=1e-5)
+        assert s.logps[0, 0, :RESPONSE].sum().item() == pytest.approx(total, rel=1e-5)
 
 
 def test_rows_that_look_like_mistakes_are_reported_with_their_number(tmp_path, capsys):
-    """They may be a published set's: nothing is refused."""
-    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"},
+    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"},        # none is refused
             ROW | {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "meta.json").write_text(json.dumps({"classes": CLASSES}))
@@ -192,13 +164,13 @@ def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
 def test_packing_and_shared_pieces_change_no_number(family, branches):
     """Packed rows, rows packed one by one, and whole right-padded sequences under the plain causal
     mask have the same scores and gradients."""
-    items, results = encode(ROW, ROW | {"prompt": "Or a much longer question?"}, ROW), []
+    items, results = encode(ROW, LONG, ROW), []
     for parts, pad in (([items], False), ([[i] for i in items], False), ([items], True)):
         model = load_model(GOLDEN / f"{family}_tiny")
 
         def run(ids, paths, places):
             return model(ids[paths]).flatten(0, 1)[places] if pad else model(ids, paths, places)
-        found = [score(run, model.head, to_tensors(collate(part, branches, range(15, 21)), "cpu"))
+        found = [score(run, model.head, to_tensors(collate(part, branches, CLASS_IDS), "cpu"))
                  for part in parts]
         logps, classes = (torch.cat([getattr(s, name) for s in found])
                           for name in ("logps", "class_logps"))
@@ -274,25 +246,23 @@ def test_gpt2_ids_are_gpt2s(tmp_path):
         shutil.copy(SHARED / "gpt2" / openai, tmp_path / hf)
     gpt2 = Tokenizer.load(tmp_path)
     assert gpt2.encode("hello world") == [31373, 995] and gpt2.eos == 50256
-    row = ROW | {"prompt": "How do you evaluate the response of the European Union towards global "
-                 "climate change?", "accept_choice": "Somewhat good",
-                 "accept_response": "I think they have made some strides."}
-    [item] = encode(row, tokenizer=gpt2)
-    b = collate([item], ("chosen",), class_ids(gpt2, CLASSES))
+    items = encode(ROW | {
+        "prompt": "How do you evaluate the response of the European Union towards global climate "
+        "change?", "accept_choice": "Somewhat good",
+        "accept_response": "I think they have made some strides."}, tokenizer=gpt2)
+    b = collate(items, ("chosen",), class_ids(gpt2, CLASSES))
     assert b["at"][0] == 20 and b["tokens"][:, 0].tolist() == [      # REFERENCE 2: logits 20..35
         19, 27, 50, 28030, 5183, 922, 29, 40, 892, 484, 423, 925, 617, 35002, 13, 50256]
-    assert (b["counts"][0, 0].tolist() == [6, 1, 9]
-            and b["tokens"][0, 1:].tolist() == [*range(15, 21)])
+    assert b["counts"][0, 0].tolist() == [6, 1, 9] and (b["tokens"][0, 1:] == CLASS_IDS).all()
 
 
 def test_compile_makes_one_graph_for_all_batches():
     """Other lengths, other numbers of rows, one row: no batch is compiled anew."""
     model = load_model(GOLDEN / "gpt2_tiny")
-    long = ROW | {"prompt": "Or a much longer question?", "accept_response": "Sure it is."}
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(model, dynamic=True, backend="aot_eager", fullgraph=True)
-        for rows in ([ROW, long, ROW], [ROW, ROW], [long] * 5, [ROW], [long]):
-            b = to_tensors(collate(encode(*rows), ("chosen", "given"), range(15, 21)), "cpu")
+        for rows in ([ROW, LONG, ROW], [ROW, ROW], [LONG] * 5, [ROW], [LONG]):
+            b = to_tensors(collate(encode(*rows), ("chosen", "given"), CLASS_IDS), "cpu")
             s, plain = score(compiled, model.head, b), score(model, model.head, b)
             torch.testing.assert_close(s.logps, plain.logps, rtol=1e-4, atol=1e-4)
             s.logps.sum().backward()

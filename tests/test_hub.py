@@ -19,11 +19,13 @@ FILES = {"config.json": "{}", "vocab.json": "{}", "merges.txt": "#", "model.safe
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """A server in the hub's form: the first answer names commit, size and sha256 and redirects to
-    the storage. .faults {file: what to do wrong, once each}; .log the GETs at the storage."""
-    hub = SimpleNamespace(files=dict(FILES), faults={}, log=[], commit="c0ffee", url=server.url)
+    the storage. .faults {file: what to do wrong, once each}; .log the GETs at the storage, .starts
+    where those of the weights began."""
+    hub = SimpleNamespace(files=dict(FILES), faults={}, log=[], starts=[], commit="c0ffee")
 
     def answer(r):
-        file, text = r.path.rsplit("/", 1)[1], hub.files.get(r.path.rsplit("/", 1)[1])
+        file = Path(r.path).name
+        text = hub.files.get(file)
         if text is None or not r.path.startswith(("/org/tiny/", "/datasets/org/set/", "/storage/")):
             return 404, ""
         if not r.path.startswith("/storage/"):
@@ -32,7 +34,8 @@ def hub(server, tmp_path, monkeypatch):
                     ("X-Repo-Commit", hub.commit if revision == "main" else revision),
                     ("X-Linked-ETag", f'"{hashlib.sha256(text.encode()).hexdigest()}"'))
         start = int(r.headers.get("Range", "bytes=0-")[6:-1])
-        hub.log.append((file, start, r.headers.get("Authorization")))
+        hub.log.append((file, r.headers.get("Authorization")))
+        hub.starts += [start] * (file == "model.safetensors")
         fault = hub.faults.get(file) and hub.faults[file].pop(0)
         start = 0 if fault == "no ranges" else start
         whole = ("Content-Length", len(text) - start)
@@ -47,12 +50,10 @@ def hub(server, tmp_path, monkeypatch):
     return hub
 
 
-def came_right(folder):
-    return {p.name: p.read_text() for p in Path(folder).iterdir()} == FILES
-
-
-def starts(hub):
-    return [start for file, start, _ in hub.log if file == "model.safetensors"]
+def fetched():
+    folder = find_checkpoint("org/tiny")
+    assert {p.name: p.read_text() for p in folder.iterdir()} == FILES
+    return folder
 
 
 @pytest.mark.parametrize("where", ["HF_TOKEN", "file"])
@@ -62,10 +63,10 @@ def test_a_checkpoint_comes_once_with_the_token_and_then_from_the_cache(hub, ser
         data.write(tmp_path / "cache/token", "secret\n")
     else:
         monkeypatch.setenv("HF_TOKEN", " secret\n")        # as mounted secrets are
-    folder = find_checkpoint("org/tiny")
+    folder = fetched()
     assert folder == tmp_path / "cache/hub/models--org--tiny/snapshots/c0ffee"
-    assert came_right(folder) and sorted(f for f, *_ in hub.log) == sorted(FILES)
-    assert {key for *_, key in hub.log} == {"Bearer secret"}
+    assert sorted(f for f, _ in hub.log) == sorted(FILES)
+    assert {key for _, key in hub.log} == {"Bearer secret"}
     sent = len(server.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert find_checkpoint("org/tiny") == folder and len(server.requests) == sent
@@ -76,24 +77,23 @@ def test_a_checkpoint_comes_once_with_the_token_and_then_from_the_cache(hub, ser
 @pytest.mark.parametrize("faults", [["cut"], ["500"], ["cut", "no ranges"], ["cut", "500", "cut"]])
 def test_a_download_goes_on_where_it_broke_off(hub, faults):
     hub.faults = {"model.safetensors": list(faults)}
-    assert came_right(find_checkpoint("org/tiny"))
-    assert starts(hub)[0] == 0 and (starts(hub)[-1] > 0) == ("cut" in faults)
+    fetched()
+    assert hub.starts[0] == 0 and (hub.starts[-1] > 0) == ("cut" in faults)
 
 
 def test_a_server_that_always_cuts_ends_in_one_line_and_keeps_what_came(hub):
     hub.faults = {"model.safetensors": ["cut"] * data.TRIES}
     with pytest.raises(ConnectionError, match="what came is kept, run the command again"):
-        find_checkpoint("org/tiny")
+        fetched()
     hub.commit = "beef"                                    # the hub has moved on in between
-    folder = find_checkpoint("org/tiny")
-    assert came_right(folder) and folder.name == "c0ffee" and starts(hub)[-1] > 0
+    assert fetched().name == "c0ffee" and hub.starts[-1] > 0
 
 
 def test_a_file_that_is_not_what_was_announced_is_thrown_away(hub, tmp_path):
     hub.faults = {"model.safetensors": ["lie"]}
     with pytest.raises(ValueError, match="not the file that the hub announced"):
-        find_checkpoint("org/tiny")
-    assert not list(tmp_path.rglob("*.incomplete")) and came_right(find_checkpoint("org/tiny"))
+        fetched()
+    assert not list(tmp_path.rglob("*.incomplete")) and fetched()
 
 
 def test_processes_that_fetch_the_same_file_do_not_disturb_each_other(hub):
@@ -101,7 +101,7 @@ def test_processes_that_fetch_the_same_file_do_not_disturb_each_other(hub):
     several = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
                                 stdout=subprocess.PIPE) for _ in range(3)]
     folders = {p.communicate(timeout=60)[0].strip() for p in several}
-    assert [p.returncode for p in several] == [0, 0, 0] and came_right(*folders)
+    assert [p.returncode for p in several] == [0, 0, 0] and folders == {str(fetched())}
 
 
 def test_shards_come_with_their_index(hub):

@@ -70,17 +70,20 @@ def mini(folder, **parts):
     return folder
 
 
-def same(ours, theirs, n):
+def loaded(folder, n):
+    """Our tokenizer of a folder, with the ids of Hugging Face's for n strings."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = Tokenizer.load(folder)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in strings(n):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+    return ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_cuts_text_as_hugging_face_does(tmp_path, family):
     """And what we save, transformers reads."""
-    tokenizers = pytest.importorskip("tokenizers")
-    ours = Tokenizer.load(mini(tmp_path, **FAMILIES[family]))
-    same(ours, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), 3000)
+    ours = loaded(mini(tmp_path, **FAMILIES[family]), 3000)
     text = "a   b  é\n" + " " * 40 + "日本🙂 12"
     assert unicodedata.normalize("NFC", ours.decode(ours.encode(text))) == text
     ours.save(tmp_path / "saved")
@@ -93,19 +96,15 @@ def test_every_family_cuts_text_as_hugging_face_does(tmp_path, family):
 
 @real_data
 def test_20000_strings_have_the_ids_of_pythia(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     shutil.copy(SHARED / "gpt_neox/20B_tokenizer.json", tmp_path / "tokenizer.json")
-    pythia = Tokenizer.load(tmp_path)
-    same(pythia, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), 20000)
+    pythia = loaded(tmp_path, 20000)
     assert (pythia.n_tokens, pythia.eos) == (50277, 0)
 
 
-TEMPLATE = {"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
-
-
 @pytest.mark.parametrize("parts", [
-    {"post_processor": TEMPLATE}, {"truncation": {"max_length": 2, "strategy": "LongestFirst"}},
+    {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
+                        "single": [{"Sequence": {"id": "A", "type_id": 0}}]}},
+    {"truncation": {"max_length": 2, "strategy": "LongestFirst"}},
     {"padding": {"strategy": {"Fixed": 9}, "pad_id": 7}},
     {"added_tokens": [special(BPE.eos, EOS), special(513, "[PAD]"), special(514, "<|im_start|>")]},
 ], ids=lambda p: [*p][0])
@@ -134,12 +133,18 @@ def test_the_end_of_text_is_the_one_that_the_folder_names(tmp_path, files, eos):
         assert Tokenizer.load(tmp_path / "saved").eos == eos
 
 
-def test_learned_merges_survive_saving(tmp_path):
+def test_learned_merges_survive_saving_and_out_of_order_they_or_no_files_are_one_line(tmp_path):
     BPE.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     for text in strings(300):
         assert again.encode(text) == BPE.encode(text) and again.decode(again.encode(text)) == text
     assert len(BPE.encode("the cat sat")) == 3             # the common words are whole tokens
+    head, *lines = (tmp_path / "merges.txt").read_text().splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join([head, *reversed(lines)]))
+    with pytest.raises(ValueError, match="a merge comes before those of its parts"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
+        Tokenizer.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("parts, words", [
@@ -152,13 +157,3 @@ def test_learned_merges_survive_saving(tmp_path):
 def test_a_tokenizer_of_another_kind_is_one_line(tmp_path, parts, words):
     with pytest.raises(ValueError, match=f"tokenizer.json is not a byte-level BPE.*: .*({words})"):
         Tokenizer.load(mini(tmp_path, **parts))
-
-
-def test_merges_out_of_order_and_missing_files_are_one_line(tmp_path):
-    BPE.save(tmp_path)
-    head, *lines = (tmp_path / "merges.txt").read_text().splitlines()
-    (tmp_path / "merges.txt").write_text("\n".join([head, *reversed(lines)]))
-    with pytest.raises(ValueError, match="a merge comes before those of its parts"):
-        Tokenizer.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
-        Tokenizer.load(tmp_path / "nowhere")

@@ -7,36 +7,27 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, SMALL, CharTokenizer, cli, golden
-from test_losses import rows_of
+from conftest import GOLDEN, ROOT, SMALL, cli, golden
+from test_data import CLASS_IDS, ROW, encode
+from test_losses import LOSS_OF, items_of
 
 import train
-from data import encode_rows, mismatch
+from data import mismatch
 from losses import LOSSES
 from model import load_model
 from train import Config, lr_at, resolve, train_step
 
-CLASSES = [str(k) for k in range(6)]
-ROW = {"prompt": "How good is tea?", "options": ["Yes", "No", "DK"], "accept_choice_id": "4",
-       "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Yes",
-       "accept_response": "Sure.", "reject_choice_id": "2", "reject_choice": "No",
-       "reject_response": "Never in my life."}
 torch.set_num_threads(1)               # as in the child processes: runs must be equal bit for bit
 
 
 def lines(out):
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
-
-
-def evals(out):
-    return [r["eval"] for r in lines(out) if "eval" in r]
 
 
 def argv(world, *more):
@@ -48,6 +39,12 @@ def start(flags, cwd, *launch):
     return subprocess.Popen([sys.executable, *launch, str(ROOT / "train.py"), *flags], cwd=cwd,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def refused(call, message, *flags, cwd):
+    """The command ends in one line that says so."""
+    last = call(train, *flags, cwd=cwd, check=2).stderr.splitlines()[-1]
+    assert message in last and last.startswith("train.py: error: ")
 
 
 def wait_for_lines(out, n, *processes):
@@ -66,9 +63,13 @@ def sft(world, tmp_path_factory):
 
 
 def some_items(lengths=(3, 9, 1, 14, 5, 2, 7, 11)):
-    rows = [ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n,
-                   "reject_response": "z" * (15 - n)} for n in lengths]
-    return encode_rows(rows, CharTokenizer(), {"classes": CLASSES}, 96)
+    return encode(*(ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n,
+                           "reject_response": "z" * (15 - n)} for n in lengths))
+
+
+def reference(items, branches):
+    model = load_model(GOLDEN / "gpt2_tiny_ref")
+    return train.score_rows(model, items, branches, CLASS_IDS).logps
 
 
 def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float32"):
@@ -76,10 +77,9 @@ def one_step(loss, micro_batch, optimizer=torch.optim.SGD, lr=0.1, dtype="float3
     o = resolve(Config(loss=loss, micro_batch=micro_batch, dtype=dtype, device="cpu", clip=1e9))
     mismatch(items, 96, 0)
     branches = LOSSES[loss].branches + ("mismatch",) * LOSSES[loss].mismatch
-    ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, branches,
-                           range(15, 21)).logps
+    ref = reference(items, branches)
     sums, norm = train_step(model, model, optimizer(model.parameters(), lr=lr), LOSSES[loss],
-                            items, ref, list(range(len(items))), range(15, 21), o)
+                            items, ref, list(range(len(items))), CLASS_IDS, o)
     return model, sums, norm
 
 
@@ -95,22 +95,18 @@ def test_a_batch_is_the_same_however_it_is_cut(loss):
 @pytest.mark.parametrize("case", golden("09"), ids=lambda c: c["name"])
 def test_a_few_steps_agree_with_golden_09(case):
     """Appendix G: RMSprop, linear warm-up, clipping, accumulation, on a tiny GPT-2."""
-    loss = LOSSES[{"mpo": "gdpo"}.get(case["loss"], case["loss"])]
+    loss = LOSSES[LOSS_OF.get(case["loss"], case["loss"])]
     batch = golden("08_gpt2")["batches"]["gdpo_rows" if case["loss"] == "mpo" else "sft_rows"]
-    items = encode_rows(rows_of(batch["items"][:4], batch["probabilities"][:4]), CharTokenizer(),
-                        {"classes": CLASSES}, 96)
-    model, classes = load_model(GOLDEN / "gpt2_tiny"), range(15, 21)
-    ref = train.score_rows(load_model(GOLDEN / "gpt2_tiny_ref"), items, loss.branches,
-                           classes).logps
+    model, items = load_model(GOLDEN / "gpt2_tiny"), items_of(batch, 4)
+    ref = reference(items, loss.branches)
     o = resolve(Config(loss="gdpo", lr=1e-3, warmup=3, schedule="constant", optimizer="rmsprop",
                        beta=0.1, clip=1.0, device="cpu", micro_batch=4 // case["accumulation"]))
     optimizer = train.optimizer_of(o, model)
-    rows = zip(*(case[k] for k in ("losses", "grad_norm_before_clip", "lr",
-                                   "parameter_l2_after_step")))
-    for step, (want, norm, lr, l2) in enumerate(rows):
+    names = ("losses", "grad_norm_before_clip", "lr", "parameter_l2_after_step")
+    for step, (want, norm, lr, l2) in enumerate(zip(*(case[k] for k in names))):
         assert lr_at(o, step, 100) == pytest.approx(lr)
         optimizer.param_groups[0]["lr"] = lr
-        sums, got = train_step(model, model, optimizer, loss, items, ref, [0, 1, 2, 3], classes, o)
+        sums, got = train_step(model, model, optimizer, loss, items, ref, [*range(4)], CLASS_IDS, o)
         assert sums["loss"] / 4 == pytest.approx(want, rel=1e-3)
         assert got == pytest.approx(norm, rel=1e-3)
         whole = sum(p.detach().double().square().sum() for p in model.parameters()).sqrt()
@@ -134,16 +130,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
     with pytest.raises(FloatingPointError,
                        match=r"the loss on rows \[6\] of train.jsonl is not finite: lower --lr"):
         train_step(model, model, torch.optim.SGD(model.parameters(), lr=1.0), LOSSES["dpo"],
-                   items, ref, list(range(8)), range(15, 21), o)
+                   items, ref, list(range(8)), CLASS_IDS, o)
     before = load_model(GOLDEN / "gpt2_tiny")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
 
 
-def test_the_learning_rate_warms_up_and_then_stays_or_falls():
-    o = Config(lr=1.0, warmup=3, schedule="constant")
-    assert [lr_at(o, s, 10) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    rates = [lr_at(replace(o, schedule="cosine"), s, 10) for s in range(10)]
-    assert max(rates) == rates[3] == 1.0 and rates[-1] < 0.1
+def test_the_learning_rate_falls_after_the_warm_up_by_a_cosine():
+    o = Config(lr=1.0, warmup=3, schedule="cosine")
+    rates = [lr_at(o, s, 10) for s in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates[4:]) < 1 and rates[-1] < 0.1
 
 
 def test_a_checkpoint_has_the_papers_defaults_and_a_run_of_the_small_model_its_own(sft, world):
@@ -166,22 +161,20 @@ def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
         sft, world, loss, dtype, tolerance, call):
     flags = argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype)
     call(train, *flags, "--out", loss + dtype, cwd=sft)
-    first, *_ = evals(sft / (loss + dtype))
-    for name, value in first.items():
-        if name.startswith(("joint_", "given_")) and value is not None:
-            assert value == pytest.approx(0, abs=tolerance)
+    first = lines(sft / (loss + dtype))[0]["eval"]
+    rewards = [v for k, v in first.items() if k.startswith(("joint_", "given_")) and v is not None]
+    assert rewards == pytest.approx([0] * len(rewards), abs=tolerance) and len(rewards) > 3
     assert first["pref"] == pytest.approx(0.693147, abs=tolerance)
 
 
 def test_two_processes_give_the_run_of_one(sft, world, call):
-    """Batches of 13 leave a last batch of 1 row: one process has none, and still joins in. KTO's z0
-    is of the whole batch. A sharded optimizer changes nothing."""
+    """The last batch, of 1 row, leaves one process none. KTO's z0 is of the whole batch."""
     flags = argv(world, "--loss", "gdpo-kto", "--epochs", 2, "--batch_size", 13)
     call(train, *flags, "--out", "one", cwd=sft)
     more = ["--shard_optimizer", "--micro_batch", 3, "--out", "two"]
     cli("train.py", *flags, *more, cwd=sft, nproc=2)
     one, two = lines(sft / "one"), lines(sft / "two")
-    assert len(one) == len(two) and len(evals(sft / "one")) > 2
+    assert len(one) == len(two) and sum("eval" in r for r in one) > 2
     for a, b in zip(one, two):
         assert b.get("eval", b) == pytest.approx(a.get("eval", a), rel=2e-3, abs=2e-3)
     one, two = (torch.load(sft / f"{n}/state.pt")["optimizer"]["state"] for n in ("one", "two"))
@@ -190,8 +183,7 @@ def test_two_processes_give_the_run_of_one(sft, world, call):
 
 
 def test_two_nodes_are_one_run_and_a_dead_process_ends_it(sft, world, call):
-    """torchrun's rendezvous on one machine. The other node says so in one line, and one process
-    goes on from the last evaluation."""
+    """The other node says so in one line, and one process goes on from the last evaluation."""
     flags = argv(world, "--loss", "gdpo", "--epochs", 40, "--shard_optimizer", "--out", "nodes")
     endpoint = f"localhost:{20000 + os.getpid() % 10000}"
     nodes = [start(flags, sft, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
@@ -214,8 +206,7 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     part = [*flags, "--out", "part"]
     p = start(part, sft)
     wait_for_lines(sft / "part", 1, p)
-    second = call(train, *part, "--overwrite", cwd=sft, check=2)
-    assert "another process is at work in part" in second.stderr
+    refused(call, "another process is at work in part", *part, "--overwrite", cwd=sft)
     wait_for_lines(sft / "part", 15, p)
     p.kill()
     p.communicate()
@@ -239,27 +230,38 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
         assert text in p.stdout
 
 
-def test_a_run_goes_on_only_with_its_own_flags_rows_and_state(world, tmp_path, call):
-    """And it starts only from an SFT run with its own flags and rows, which is trained first."""
+def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_unasked(
+        world, tmp_path, call):
+    """It starts only from an SFT run with its own flags and rows, which is trained first. Killed
+    before its first state, it begins again."""
     shutil.copytree(world, tmp_path / "d")
-    path, flags = tmp_path / "d/train.jsonl", argv("d", "--epochs", 1, "--out", "o")
+    path, out = tmp_path / "d/train.jsonl", tmp_path / "o"
+    flags = argv("d", "--epochs", 1, "--out", "o")
     p = call(train, *flags, cwd=tmp_path)
     assert "training SFT first, with SFT's own defaults" in p.stderr
     again = [*flags, "--resume", "--init", "out/d-sft-seed0/best"]
-    rows, state = path.read_text(), (tmp_path / "o/state.pt").read_bytes()
+    rows, log = path.read_text(), lines(out)
     other = "".join(reversed(rows.splitlines(keepends=True)))
     for text, more, message in (
+            (other, again, "the run in o differs from this one: hash_of_rows"),
+            (other, flags, "the run in out/d-sft-seed0 differs from this one: hash_of_rows"),
             (rows, [*again, "--beta", 0.3], "o differs from this one: beta 1.0 (here: 0.3); use"),
             (rows, [*flags, "--form", "{prompt}:"], "form <Q>{prompt}<A> (here: {prompt}:)"),
-            (other, again, "the run in o differs from this one: hash_of_rows"),
-            (other, flags, "the run in out/d-sft-seed0 differs from this one: hash_of_rows")):
+            (rows, flags, "is in use (best, last, metrics.jsonl, state.pt): --resume")):
         path.write_text(text)
-        p = call(train, *more, cwd=tmp_path, check=2)
-        assert message in p.stderr.splitlines()[-1]
-    path.write_text(rows)
-    (tmp_path / "o/state.pt").write_bytes(state[:5000])
-    p = call(train, *again, cwd=tmp_path, check=2)
-    assert "o/state.pt or metrics.jsonl is damaged" in p.stderr
+        refused(call, message, *more, cwd=tmp_path)
+    (out / "state.pt").write_bytes((out / "state.pt").read_bytes()[:5000])
+    refused(call, "o/state.pt or metrics.jsonl is damaged", *again, cwd=tmp_path)
+    (out / "state.pt").unlink()
+    refused(call, "a run already (metrics.jsonl, best, last)", *again, cwd=tmp_path)
+    assert lines(out) == log
+    call(train, *flags, "--overwrite", cwd=tmp_path)
+    assert lines(out) == log and (out / "state.pt").is_file()
+    for name in ("best", "last"):
+        shutil.rmtree(out / name)
+    (out / "state.pt").unlink()
+    call(train, *flags, "--resume", cwd=tmp_path)
+    assert lines(out) == log and (out / "last").is_dir()
 
 
 def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(world, tmp_path):
@@ -274,29 +276,9 @@ def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(wo
     assert given.items() <= json.loads((folder / "config.json").read_text()).items()
 
 
-def test_only_overwrite_throws_a_run_away(sft, world, tmp_path, call):
-    """But with --resume, one that was killed before its first state begins again."""
-    out = tmp_path / "run"
-    shutil.copytree(sft / f"out/{world.name}-sft-seed0", out)
-    flags = argv(world, "--loss", "sft", "--epochs", 1, "--out", out)
-    p = call(train, *flags, cwd=tmp_path, check=2)
-    assert "is in use (best, last, metrics.jsonl, state.pt): --resume goes" in p.stderr
-    (out / "state.pt").unlink()
-    p = call(train, *flags, "--resume", cwd=tmp_path, check=2)
-    assert "is in use (best, last, metrics.jsonl)" in p.stderr and len(evals(out)) > 5
-    call(train, *flags, "--overwrite", cwd=tmp_path)
-    assert len(evals(out)) < 5
-    for path in (out / "best", out / "last"):
-        shutil.rmtree(path)
-    (out / "state.pt").unlink()
-    call(train, *flags, "--resume", cwd=tmp_path)
-    assert (out / "last").is_dir()
-
-
 @pytest.mark.parametrize("error, message", [
     (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing, or lower"),
-    (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"), "another process of the")])
+    (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory")])
 def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
     monkeypatch.setattr(train, "train", Mock(side_effect=error))
     p = call(train, cwd=tmp_path, check=2)
@@ -313,17 +295,16 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
             Path(path).write_bytes(b"half")
             raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64")
     monkeypatch.setattr(torch, "save", full)
-    p = call(train, *flags, cwd=sft, check=2)
-    assert "(is the disk full?); --resume goes on" in p.stderr.splitlines()[-1]
+    refused(call, "(is the disk full?); --resume goes on", *flags, cwd=sft)
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     assert call(train, *flags, "--resume", cwd=sft).stdout
 
 
 def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_path):
-    p = call(train, *argv(world, "--loss", "sft", "--lr", 1e30, "--clip", 1e30, "--warmup", 0,
-                          "--out", tmp_path / "x"), cwd=sft, check=2)
-    assert "lower --lr" in p.stderr.splitlines()[-1] and not (tmp_path / "x/best").exists()
+    refused(call, "lower --lr", *argv(world, "--loss", "sft", "--lr", 1e30, "--clip", 1e30,
+                                      "--warmup", 0, "--out", tmp_path / "x"), cwd=sft)
+    assert not (tmp_path / "x/best").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -340,7 +321,5 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
         world, tmp_path, flags, message, monkeypatch, call):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    p = call(train, *argv(world), *flags, cwd=tmp_path, check=2)
-    last = p.stderr.strip().splitlines()[-1]
-    assert message in last and last.startswith("train.py: error: ")
+    refused(call, message, *argv(world), *flags, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
