@@ -1,4 +1,5 @@
-"""python -m pytest tests/test_evaluate.py: metrics, intervals, tables, figures."""
+"""python -m pytest tests/test_evaluate.py: metrics, intervals, tables, figures, --ask."""
+import io
 import json
 import shutil
 import sys
@@ -10,11 +11,11 @@ import torch
 from conftest import SMALL, cli, golden
 
 import evaluate
-from data import run
-from evaluate import (answer_metrics, differences, expressed_opinion, interval, ordinal_metrics,
-                      over_seeds, parse_answer, preference_metrics, reference_distributions,
-                      summary)
-from losses import Scores
+from data import Tokenizer, class_ids, load_dataset, prompt_text
+from evaluate import (answer_metrics, differences, expressed_opinion, group_shares, interval,
+                      ordinal_metrics, over_seeds, parse_answer, preference_metrics,
+                      reference_distributions, summary)
+from losses import RESPONSE, Scores
 from model import load_model, save_model
 from train import jsd
 
@@ -32,6 +33,13 @@ def runs(world, tmp_path_factory):
     return cwd, [f"out/{world.name}-{loss}-seed0" for loss in ("sft", "gdpo")]
 
 
+@pytest.fixture
+def copied(runs, tmp_path):
+    """The same, to break."""
+    shutil.copytree(runs[0] / "out", tmp_path / "out")
+    return tmp_path, runs[1]
+
+
 def saved(cwd, out):
     return json.loads((cwd / out / "eval.json").read_text())
 
@@ -44,12 +52,10 @@ def measured(values, seen=False, groups=None):
                            metrics={"jsd": np.array(values, float)})
 
 
-# Beliefs and preferences
-
 def test_reference_distributions_agree_with_golden_11():
     target = np.array(BASELINES["probabilities"])
-    names = {"uniform": "uniform", "majority": "majority", "noise(0.05)": "noise_0_05",
-             "noise(0.1)": "noise_0_1", "reverse": "reverse_as_in_paper_text"}
+    names = {"uniform": "uniform", "majority": "majority", "reverse": "reverse_as_in_paper_text",
+             "noise(0.05)": "noise_0_05", "noise(0.1)": "noise_0_1"}
     for name, q in reference_distributions(target).items():
         # row 3 of noise(0.1): the authors' number is of the sorted vectors, where the noise makes
         # 0.2 0.2 0.2 0.2 0.1 0.1 of itself; in place it does not
@@ -71,9 +77,8 @@ def test_w1_knows_the_order_of_the_classes_and_reads_only_those_on_the_scale():
 
 
 def test_minority_mass_is_a_ratio_of_sums_over_the_smallest_shares_above_zero():
-    q = [[0.05, 0, 0.35, 0, 0.6, 0], [0.9, 0, 0, 0, 0.1, 0]]
-    p = [[0.1, 0, 0.3, 0, 0.6, 0], [0.99, 0, 0, 0, 0.01, 0]]
-    pairs = ordinal_metrics(q, p, META)["minority"]
+    pairs = ordinal_metrics([[0.05, 0, 0.35, 0, 0.6, 0], [0.9, 0, 0, 0, 0.1, 0]],
+                            [[0.1, 0, 0.3, 0, 0.6, 0], [0.99, 0, 0, 0, 0.01, 0]], META)["minority"]
     np.testing.assert_allclose(pairs, [[0.05, 0.1], [0.1, 0.01]])
     assert interval(pairs, ["a", "b"])[0] == pytest.approx(0.15 / 0.11)
 
@@ -81,25 +86,22 @@ def test_minority_mass_is_a_ratio_of_sums_over_the_smallest_shares_above_zero():
 def test_vote_and_flip_are_read_from_four_branches():
     """Response log-probs of chosen, own, given, flip: h is 2 after the accepted belief and -1 after
     the rejected one in row 0; in row 1 the answer does not follow; row 2 has one class twice."""
-    logps = torch.zeros(3, 4, 3)
-    logps[..., 2] = torch.tensor([[-1., -2, -3, -3], [-1, -3, -3, -2], [-1, -2, -3, -3]])
-    shares = torch.tensor([[0.6, 0.4]] * 3)
+    logps, ref = torch.zeros(2, 3, 4, 3)
+    logps[..., RESPONSE] = torch.tensor([[-1., -2, -3, -3], [-1, -3, -3, -2], [-1, -2, -3, -3]])
+    shares, pair = torch.tensor([[0.6, 0.4]] * 3), torch.tensor([[0.75, 0.25]] * 3)
     items = [SimpleNamespace(accept=a, reject=b) for a, b in ((0, 1), (0, 1), (1, 1))]
-    s = Scores(logps, None, shares.log(), None, torch.tensor([[0.75, 0.25]] * 3), None)
+    vote = lambda h, other: pytest.approx(
+        (0.6 / (1 + np.exp(-h)) + 0.4 / (1 + np.exp(-other)) - 0.75) ** 2)
+    s = Scores(logps, None, shares.log(), None, pair, None)
     m = preference_metrics(s, items, 1.0)
-    s.ref = torch.zeros(3, 4, 3)                         # rewards: h is 1 and -0.5 in row 0
-    r = preference_metrics(s, items, 0.5)
-    vote = 0.6 / (1 + np.exp(-1)) + 0.4 / (1 + np.exp(0.5))
-    assert r["vote_r"][0] == pytest.approx((vote - 0.75) ** 2)
-    s.ref[:, :, 2] = logps[1, :, 2]
-    r = preference_metrics(s, items, 0.5)
-    assert set(m) == {"flip", "vote"} and r["flip"][0] == 1 and r["flip_r"][0] == 0
-    vote = 0.6 / (1 + np.exp(-2)) + 0.4 / (1 + np.exp(1))
-    assert m["vote"][0] == pytest.approx((vote - 0.75) ** 2)
-    assert m["flip"][:2].tolist() == [1, 0] and np.isnan(m["flip"][2]) and np.isnan(m["vote"][2])
+    assert set(m) == {"flip", "vote"} and m["vote"][0] == vote(2, -1)
+    assert m["flip"][:2].tolist() == [1, 0] and np.isnan([m["flip"][2], m["vote"][2]]).all()
+    s.ref = ref                                          # rewards
+    assert preference_metrics(s, items, 0.5)["vote_r"][0] == vote(1, -0.5)
+    ref[..., RESPONSE] = logps[1, :, RESPONSE]
+    m = preference_metrics(s, items, 0.5)
+    assert m["flip"][0] == 1 and m["flip_r"][0] == 0
 
-
-# Answers
 
 def test_sampled_beliefs_and_cbc_agree_with_golden_11():
     answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
@@ -109,9 +111,8 @@ def test_sampled_beliefs_and_cbc_agree_with_golden_11():
 
 
 def test_a_perfect_sampler_has_the_floors_jsd_and_a_coverage_of_one():
-    rng, p = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0])
+    rng, p, floors = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0]), {}
     meta, target = {"classes": META["classes"]}, np.tile(p, (2000, 1))
-    floors = {}
     for k in (8, 32):
         answers = [[(str(c), None, "") for c in rng.choice(6, k, p=p)] for _ in target]
         m = answer_metrics(answers, target, meta)
@@ -153,8 +154,6 @@ def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale
     assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["sampled_jsd"][1] > 0.7
     assert m["coverage"].tolist() == pytest.approx([0, 1 / (5 * (1 - 0.8 ** 8))])
 
-
-# Intervals and tables
 
 def test_the_bootstrap_resamples_questions_not_rows():
     """Ten rows of one question tell no more than one row of it; 19 questions are too few."""
@@ -203,8 +202,6 @@ def test_paired_differences_are_narrower_than_two_intervals():
     assert differences(measured(b[:100]), measured(a), "a") == {}
 
 
-# The command
-
 def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
     cwd, (sft, gdpo) = runs
     p = call(evaluate, gdpo, sft, *FAST, "--against", sft, cwd=cwd)
@@ -218,11 +215,10 @@ def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
     for header in ("JSD ↓", "given maj ↑", "minority →1"):
         assert header in table and f"\n{header}: " in legend
     result = saved(cwd, gdpo)
-    for name in ("jsd", "cbc", "opinion", "flip", "vote", "given_majority", "minority"):
-        assert result["seen"][name], name
+    names = ("jsd", "cbc", "opinion", "flip", "vote", "given_majority", "minority")
+    assert all(result["seen"][name] for name in names)
     assert "flip" in saved(cwd, sft)["seen"] and "given_majority" not in saved(cwd, sft)["seen"]
-    assert set(result["reference_jsd"]) == {"majority", "reverse", "uniform", "noise(0.05)",
-                                            "noise(0.1)"}
+    assert result["reference_jsd"].keys() == reference_distributions(np.eye(6)).keys()
     answers = [json.loads(x) for x in (cwd / gdpo / "samples.jsonl").read_text().splitlines()]
     assert len(answers) == 20 and len(answers[0]["answers"]) == 2
     call(evaluate, gdpo, *FAST, cwd=cwd)
@@ -240,9 +236,9 @@ def test_two_processes_evaluate_as_one_does(runs, call):
                                   v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
 
 
-def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call):
+def test_what_cannot_be_measured_is_left_out_with_a_line(copied, call):
     """A failed start, a file, a broken config and another's folder beside a good run; ASCII."""
-    cwd, (sft, _) = runs
+    cwd, (sft, _) = copied
     for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
         (cwd / "out" / name).mkdir()
         (cwd / "out" / name / "config.json").write_text(text)
@@ -255,27 +251,22 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call):
     assert "JSD ?" in p.stdout and p.stdout.isascii()
     p = call(evaluate, "out/odd", cwd=cwd, check=2)
     assert len(p.stderr.strip().splitlines()) == 1
-    for name in ("begun", "odd"):
-        shutil.rmtree(cwd / "out" / name)
 
 
-def test_margins_need_the_checkpoint_that_the_run_began_with(runs, call, tmp_path):
-    cwd, (sft, gdpo) = runs
-    shutil.copytree(cwd / "out", tmp_path / "out")
-    weights = tmp_path / sft / "best/model.safetensors"
-    shutil.copy(tmp_path / gdpo / "best/model.safetensors", weights)
-    p = call(evaluate, gdpo, "--samples", 0, cwd=tmp_path)
+def test_margins_need_the_checkpoint_that_the_run_began_with(copied, call):
+    cwd, (sft, gdpo) = copied
+    shutil.copytree(cwd / gdpo / "best", cwd / sft / "best", dirs_exist_ok=True)
+    p = call(evaluate, gdpo, "--samples", 0, cwd=cwd)
     assert "no reference, no margins" in p.stderr
-    assert "given_majority" not in saved(tmp_path, gdpo)["seen"]
+    assert "given_majority" not in saved(cwd, gdpo)["seen"]
 
 
-def test_a_model_without_any_probability_for_the_classes_is_one_line(runs, call, tmp_path):
-    cwd, (sft, _) = runs
-    shutil.copytree(cwd / sft, tmp_path / sft)
-    model = load_model(tmp_path / sft / "best")
+def test_a_model_without_any_probability_for_the_classes_is_one_line(copied, call):
+    cwd, (sft, _) = copied
+    model = load_model(cwd / sft / "best")
     torch.nn.init.constant_(model.ln_f.bias, float("nan"))
-    save_model(model, tmp_path / sft / "best", 0)
-    p = call(evaluate, sft, "--samples", 0, cwd=tmp_path, check=2)
+    save_model(model, cwd / sft / "best", 0)
+    p = call(evaluate, sft, "--samples", 0, cwd=cwd, check=2)
     assert "diverged" in p.stderr and len(p.stderr.strip().splitlines()) == 1
 
 
@@ -291,17 +282,11 @@ def test_a_model_without_any_probability_for_the_classes_is_one_line(runs, call,
     (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
     (["chat:gpt-4o", "--ask", "Why?"], "which chat:MODEL does not give"),
     (["chat:"], "as in chat:gpt-4o")])
-def test_bad_input_is_one_line_and_exit_2(args, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
-    with pytest.raises(SystemExit) as e:
-        run(evaluate.main)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and message in err and len(err.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_exit_2(args, message, call, tmp_path):
+    err = call(evaluate, *args, cwd=tmp_path, check=2).stderr
+    assert message in err and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
-
-# Figures
 
 def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path):
     pytest.importorskip("matplotlib")
@@ -322,3 +307,87 @@ def test_a_missing_matplotlib_is_one_line(tmp_path):
     p = cli("assets/figures.py", "x", cwd=tmp_path, check=1, PYTHONPATH=str(tmp_path))
     assert p.stderr.strip() == (
         "figures.py: error: the figures need matplotlib: pip install matplotlib")
+
+
+# --ask
+
+QUESTION = "How do you rate night buses?"
+
+
+@pytest.fixture
+def ask(runs, call):
+    """What `evaluate.py OUT --ask QUESTION --json` finds for the SFT run, or its error."""
+    def ask(*flags, check=0):
+        cwd, (sft, _) = runs
+        p = call(evaluate, sft, "--ask", QUESTION, "--json", *flags, cwd=cwd, check=check)
+        return p.stderr if check else json.loads(p.stdout)["models"][sft]
+    return ask
+
+
+def test_the_distribution_is_read_from_the_model_and_compared_to_the_group(ask, runs):
+    found, folder = ask(), runs[0] / runs[1][0] / "best"
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    ids = tokenizer.encode(prompt_text({"prompt": QUESTION}, "<Q>{prompt}<A>"))
+    with torch.no_grad():
+        logits = model.head @ model(torch.tensor([ids]))[0, -1]
+    p = logits.softmax(-1)[class_ids(tokenizer, found["classes"])]
+    np.testing.assert_allclose(found["shares"], p / p.sum(), rtol=1e-4)
+    assert found["class_mass"] == pytest.approx(p.sum().item(), rel=1e-4)
+    assert found["jsd"] == pytest.approx(float(jsd(found["shares"], found["group_shares"])))
+    assert len(found["answers"]) == 6 and found["answers"][4][0].startswith("4")
+
+
+def test_a_belief_is_held_and_shares_are_drawn(ask):
+    said = ask("--belief", "4<Somewhat good>", "--samples", 3)["answers"]
+    assert [start for start, _ in said] == ["4<Somewhat good>"] * 3
+    [[alone, _]] = ask("--belief", 4)["answers"]
+    assert alone.startswith("4")
+    flags = ("--shares", "0,0,0,0,0.5,0.5", "--samples", 20)
+    drawn = ask(*flags)["answers"]
+    firsts = lambda said: [start[0] for start, _ in said]
+    assert len(drawn) == 120 and set(firsts(drawn)) == {"4", "5"}
+    assert 40 < firsts(drawn).count("4") < 80 and ask(*flags)["answers"] == drawn
+    assert firsts(ask(*flags, "--seed", 1)["answers"]) != firsts(drawn)
+
+
+def test_the_dataset_knows_a_question_in_any_wording():
+    rows = [{"prompt": prompt, "probabilities": p, "group": group} for prompt, p, group in (
+        ("Tell me: How is tea?", [1, 0], ""), ("How is coffee?", [0, 1], "x"),
+        ("How is coffee?", [0.5, 0.5], "y"))]
+    assert group_shares("how is TEA", rows, "") == [1, 0]
+    assert group_shares("rum", rows, "") is None and group_shares("is", rows, "") is None
+    assert group_shares("How is coffee?", rows, "") is None                # of two groups
+    assert group_shares("How is coffee?", rows, "y") == [0.5, 0.5]
+
+
+def test_it_is_shown_in_80_columns_of_plain_text(runs, call, world):
+    cwd, outs = runs
+    question = load_dataset(str(world), ("train",))[1]["train"][0]["prompt"]
+    p = call(evaluate, *outs, "--ask", question, cwd=cwd)
+    assert max(map(len, p.stdout.splitlines())) <= 80 and "\033" not in p.stdout
+    assert "█" in p.stdout and p.stdout.count("JSD to the group") == 2
+    assert p.stdout.count("the group  ") == 6 and p.stdout.count(outs[0][4:]) == 6 + 1
+    p = cli("evaluate.py", outs[0], "--ask", question, cwd=cwd, PYTHONIOENCODING="ascii")
+    assert p.stdout.isascii() and "#" in p.stdout
+
+
+def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How is tea?\nHow is rum?\n"))
+    checkpoint = f"{runs[1][0]}/best"
+    p = call(evaluate, checkpoint, "--json", "--ask", cwd=runs[0])
+    found = [json.loads(x) for x in p.stdout.splitlines()]
+    assert [x["question"] for x in found] == ["How is tea?", "How is rum?"]
+    assert found[0]["models"][checkpoint]["classes"] == list("012345")
+    assert found[0]["models"][checkpoint]["group_shares"] is None
+
+
+@pytest.mark.parametrize("flags, message", [
+    *[([f"--shares={x}"], f"--shares {x} must be 6 numbers that sum to 1") for x in (
+        "1", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5", "-1,1,0,0,0,1")],
+    (["--belief", "9<Great>"], "--belief '9<Great>' must be one of the classes 0, 1, 2, 3, 4, 5"),
+    (["--belief", "4<Good>yes"], "must be one of the classes"),
+    (["--belief", "4", "--shares", "1,0,0,0,0,0"], "give one"),
+    (["--group", "Atlantis"], "--group must be one that"), (["--ask", " "], "question is empty")])
+def test_what_does_not_fit_is_one_line(ask, flags, message):
+    err = ask(*flags, check=2)
+    assert message in err and len(err.strip().splitlines()) == 1

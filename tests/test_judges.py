@@ -2,59 +2,50 @@
 import json
 import random
 import re
-import shutil
 
 import numpy as np
 import pytest
+import test_client
+import test_evaluate
 import torch
 from conftest import completion
-from test_evaluate import FAST, runs, saved  # noqa: F401
+from test_client import question as prompt
+from test_evaluate import FAST, saved
 
 import evaluate
 import synth
 from evaluate import (belief_preference_consistency, check_judge, judge, response_similarity,
                       sentence_encoder, wordpiece)
 
-ROWS = [{"prompt": "How is it?", "options": ["Good", "Bad"], "accept_choice": "Good",
-         "accept_response": "It is fine.", "reject_choice": "Bad", "reject_response": "It is poor.",
-         "question_id": "q"}]
-
-
-@pytest.fixture
-def client(server, tmp_path):
-    return synth.Client(synth.Chat(base_url=server.url), tmp_path / "answers.jsonl")
-
-
-def prompt(r):
-    return r.body["messages"][0]["content"]
+client, runs = test_client.client, test_evaluate.runs
+ROWS = [{"prompt": "How is it?", "options": ["Good", "Bad"], "question_id": "q",
+         "accept_choice": "Good", "accept_response": "It is fine.",
+         "reject_choice": "Bad", "reject_response": "It is poor."}]
 
 
 def test_bpc_asks_appendix_h_and_counts_failures_as_null(server, client):
     """A belief or a response that is missing is inconsistent, without asking."""
-    replies = {"A": "Yes\nIt does.", "B": "No.\nIt does not.", "D": "**Yes**"}
-    said = lambda r: replies.get(re.search(r"Answer: (.)", prompt(r))[1], "Perhaps")
-    server.answer = lambda r: (200, completion(said(r)))
+    replies = {"A": "Yes\nIt does.", "B": "No.\nIt does not.", "C": "Perhaps", "D": "**Yes**"}
+    server.answer = lambda r: (200, completion(replies[re.search("Answer: (.)", prompt(r))[1]]))
     good = [("4", "Good", f"{x} {n}") for n in range(7) for x in "ABD"]
     answers = [good + [("4", "Good", "C"), ("4", None, "A"), ("4", "Good", " ")]]
-    bpc, line = belief_preference_consistency(answers, ROWS, client, "gpt-4o")
+    bpc, line = belief_preference_consistency(answers, ROWS, client(), "gpt-4o")
     np.testing.assert_array_equal(bpc, [[1, 0, 1] * 7 + [np.nan, 0, 0]])
     assert line == "gpt-4o: 1 of 22 judgements failed (one: 'Perhaps')"
     body = server.requests[0].body
     assert body["model"] == "gpt-4o" and body["temperature"] == 0 and body["max_tokens"] == 64
-    assert body["response_format"]["json_schema"]["schema"]["properties"]["answer"]["enum"] == [
-        "Yes", "No"] and len(server.requests) == 22
+    form = body["response_format"]["json_schema"]["schema"]["properties"]["answer"]
+    assert form["enum"] == ["Yes", "No"] and len(server.requests) == 22
     assert prompt(server.requests[0]).startswith(
         "For the following QA pair, does the answer express the opinion of the selection: Good\n\n"
         "Question: How is it?\n\nAnswer: ")
 
 
 def test_reviews_are_judged_in_three_classes(server, client):
-    stars = {"a": "1", "b": "2", "c": "3"}
-    server.answer = lambda r: (200, completion(stars[prompt(r).split("comment: ")[1]]))
+    server.answer = lambda r: (200, completion(prompt(r).split("comment: ")[1]))
     row = {"prompt": "Film", "options": list("12345")}
-    answers = [[("1", None, "a"), ("2", None, "a"), ("3", None, "b"), ("5", None, "c"),
-                ("4", None, "a"), (None, None, "a")]]
-    bpc, _ = belief_preference_consistency(answers, [row], client, "j")
+    answers = [[(label, None, said) for label, said in zip([*"12354", None], "112311")]]
+    bpc, _ = belief_preference_consistency(answers, [row], client(), "j")
     np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, 0]])
 
 
@@ -69,7 +60,7 @@ def test_reviews_are_judged_in_three_classes(server, client):
         ("1. The film is good", None)))])
 def test_a_judgement_is_never_guessed(server, client, belief, reply, value):
     server.answer = lambda r: (200, completion(reply))
-    (found,), line = judge(client, "j", [("q", belief, "a")])
+    (found,), line = judge(client(), "j", [("q", belief, "a")])
     assert found == value or value is None and np.isnan(found) and "no mean is given" in line
 
 
@@ -77,48 +68,41 @@ def test_a_refusal_is_a_failure_and_is_shown_once(server, client, capsys):
     answer = completion(None)
     answer["choices"][0]["message"]["refusal"] = "Yes, but I can't."
     server.answer = lambda r: (200, answer if "Answer: 1" in prompt(r) else completion("Yes"))
-    found, line = judge(client, "j", [("q", "Good", "a"), ("q", "Good", "1")])
+    found, line = judge(client(), "j", [("q", "Good", "a"), ("q", "Good", "1")])
     assert np.isnan(found).all() and "1 of 2 judgements failed, more than 5%" in line
     assert (line + capsys.readouterr().err).count("I can't") == 1
 
 
 def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
-    truth, said = "12345", {"0": "1", "1": "1", "2": "2", "3": "1", "4": "3"}
-    rows = [{"accept_choice_id": t, "accept_response": f"text {n}"} for n, t in enumerate(truth)]
+    said = {"0": "1", "1": "1", "2": "2", "3": "1", "4": "3"}
+    rows = [{"accept_choice_id": t, "accept_response": f"text {n}"} for n, t in enumerate("12345")]
     server.answer = lambda r: (200, completion(said[prompt(r)[-1]]))
-    line = check_judge(rows, client, "j", 5)
+    line = check_judge(rows, client(), "j", 5)
     # class 1: 2 hits of 2 true, 3 told: 0.8; class 2: 1; class 3: 1 hit of 2 true, 1 told: 2/3
     assert f"accuracy 0.800, weighted F1 {0.4 * 0.8 + 0.2 * 1 + 0.4 * 2 / 3:.3f}" in line
     assert "0 of 5 judgements failed" in line
     server.answer = lambda r: (200, completion("no idea" if prompt(r)[-1] == "0" else "1"))
-    line = check_judge(rows, client, "k", 5)
+    line = check_judge(rows, client(), "k", 5)
     assert line == ("k: 1 of 5 judgements failed (one: 'no idea'), more than 5%: no mean is given")
     with pytest.raises(ValueError, match="--judge_check is for reviews"):
-        check_judge([r | {"accept_choice_id": "0"} for r in rows], client, "k", 5)
+        check_judge([r | {"accept_choice_id": "0"} for r in rows], client(), "k", 5)
 
 
-def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(
-        runs, call, server, monkeypatch):  # noqa: F811
+def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(runs, call, server, monkeypatch):
     """A wrong key before anything is measured; a server that is lost midway after all is kept."""
     cwd, (_, out) = runs
     monkeypatch.setattr(evaluate, "sample_rows", lambda model, items, *rest: [
         ["4<Approve>Mostly."] * 2 for _ in items])
     (cwd / out / "eval.json").unlink(missing_ok=True)
-    (cwd / "out/answers.jsonl").unlink(missing_ok=True)
     words = {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}
-    server.answer = lambda r: (401, words)
-    flags = (*FAST, "--judge", "j", "--base_url", server.url)
-    p = call(evaluate, out, *flags, cwd=cwd, check=2)
-    assert "Incorrect API key" in p.stderr and len(server.requests) == 1
-    assert not (cwd / out / "eval.json").exists()
-    server.answer = lambda r: (401, words) if len(server.requests) > 2 else (
-        200, completion("yes"))
-    p = call(evaluate, out, *flags, cwd=cwd, check=2)
-    assert "Incorrect API key" in p.stderr and "JSD" in p.stdout
+    for good in (0, 2):
+        server.answer = lambda r: (
+            (200, completion("yes")) if 1 < len(server.requests) <= good else (401, words))
+        p = call(evaluate, out, *FAST, "--judge", "j", "--base_url", server.url, cwd=cwd, check=2)
+        assert "Incorrect API key" in p.stderr and (good or len(server.requests) == 1)
+        assert (cwd / out / "eval.json").exists() == ("JSD" in p.stdout) == bool(good)
     assert saved(cwd, out)["seen"]["opinion"] and "bpc" not in saved(cwd, out)["seen"]
 
-
-# RS
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789",
          *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"), *"!,.?'中é", "the", "film",
@@ -161,12 +145,11 @@ def test_the_sentence_encoder_agrees_with_transformers(bert):
                                    atol=1e-5)
 
 
-def test_another_kind_of_model_is_refused(bert, tmp_path):
-    shutil.copytree(bert[0], tmp_path / "b")
-    config = json.loads((tmp_path / "b/config.json").read_text())
-    (tmp_path / "b/config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+def test_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_act": "relu"}')
     with pytest.raises(ValueError, match="is no BERT with exact GELUs"):
-        sentence_encoder(tmp_path / "b")
+        sentence_encoder(tmp_path)
 
 
 def test_rs_compares_with_a_response_of_the_announced_belief():
@@ -181,7 +164,7 @@ def test_rs_compares_with_a_response_of_the_announced_belief():
     assert np.isnan(response_similarity([[("5", "Rare", "x")]], missing, encode)).all()
 
 
-def test_bpc_and_rs_stand_in_the_table_and_in_the_file(runs, call, bert, server):  # noqa: F811
+def test_bpc_and_rs_stand_in_the_table_and_in_the_file(runs, call, bert, server):
     """RS by a local encoder and by an endpoint."""
     cwd, (_, out) = runs
     server.answer = lambda r: (200, completion("Yes\nIt does") if "messages" in r.body else {
@@ -197,10 +180,7 @@ def test_bpc_and_rs_stand_in_the_table_and_in_the_file(runs, call, bert, server)
     assert {"text-embedding-3-small", "gpt-4o-mini"} == {r.body["model"] for r in server.requests}
 
 
-# Few-shot prompting of a chat model and of a plain checkpoint
-
-def test_a_chat_model_is_prompted_with_shots_and_measured(
-        runs, call, server, world, tmp_path):  # noqa: F811
+def test_a_chat_model_is_prompted_with_shots_and_measured(runs, call, server, world, tmp_path):
     call(synth, "icf", "--data", world, "--shots", 2, "--out", tmp_path / "icf", cwd=tmp_path)
 
     def answer(r):
@@ -208,14 +188,13 @@ def test_a_chat_model_is_prompted_with_shots_and_measured(
         assert prompt(r).count("Question: ") == 3 and r.body["max_tokens"] == 64
         return 200, completion(" 4<Approve>Mostly. Such is life.\n\nQuestion: And then?")
     server.answer = answer
-    p = call(evaluate, "chat:gpt-4o", "--data", tmp_path / "icf", "--base_url", server.url,
-             cwd=tmp_path)
+    measure = lambda out, folder, *flags, check=0: call(
+        evaluate, out, "--data", folder, *flags, cwd=tmp_path, check=check)
+    p = measure("chat:gpt-4o", tmp_path / "icf", "--base_url", server.url)
     assert len(server.requests) == 20 and "sampled ↓" in p.stdout and "JSD ↓" not in p.stdout
     result = saved(tmp_path, "out/icf-chat-gpt-4o")
     assert result["seen"]["sampled_jsd"] and "jsd" not in result["seen"]
-    p = call(evaluate, runs[0] / runs[1][0] / "best", "--data", tmp_path / "icf", *FAST,
-             cwd=tmp_path)
+    p = measure(runs[0] / runs[1][0] / "best", tmp_path / "icf", *FAST)
     assert "coverage" in p.stdout
-    p = call(evaluate, "chat:gpt-4o", "--data", world, "--base_url", server.url, cwd=tmp_path,
-             check=2)
+    p = measure("chat:gpt-4o", world, "--base_url", server.url, check=2)
     assert "have no few-shot context: make them with `synth.py icf`" in p.stderr
