@@ -141,6 +141,8 @@ def test_keys_are_kept_and_shown_nowhere(client, server, monkeypatch, tmp_path, 
     for words in ("wrong key sk-very-secret", "x" * 490 + "sk-very-secret"):   # where words are cut
         server.answer = lambda r: (401, {"error": words})
         said += fails(client(), "the server answered 401", "b")
+    server.answer = lambda r: (404, {"error": "no POST /v1/chat/completions?key=AIza-secret"})
+    said += fails(client(base_url=f"{server.url}/v1?key=AIza-secret"), "404", "b")
     monkeypatch.setenv("API_KEY", "sk-very\nsecret")
     said += fails(client(), "^API_KEY holds a line break", "c")
     assert "secret" not in said + "".join(capsys.readouterr())
@@ -160,6 +162,7 @@ def test_azure_has_its_own_url_and_header_and_a_redirect_gets_no_key(client, ser
 PASSING = [(429, "slow down"), (503, {"error": "busy"}), (200, "{not json"), (200, "<html>Wait"),
            (200, {"error": {"code": 502}}), (200, completion("half", "error")),
            (200, completion(None, "tool_calls")), (200, completion("a te", "abort")),
+           (200, completion("a te", "OTHER")), (200, completion("a te", "interrupted")),
            (200, "cut", ("Content-Length", "99"))]
 FINAL = [(400, "no such model"), (401, "wrong key"), (404, "page not found"), (501, "no"),
          (429, {"error": {"code": "insufficient_quota"}})]
@@ -213,8 +216,11 @@ EMPTY = "no content, finish_reason "
     *[(completion(said), "answer", "stop") for said in (
         "<think>\nQ: a draft\n</think>\n\nanswer", "<think></think>answer", "o </think> answer",
         "<think>a</think> no <think>b</think> answer", "[THINK]a[/THINK]answer",
+        "<think >a</think >answer", "◁think▷a◁/think▷answer", "<scratchpad>a</scratchpad>answer",
+        "<|begin_of_thought|>a<|end_of_thought|>answer", "analysis a assistantfinalanswer",
         "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
-        [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"}])],
+        [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"},
+         {"type": "reasoning_text", "text": "h"}])],
     *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "end_turn", "STOP", "", None, "x")],
     *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")],
     *[(completion("a", x), EMPTY + x.lower(), "refused") for x in (
@@ -223,6 +229,7 @@ EMPTY = "no content, finish_reason "
      EMPTY + "length: raise --max_tokens, a model that thinks needs more", "refused"),
     (completion(""), EMPTY + "stop", "refused"), (NO, "refusal: I won't.", "refused"),
     (NO | {"choices": []}, EMPTY + "stop", "refused"),
+    (NO | {"choices": [None]}, EMPTY + "stop", "refused"),
     (NO | {"choices": [{"message": None}]}, EMPTY + "stop", "refused")], ids=str)
 def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, answer, text, ended):
     server.answer = lambda r: (200, answer)
@@ -235,6 +242,9 @@ def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, ans
     ((400, {"error": {"code": "data_inspection_failed"}}), "data_inspection", True),
     ((403, "your input was flagged; this model requires moderation"), "403: .*flagged", True),
     ((400, "request (4390 tokens) exceeds the available context size"), "context size", False),
+    ((400, "Your request exceeded model token limit: 8192"), "token limit", False),
+    ((200, {"choices": None, "promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY", True),
+    ((451, "content policy"), "451: content policy", True),
     ((400, "no"), "400: no", False), ((200, NO), "refusal: I won't.", True),
     ((200, completion("")), "no content", False)], ids=str)
 def test_a_refused_prompt_is_reported_and_ends_nothing(client, server, capsys, answer, words, kept):
@@ -252,6 +262,15 @@ def test_a_run_ends_if_the_first_few_prompts_are_all_refused(client, server, ans
     server.answer = lambda r: answer
     fails(client(), "all of the first 5 were refused.*; 0 answers are kept", *"abcdefgh")
     assert len(server.requests) == 5
+
+
+def test_a_server_that_refuses_all_is_left_soon_whatever_it_answered_before(client, server):
+    ask(client(), "good")
+    server.answer = lambda r: (400, "no")
+    fails(client(), "all of the first 5 were refused", *"abcdefgh")
+    server.answer = lambda r: (403, "Your account was flagged and suspended") if (
+        question(r) == "c") else FINE
+    fails(client(), "account was flagged.*; 3 answers are kept", *"abcd")
 
 
 def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsys):
@@ -274,7 +293,8 @@ def embeddings(r, vector, index=range):
 
 
 @pytest.mark.parametrize("index", [
-    range, lambda n: [None, *range(1, n)], lambda n: [None] * n, lambda n: [0] * n])
+    range, lambda n: [None, *range(1, n)], lambda n: [None] * n, lambda n: [0] * n,
+    lambda n: map(str, range(n))])
 def test_embeddings_come_in_order_however_many_inputs_a_server_takes(client, server, index):
     vector = lambda x: [3.0 * int(x), 4.0 * int(x)] if int(x) % 2 else [int(x), 0.0]
     server.answer = lambda r: (400, "batch size is invalid") if len(r.body["input"]) > 10 else (

@@ -246,7 +246,7 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(copied, call):
     (cwd / "out/answers.jsonl").write_text("")
     p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", sft, "--samples", 0,
             cwd=cwd, PYTHONIOENCODING="ascii")
-    assert "left out: out/begun: out/begun is no finished run" in p.stderr
+    assert "left out: out/begun is no finished run" in p.stderr
     assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and sft in p.stdout
     assert "JSD ?" in p.stdout and p.stdout.isascii()
     p = call(evaluate, "out/odd", cwd=cwd, check=2)

@@ -398,7 +398,8 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
     (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}', 'in\\spiritual "peace"'),
     ('{"Title":"T","Plot":"from\x1f peace.\tSo.","Response":"True"}', "from\x1f peace.\tSo."),
     ('{"Title":"T","Plot":"say "yes""}', None),
-    ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"), ('{"Response":"False"}', "again")])
+    ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"),
+    ('{"Response":"False"}', "again")])
 def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
     response = SimpleNamespace(text=text)
     if plot == "again":

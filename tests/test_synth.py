@@ -176,8 +176,11 @@ def test_like_named_countries_are_found(country, like):
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, call):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/precious").write_text("x")
+    for name in ("d", "e.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    toy(tmp_path / "e", paraphrases=3)
+    assert (tmp_path / "e.tmp/precious").is_file()
     p = call(synth, "toy", "--out", "d", cwd=tmp_path, check=2)
     assert "is not empty: give another, or remove it first" in p.stderr
     with pytest.raises(OSError):                       # nor by who calls the function

@@ -253,7 +253,8 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_
     (out / "state.pt").write_bytes((out / "state.pt").read_bytes()[:5000])
     refused(call, "o/state.pt or metrics.jsonl is damaged", *again, cwd=tmp_path)
     (out / "state.pt").unlink()
-    refused(call, "a run already (metrics.jsonl, best, last)", *again, cwd=tmp_path)
+    refused(call, "o is in use (best, last, metrics.jsonl)", *again, cwd=tmp_path)
+    refused(call, "best is in use (", *argv("d", "--out", "o/best"), cwd=tmp_path)
     assert lines(out) == log
     call(train, *flags, "--overwrite", cwd=tmp_path)
     assert lines(out) == log and (out / "state.pt").is_file()
