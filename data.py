@@ -670,6 +670,8 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
             if answer.status_code < 300:
                 return read(answer) if read else answer
             problem = hide(answer.text or answer.reason, url, headers, kwargs)
+            if answer.status_code in (401, 403) and not headers:
+                problem += " (no key was sent: set API_KEY, or HF_TOKEN for the hub)"
             if answer.status_code not in BUSY or "insufficient_quota" in answer.text:
                 raise Refused(shown, answer.status_code, problem)
             problem = f"the server answered {answer.status_code}: {problem}"

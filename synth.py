@@ -1137,19 +1137,24 @@ def pair_of(row):
 
 def group_statements(client, statements, most, size=200):
     """{statement: the one that speaks for its group}, by an LLM, `size` statements at a time until
-    one request holds them all; and the problems."""
+    one request holds them all; and the problems. A refused request is asked again in halves."""
     of, last = {s: s for s in statements}, False
     while of and not last:
-        alive = list(dict.fromkeys(of.values()))
+        alive, named = list(dict.fromkeys(of.values())), {}
         chunks = [alive[i:i + size] for i in range(0, len(alive), size)]
-        prompts = [PROMPTS["groups"].format(most=most, statements="\n".join(
-            f"{n}. {s}" for n, s in enumerate(chunk, 1))) for chunk in chunks]
-        replies = chat(client, prompts, "groups", GROUPS, temperature=0.0, max_tokens=4096)
-        named = {chunk[n - 1]: name for chunk, reply in zip(chunks, replies)
-                 for name, n in reversed(read_groups(reply.text))   # the first of two groups wins
-                 if name and 1 <= n <= len(chunk)}
+        last = len(chunks) == 1
+        while chunks:
+            replies = chat(client, [PROMPTS["groups"].format(most=most, statements="\n".join(
+                f"{n}. {s}" for n, s in enumerate(chunk, 1))) for chunk in chunks],
+                           "groups", GROUPS, temperature=0.0, max_tokens=4096)
+            named |= {chunk[n - 1]: name for chunk, reply in zip(chunks, replies)
+                      for name, n in reversed(read_groups(reply.text))  # the first group wins
+                      if name and 1 <= n <= len(chunk)}
+            chunks = [half for chunk, reply in zip(chunks, replies)
+                      if reply.ended == "refused" and len(chunk) > 1
+                      for half in (chunk[:len(chunk) // 2], chunk[len(chunk) // 2:])]
         of = {s: named[g] for s, g in of.items() if g in named}
-        last = len(chunks) == 1 or len(set(of.values())) == len(alive)
+        last = last or len(set(of.values())) == len(alive)
     large = dict(Counter(of[s] for s in statements if s in of).most_common(most))
     return {s: g for s, g in of.items() if g in large}, [
         {"problem": "a statement in no group, or beyond --max_statements", "text": s}

@@ -620,3 +620,12 @@ def test_shots_are_dropped_until_the_row_fits(make, world, capsys):
         one_more = [first, *shots[len(shots) - len(kept) - 1:], prompt_text(row, meta["form"])]
         size = len(tok.encode("".join(one_more)))
         assert size + data.longest(short) - len(short.prompt) > 200
+
+
+def test_a_refused_statement_costs_the_others_nothing(monkeypatch):
+    def chat(client, prompts, *args, **settings):
+        return [synth.Reply("no", "refused") if "zzz" in p else synth.Reply(
+            "g :: " + ", ".join(re.findall(r"^(\d+)\. ", p, re.M)), "stop") for p in prompts]
+    monkeypatch.setattr(synth, "chat", chat)
+    of, problems = synth.group_statements(None, ["a", "zzz", "c", "d"], 25)
+    assert of == dict.fromkeys("acd", "g") and [p["text"] for p in problems] == ["zzz"]
