@@ -9,6 +9,7 @@ selection of pieces. meta.json can give the prompt another form, such as one tha
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
 """
 import argparse
+import errno
 import hashlib
 import inspect
 import json
@@ -939,6 +940,8 @@ def run(main):
         sys.exit(141)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as e:
         words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+        if getattr(e, "errno", None) == errno.ENOSPC:
+            words += ": free some space; --resume, or the same command, goes on"
         torchs = isinstance(e, (RuntimeError, MemoryError))        # or its libraries'
         if torchs:
             words = next((advice for words, advice in CAUSES.items()

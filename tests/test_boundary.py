@@ -68,7 +68,11 @@ def test_flags_are_the_fields_of_a_dataclass(capsys):
 
 @pytest.mark.parametrize("error, line", [
     (ValueError("no\nsuch  thing"), "no such thing"), (FloatingPointError("nan"), "nan"),
-    (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: Not a directory")])
+    (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: Not a directory"),
+    (OSError(28, "No space left on device", "log"),
+     "log: No space left on device: free some space; --resume, or the same command, goes on"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "out of memory: lower --micro_batch, add "
+     "--checkpointing, or lower --samples; --resume goes on from the last saved state")])
 def test_an_error_is_one_line_below_the_bar(monkeypatch, capsys, error, line):
     def main():
         for _ in progress(range(9), desc="bar"):
