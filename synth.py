@@ -635,7 +635,7 @@ def unquote(text):
 QUESTION = re.compile(r"^[ *_#>•-]*(?:\d+[.)] ?)?[*_]*q(?:uestion)?[ *_]*\d*[*_]* ?[:.)：] ?",
                       re.I | re.M)
 LABEL = r"[\W_]*(?:(?:answer|option|[a-z])[ *_-]*)?\d*[^\w\[(]*"        # A1:, **B.**, 1), -
-BRACKET = r"[\[(][ '\"*_]*(?:(?:option|choice)? ?\d* ?[.:)] ?)?"        # [, (, [1. , [Option:
+BRACKET = r"[\[(][ '\"*_]*(?:(?:option|choice)? ?(?:\d*|[a-z]) ?[.:)] ?)?"     # [, (, [1. , [A.
 
 
 def parse_dialogues(text, options, ended="stop"):

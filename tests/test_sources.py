@@ -106,7 +106,7 @@ def test_a_reply_is_read_however_it_is_laid_out():
     "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
     "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
     "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\n---\nStyle 2: b",
-    "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (Yes) y\r\nA2: [2. No] n\r\n",
+    "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n",
     "Q： a?\nA1： [Yes] y\nA2： [Option: No] n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n",
     json.dumps(STYLES), json.dumps(STYLES, indent=1)])
 def test_common_layouts_and_json_are_read(reply):
