@@ -942,8 +942,8 @@ def run(main):
         words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         if getattr(e, "errno", None) == errno.ENOSPC:
             words += ": free some space; --resume, or the same command, goes on"
-        torchs = isinstance(e, (RuntimeError, MemoryError))        # or its libraries'
-        if torchs:
+        from_torch = isinstance(e, (RuntimeError, MemoryError))
+        if from_torch:
             words = next((advice for words, advice in CAUSES.items()
                           if re.search(words, f"{type(e).__name__}: {e}", re.I)), "")
             if not words:
@@ -952,7 +952,7 @@ def run(main):
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
         parallel = "TORCHELASTIC_RUN_ID" in os.environ
-        if torchs or not parallel or os.environ.get("RANK") == "0":
+        if from_torch or not parallel or os.environ.get("RANK") == "0":
             name = Path(sys.argv[0]).name
             print(f"{name}: error: {' '.join(words.split())}", file=sys.stderr, flush=True)
         if parallel:                                   # torch's threads may abort a plain exit

@@ -284,7 +284,7 @@ class Reply(NamedTuple):
 # A server's error is about this one prompt (flagged, or too long), about a parameter that can be
 # left out, or about any request (model, key, endpoint).
 FLAGGED = re.compile("content.?(policy|management|exists)|filter|flagged|refus|safety|moderat|spii|"
-                     "inspect|inappropriate|harmful|prohibit|blocklist|recitation|sensitive|violat|"
+                     "inspect|inappropriate|harmful|prohibit|recitation|sensitive|violat|"
                      "guardrail|invalid.?prompt|unsafe|risk|block", re.I)
 TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|many.{0,9}tokens)|"
                       "token limit|input length", re.I)
@@ -292,18 +292,18 @@ PARAMETERS = {"response_format": "response_format|schema|structured|grammar|json
     name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens",
                             "max_completion_tokens")}
 OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
-                    "not permitted|deployment|stream|permission|account|credit|quota|billing", re.I)
+                    "not permitted|deployment|stream|permission|account|credit|quota", re.I)
 # Finish reasons of failures and of cuts. FLAGGED finds refusals; any other is a good end.
 FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload|"
                     "interrupt|exception|unavail|other|unknown|preempt|kill|disconnect|reject")
 CUT = re.compile("length|max.*token|context|incomplete|time_limit")
 # Thinking ends at its last closing tag; if it was never closed, at the end of the text.
 TAG = r"(\w+:)?(think|thinking|thought|reasoning|scratchpad)\s*>"
-THINKING = re.compile(
-    rf"(.*(</{TAG}|\[/THINK\]|◁/think▷|<\|(END_THINKING|end_of_thought)\|>|assistantfinal|</details>|"
-    r"<\|channel\|>final<\|message\|>))?"
-    rf"(\s*(<{TAG}|\[THINK\]|◁think▷|<\|(START_THINKING|begin_of_thought)\|>|<\|channel\|>analysis).*)?",
-    re.I | re.S)
+OPENED = "|".join([f"<{TAG}", r"\[THINK\]", "◁think▷", r"<\|(START_THINKING|begin_of_thought)\|>",
+                   r"<\|channel\|>analysis"])
+CLOSED = "|".join([f"</{TAG}", r"\[/THINK\]", "◁/think▷", r"<\|(END_THINKING|end_of_thought)\|>",
+                   r"<\|channel\|>final<\|message\|>", "assistantfinal", "</details>"])
+THINKING = re.compile(rf"(.*({CLOSED}))?(\s*({OPENED}).*)?", re.I | re.S)
 
 
 class Client:
@@ -582,6 +582,8 @@ def closed(**fields):
 
 
 EXAMPLE = "What's your stance on defeating terrorism through military force?"      # in the prompt
+
+
 def styles_of(options):
     """The JSON schema of dialogues: each has an answer to every option, under the option's name, so
     that even a weak model can forget none."""

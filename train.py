@@ -185,9 +185,7 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
         logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
     norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
     rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # of this process
-    sums = torch.stack([v.sum().double() for v in rows.values()])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    sums = sum_over_ranks(torch.stack([v.sum().double() for v in rows.values()]), device)
     sums = dict(zip(rows, sums.tolist()))
     if not math.isfinite(sums["loss"] + norm):
         bad = gather([items[i].row + 1 for i, v in zip(mine, rows["loss"]) if not v.isfinite()])
@@ -292,7 +290,7 @@ def loop(r, loss):
                 r.save_state()
 
             # 5) stop if any process was asked to
-            if gather(stop):
+            if sum_over_ranks(torch.tensor(len(stop)), r.model.head.device):
                 r.save_state()
                 say(f"stopped and saved at step {r.step}; the same command with --resume goes on")
                 sys.exit(130)
@@ -385,6 +383,14 @@ def leave():
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)
+
+
+def sum_over_ranks(values, device):
+    """A tensor's sum over the processes, on all of them; one process waits for no GPU."""
+    if dist.is_initialized():
+        values = values.to(device)
+        dist.all_reduce(values)
+    return values
 
 
 def gather(values):

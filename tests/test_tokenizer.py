@@ -133,7 +133,7 @@ def test_the_end_of_text_is_the_one_that_the_folder_names(tmp_path, files, eos):
         assert Tokenizer.load(tmp_path / "saved").eos == eos
 
 
-def test_learned_merges_survive_saving_and_out_of_order_they_or_no_files_are_one_line(tmp_path):
+def test_learned_merges_survive_saving_and_broken_files_are_one_line(tmp_path):
     BPE.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     for text in strings(300):
