@@ -1049,6 +1049,8 @@ def reviews(o):
     """Rows from movie reviews: accepted a review, rejected another rating's of the same film."""
     if o.metadata == "omdb" and not key_from("OMDB_API_KEY"):
         raise ValueError("set OMDB_API_KEY (omdbapi.com gives one), or give --metadata none")
+    if "?" in o.omdb:                  # meta.json holds it
+        raise ValueError("--omdb takes an address without a key: set OMDB_API_KEY")
     rng, skipped = np.random.default_rng([o.seed, 1]), Counter()
     try:
         rows = csv.reader(io.StringIO(read_text(o.titles), newline=""), skipinitialspace=True)

@@ -383,6 +383,8 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
     flags = "m.txt", "P0,The Ring (2002)\nP1,Unheard Of\n", "--omdb", server.url
     assert "set OMDB_API_KEY" in reviews(*flags, check=2)
     monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
+    err = reviews(*flags[:-1], server.url + "/?apikey=omdb-secret", check=2)
+    assert "address without a key" in err and "secret" not in err
     for status, words in ((401, "Invalid API key!"), (200, "Request limit reached!")):
         server.answer = lambda r: (status, {"Response": "False", "Error": words})
         err = reviews(*flags, check=2)
