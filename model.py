@@ -1,4 +1,5 @@
-"""The language model: GPT-2, Pythia (GPT-NeoX) and the Llama family by hand, in one class.
+"""The language model, its checkpoints and its tokenizer, by hand. One class is GPT-2, Pythia
+(GPT-NeoX) and the Llama family.
 
 First in reading order: model.py -> data.py -> losses.py -> train.py -> evaluate.py -> synth.py.
 The families differ only in the fields of GPTConfig. Left out on purpose: dropout (policy and
@@ -12,11 +13,15 @@ import json
 import math
 import os
 import re
+import unicodedata
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import regex                           # comes with tiktoken
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -253,7 +258,7 @@ def pick(logits, temperature, draw):
 
 
 # =============================================================================================
-# Plumbing: checkpoint folders in Hugging Face's form (config.json, model.safetensors)
+# Plumbing: checkpoint folders in Hugging Face's form (config.json, model.safetensors, tokenizer)
 
 NAMES = """
 ours         gpt2                 gpt_neox                   llama
@@ -423,6 +428,7 @@ def fingerprint(model):
 def write(path, chunks):
     """Write chunks of bytes to a file, which is there complete or not at all."""
     temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as f:
             f.writelines(chunks)
@@ -445,9 +451,180 @@ def save_model(model, folder, eos, dtype=torch.float32):
                         "data_offsets": [at, at := at + w.numel() * dtype.itemsize]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
-    folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2) + "\n"
     write(folder / "config.json", [config.encode()])
     weights = (w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
                for w in views.values())                # one at a time in memory
     write(folder / "model.safetensors", chain([len(text).to_bytes(8, "little"), text], weights))
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokens: byte-level BPE, on tiktoken
+
+EOS = "<|endoftext|>"
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [b for b in range(256) if b not in SHOWN]
+# byte -> the printable character that stands for it in the tokenizer's files
+CHARS = {b: chr(b) for b in SHOWN} | {b: chr(256 + n) for n, b in enumerate(HIDDEN)}
+BYTES = {c: b for b, c in CHARS.items()}
+
+
+class Tokenizer:
+    """Byte-level BPE: GPT-2, Pythia, Llama 3, Qwen2, SmolLM2, and small ones of our own.
+
+    files {name: text}: tokenizer.json, or vocab.json and merges.txt; and tokenizer_config.json.
+    save() writes these very texts. encode adds no special token, and one in the data is plain text.
+    eos: the id that config.json names, if it does."""
+
+    def __init__(self, files, eos=None):
+        t = json.loads(files.get("tokenizer.json", "{}")) or gpt2_form(files)
+        *cuts, last = split_patterns(t)
+        vocab, added = t["model"]["vocab"], {a["content"]: a["id"] for a in t["added_tokens"]}
+        merges = [m.split(" ") if isinstance(m, str) else m for m in t["model"]["merges"]]
+        # tiktoken merges by rank and returns ranks. Ours follow the merges, and ids maps them back.
+        # A byte without a token has no id and is dropped, as Hugging Face does.
+        tokens = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
+        rank_of = {token: rank for rank, token in enumerate(tokens)}
+        if any(max(rank_of[a], rank_of[b]) > rank_of[a + b] for a, b in merges):
+            raise ValueError("a merge comes before those of its parts")
+        ranks = {bytes(BYTES[c] for c in token): rank for token, rank in rank_of.items()}
+        self.ids = [vocab.get(c) for c in BYTES] + [vocab[token] for token in tokens[256:]]
+        self.cuts, self.nfc = [regex.compile(cut) for cut in cuts], bool(t.get("normalizer"))
+        every = f"{last}|(?:(?!{last})(?s:.))+"        # tiktoken would drop what has no match
+        self.bpe = tiktoken.Encoding("bpe", pat_str=every, mergeable_ranks=ranks, special_tokens={})
+        # Pythia's runs of spaces have their own ids and are looked for first, the longest first.
+        self.runs = {text: i for text, i in added.items() if text.isspace()}
+        self.find_runs = re.compile(f"({'|'.join(sorted(self.runs, key=len)[::-1]) or '(?!)'})")
+        self.bytes = dict(zip(self.ids, ranks)) | {i: text.encode() for text, i in added.items()}
+        self.bytes.pop(None, None)
+        self.n_tokens = max(self.bytes) + 1
+        named = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token")
+        named = named["content"] if isinstance(named, dict) else named
+        self.eos = added.get(named, eos if eos in self.bytes else added.get(EOS))
+        if self.eos is None:
+            raise ValueError("no end-of-text token: name it as eos_token in tokenizer_config.json")
+        end = self.bytes[self.eos].decode()
+        kind = "PreTrainedTokenizerFast" if "tokenizer.json" in files else "GPT2Tokenizer"
+        self.files = {"tokenizer_config.json": json.dumps({
+            "tokenizer_class": kind, "bos_token": end, "eos_token": end, "unk_token": end})} | files
+
+    @classmethod
+    def load(cls, folder):
+        """From tokenizer.json, or vocab.json and merges.txt."""
+        paths = [Path(folder) / name for name in (
+            "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "config.json")]
+        files = {x.name: x.read_text(encoding="utf-8-sig") for x in paths if x.is_file()}
+        if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
+            raise FileNotFoundError(f"no tokenizer in {folder}: it needs tokenizer.json, or "
+                                    "vocab.json and merges.txt")
+        try:
+            eos = json.loads(files.pop("config.json", "{}")).get("eos_token_id")
+            return cls(files, eos[0] if isinstance(eos, list) else eos)
+        except (LookupError, TypeError, ValueError, AttributeError, regex.error) as e:
+            raise ValueError(f"{Path(folder) / next(iter(files))} is not a byte-level BPE that can "
+                             f"be read here: {e}") from None
+
+    def save(self, folder):
+        for name, text in self.files.items():
+            write(Path(folder) / name, [text.encode()])
+
+    def encode(self, text):
+        """Text -> ids."""
+        ids = []
+        for part in self.find_runs.split(unicodedata.normalize("NFC", text) if self.nfc else text):
+            if part in self.runs:
+                ids.append(self.runs[part])
+                continue
+            pieces = [part]
+            for cut in self.cuts:
+                pieces = [x for piece in pieces for x in isolate(cut, piece)]
+            ids += [self.ids[rank] for x in pieces for rank in self.bpe.encode_ordinary(x)]
+        return [i for i in ids if i is not None]
+
+    def decode(self, ids):
+        """Ids -> text, without the end of text and ids that have no token."""
+        text = b"".join(self.bytes.get(i, b"") for i in ids if i != self.eos)
+        return text.decode("utf-8", "replace")
+
+
+def gpt2_form(files):
+    """GPT-2's older two files in the form of tokenizer.json."""
+    vocab, lines = json.loads(files["vocab.json"]), files["merges.txt"].splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return {"model": {"vocab": vocab, "merges": merges},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+            "added_tokens": [{"content": EOS, "id": vocab[EOS]}]}
+
+
+def split_patterns(t):
+    """The regexes that cut text before bytes are merged, each within the cuts of those before it.
+    ValueError, naming the part of tokenizer.json, for what is not byte-level BPE."""
+    kind, normalizer = t["model"].get("type", "BPE"), (t.get("normalizer") or {}).get("type")
+    if kind != "BPE" or normalizer not in (None, "NFC"):
+        raise ValueError(f"model {kind}, normalizer {normalizer}")
+    splitter, patterns = t.get("pre_tokenizer") or {}, []
+    for step in splitter.get("pretokenizers", [splitter]):
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                patterns += [PATTERN] * step.get("use_regex", True)
+            case {"type": "Digits", "individual_digits": each}:
+                patterns.append(r"\p{N}" if each else r"\p{N}+")
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+                  "invert": False}:
+                patterns.append(pattern)
+            case _:
+                step = {"type": None}
+    if step["type"] != "ByteLevel" or not patterns:    # what follows it would see bytes, not text
+        raise ValueError(f"pre_tokenizer {splitter}")
+    return patterns
+
+
+def isolate(pattern, text):
+    """Text cut before and after every match of a pattern."""
+    ends = sorted({0, len(text), *(e for m in pattern.finditer(text) for e in m.span())})
+    return [text[a:b] for a, b in zip(ends, ends[1:])]
+
+
+def train_bpe(texts, vocab_size):
+    """Learn merges from texts: the most frequent pair first, ties to the largest bytes, until the
+    vocabulary is full or no pair occurs twice. Deterministic."""
+    words = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
+    words = [([bytes([b]) for b in w.encode()], n) for w, n in sorted(words.items())]
+    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that have/had it
+
+    def replace(i, parts):
+        """Replace word i by these parts, and its pairs in the counts by theirs."""
+        for sign, new in ((-1, words[i][0]), (1, parts)):
+            for pair in zip(new, new[1:]):
+                pairs[pair] += sign * words[i][1]
+                where[pair].add(i)
+        words[i] = parts, words[i][1]
+
+    for i, (parts, n) in enumerate(words):
+        words[i] = [], n
+        replace(i, parts)
+    while len(merges) < max(1, vocab_size - 257):      # 256 bytes, the merges, <|endoftext|>
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        merges.append(best)
+        for i in where.pop(best):
+            replace(i, merge(words[i][0], best))
+        del pairs[best]
+    spelled = [["".join(CHARS[b] for b in token) for token in pair] for pair in merges]
+    tokens = [*CHARS.values(), *map("".join, spelled), EOS]
+    return Tokenizer({
+        "vocab.json": json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, spelled), ""])})
+
+
+def merge(parts, pair):
+    """Join every neighbouring `pair` in a list of byte strings."""
+    out = []
+    for p in parts:
+        if out and (out[-1], p) == pair:
+            out[-1] += p
+        else:
+            out.append(p)
+    return out

@@ -26,10 +26,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-from data import (EVAL_BRANCHES, Parser, Tokenizer, add_flags, class_ids, collate, cost,
-                  dataset_name, encode_rows, epoch_batches, find_checkpoint, help_first,
-                  load_dataset, mismatch, progress, prompt_text, read_json, run, train_bpe,
-                  write)
+from data import (EVAL_BRANCHES, Parser, add_flags, class_ids, collate, cost, dataset_name,
+                  encode_rows, epoch_batches, find_checkpoint, help_first, load_dataset, mismatch,
+                  progress, prompt_text, read_json, run, write)
 
 
 @dataclass
@@ -120,7 +119,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
-from model import GPT, GPTConfig, fingerprint, load_model, save_model
+from model import GPT, GPTConfig, Tokenizer, fingerprint, load_model, save_model, train_bpe
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, Tokenizer, class_ids, collate,
+from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, class_ids, collate,
                   cost, encode_rows, epoch_batches, kind_of, load_dataset, load_meta, load_rows,
-                  longest, problem_of, question_of, train_bpe)
+                  longest, problem_of, question_of)
 from losses import score
-from model import load_model
+from model import Tokenizer, load_model, train_bpe
 from train import to_tensors
 
 CLASSES, CLASS_IDS = [str(k) for k in range(6)], range(15, 21)

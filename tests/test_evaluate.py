@@ -11,7 +11,8 @@ import torch
 from conftest import SMALL, cli, golden
 
 import evaluate
-from data import Tokenizer, class_ids, load_dataset, prompt_text
+from data import class_ids, load_dataset, prompt_text
+from model import Tokenizer
 from evaluate import (answer_metrics, differences, expressed_opinion, group_shares, interval,
                       ordinal_metrics, over_seeds, parse_answer, preference_metrics,
                       reference_distributions, summary)

@@ -10,6 +10,7 @@ import pytest
 from conftest import SHARED, completion, real_data
 
 import data
+import model
 import synth
 from data import SPLITS, encode_rows, load_dataset, prompt_text
 
@@ -610,7 +611,7 @@ def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, make
 
 def test_shots_are_dropped_until_the_row_fits(make, world, capsys):
     _, meta, rows = make("icf", "--data", world, "--shots", 5)
-    tok = data.train_bpe([r["prompt"] + r["accept_response"] for r in rows["train"]], 400)
+    tok = model.train_bpe([r["prompt"] + r["accept_response"] for r in rows["train"]], 400)
     whole = encode_rows(rows["train"], tok, meta, 10_000)
     cut = encode_rows(rows["train"], tok, meta, 200)
     assert "40 of 40 rows given fewer shots, longer than 200 tokens" in capsys.readouterr().err

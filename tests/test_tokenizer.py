@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from conftest import SHARED, real_data
 
-from data import EOS, Tokenizer, train_bpe
+from model import EOS, Tokenizer, train_bpe
 
 WORDS = ["the", "Hello", "  ", " ", "\t", "\n", "   ", " " * 30, "é", "e\u0301", "日本", "🙂",
          "def f(x):", "return", "12345", "3.14", "can't", "'s", "I'LL", "\u00a0", "ﬁ", "<|x|>", ".",
