@@ -47,7 +47,7 @@ class Config:
 
 
 SERVER = ("base_url", "concurrency", "timeout", "max_tokens", "extra", "usd_in", "usd_out",
-          "max_usd", "limit", "cache")
+          "max_usd")
 
 
 def flags():

@@ -270,8 +270,6 @@ class Chat:
     usd_in: float = 0.0          # price of a million prompt tokens, to show what was spent
     usd_out: float = 0.0         # price of a million answer tokens
     max_usd: float = 0.0         # send nothing more once this is spent, cached answers too; 0: any
-    limit: int = 0               # send at most this many requests, then stop; 0: any
-    cache: str = ""              # JSON lines of the answers so far; empty: beside OUT
 
 
 class Reply(NamedTuple):
@@ -319,8 +317,8 @@ class Client:
             self.extra = dict(json.loads(o.extra or "{}"))
         except (ValueError, TypeError):
             raise ValueError('--extra must be a JSON object, such as {"seed": 1}') from None
-        self.o, self.cache, self.answers = o, Path(o.cache or cache), {}
-        self.tokens, self.sent = np.zeros(2, int), 0       # tokens in and out; requests
+        self.o, self.cache, self.answers = o, Path(cache), {}
+        self.tokens = np.zeros(2, int)                     # in and out
         self.unfit, self.lock = set(), threading.Lock()    # (model, parameter it does not take)
         lines = self.cache.read_bytes().split(b"\n") if self.cache.is_file() else [b""]
         for line in lines:
@@ -392,11 +390,8 @@ class Client:
             with self.lock:
                 if self.halt.is_set():
                     raise ConnectionAbortedError("stopped")
-                if self.o.limit and self.sent >= self.o.limit:
-                    raise ValueError(f"--limit {self.o.limit} requests are sent")
                 if self.o.max_usd and self.usd() >= self.o.max_usd:
                     raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()})")
-                self.sent += 1
             answer, tokens = self.fetch(get, body)
             with self.lock:
                 self.keep(key, answer, tokens)
@@ -1140,29 +1135,24 @@ def pair_of(row):
 
 
 def group_statements(client, statements, most, size=200):
-    """{statement: the one that speaks for its group}, by an LLM, `size` statements at a time until
-    one request holds them all; and the problems. A refused request is asked again in halves."""
-    of, last = {s: s for s in statements}, False
-    while of and not last:
-        alive, named = list(dict.fromkeys(of.values())), {}
-        chunks = [alive[i:i + size] for i in range(0, len(alive), size)]
-        last = len(chunks) == 1
-        while chunks:
-            replies = chat(client, [PROMPTS["groups"].format(most=most, statements="\n".join(
-                f"{n}. {s}" for n, s in enumerate(chunk, 1))) for chunk in chunks],
-                           "groups", GROUPS, temperature=0.0, max_tokens=4096)
-            named |= {chunk[n - 1]: name for chunk, reply in zip(chunks, replies)
-                      for name, n in reversed(read_groups(reply.text))  # the first group wins
-                      if name and 1 <= n <= len(chunk)}
-            chunks = [half for chunk, reply in zip(chunks, replies)
-                      if reply.ended == "refused" and len(chunk) > 1
-                      for half in (chunk[:len(chunk) // 2], chunk[len(chunk) // 2:])]
-        of = {s: named[g] for s, g in of.items() if g in named}
-        last = last or len(set(of.values())) == len(alive)
-    large = dict(Counter(of[s] for s in statements if s in of).most_common(most))
-    return {s: g for s, g in of.items() if g in large}, [
-        {"problem": "a statement in no group, or beyond --max_statements", "text": s}
-        for s in dict.fromkeys(statements) if of.get(s) not in large]
+    """{statement: the one that speaks for its group}, by an LLM. More than `size` statements are
+    grouped in parts, and then their groups; so are those of a request that was refused."""
+    texts = list(dict.fromkeys(statements))
+    if len(texts) <= size:
+        prompt = PROMPTS["groups"].format(most=most, statements="\n".join(
+            f"{n}. {text}" for n, text in enumerate(texts, 1)))
+        [reply] = chat(client, [prompt], "groups", GROUPS, temperature=0.0, max_tokens=4096)
+        if reply.ended != "refused" or len(texts) < 2:
+            found = reversed(read_groups(reply.text))  # the first group wins
+            return {texts[n - 1]: name for name, n in found if name and 1 <= n <= len(texts)}
+        size = -(-len(texts) // 2)
+    of = {}
+    for start in range(0, len(texts), size):
+        of |= group_statements(client, texts[start:start + size], most, size)
+    if 1 < len(set(of.values())) < len(texts):
+        again = group_statements(client, of.values(), most, size)
+        of = {s: again[group] for s, group in of.items() if group in again}
+    return of
 
 
 def read_groups(text):
@@ -1192,17 +1182,25 @@ def mine(o, flags):
     swaps = rng.random(len(pairs)) < 0.5               # the order of the answers must tell nothing
     shown = [dict(prompt=p, first=r if swap else c, second=c if swap else r)
              for (p, c, r), swap in zip(pairs, swaps)]
-    statements, rows_of, problems = {}, defaultdict(list), []
+
+    # 1. What is each pair in conflict about?
     prompts = [PROMPTS["statement"].format(**x) for x in shown]
-    replies = chat(client, prompts, "statements", max_tokens=100)
-    for i, reply in enumerate(replies):
+    statements, rows_of, problems = {}, defaultdict(list), []
+    for i, reply in enumerate(chat(client, prompts, "statements", max_tokens=100)):
         lines = [line.strip(" *\"“”") for line in reply.text.split("\n") if line.strip()]
         if reply.ended == "stop" and len(lines) == 1 and len(lines[0]) <= 200:
             statements[i] = lines[0]
         else:
             problems.append({"problem": f"no statement ({reply.ended})", "text": reply.text})
-    of, failed = group_statements(client, list(statements.values()), o.max_statements)
-    asked = {i: of[s] for i, s in statements.items() if s in of}
+
+    # 2. Which of these statements say the same?
+    of = group_statements(client, statements.values(), o.max_statements)
+    counts = Counter(of[s] for s in statements.values() if s in of).most_common(o.max_statements)
+    asked = {i: of[s] for i, s in statements.items() if of.get(s) in dict(counts)}
+    problems += [{"problem": "a statement in no group, or beyond --max_statements", "text": s}
+                 for i, s in statements.items() if i not in asked]
+
+    # 3. Which side of each pair agrees?
     prompts = [PROMPTS["stances"].format(statement=s, **shown[i]) for i, s in asked.items()]
     replies = chat(client, prompts, "stances", TWO_STANCES, temperature=0.0, max_tokens=60)
     for (i, statement), reply in zip(asked.items(), replies):
@@ -1215,16 +1213,15 @@ def mine(o, flags):
         else:
             problems.append({"problem": f"no two different stances ({reply.ended})",
                              "text": reply.text})
-    save_mined(o, rows_of, problems + failed)
+    problems += [{"problem": "a statement with fewer than --min_pairs pairs", "text": s}
+                 for s, rows in rows_of.items() if len(rows) < o.min_pairs]
+    save_mined(o, {s: rows for s, rows in rows_of.items() if len(rows) >= o.min_pairs}, problems)
 
 
 def save_mined(o, rows_of, problems):
     """Write {statement: rows}. The target is the distribution of the accepted stances."""
-    large = {s: rows for s, rows in rows_of.items() if len(rows) >= o.min_pairs}
-    problems += [{"problem": "a statement with fewer than --min_pairs pairs", "text": s}
-                 for s in rows_of if s not in large]
-    held, splits = holdout(large, o), {s: [] for s in SPLITS}
-    for statement, rows in large.items():
+    held, splits = holdout(rows_of, o), {s: [] for s in SPLITS}
+    for statement, rows in rows_of.items():
         counts = Counter(row["accept_choice_id"] for row in rows)
         by_prompt = defaultdict(list)                  # the pairs of a prompt go to one split
         for row in rows:

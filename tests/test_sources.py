@@ -529,17 +529,21 @@ def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path)
     assert (tmp_path / "d/unparsed.jsonl").read_text().count("\n") == 5
 
 
-def test_statements_are_grouped_in_rounds_and_no_more_than_max_are_kept(llm, tmp_path):
+def test_statements_are_grouped_in_parts_and_then_their_groups(llm, tmp_path):
     client = synth.Client(synth.Chat(base_url=llm.url), tmp_path / "c.jsonl")
     many = [f"Do not harm {n}" for n in range(9)] + [f"Be brief {n}" for n in range(8)]
-    of, problems = synth.group_statements(client, many, 3, size=6)
+    of = synth.group_statements(client, many, 3, size=6)
     assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
-    assert problems == [] and len(llm.requests) == 4
+    assert len(llm.requests) == 4
     found = '{"groups": [{"statement": "a", "numbers": %s}]}'                # as the schema asks
     assert synth.read_groups(found % [2, 1]) == [("a", 2), ("a", 1)]
     assert synth.read_groups(found % "[null]") == []
-    of, problems = synth.group_statements(client, many, 1)
-    assert set(of.values()) == {"Do not harm"} and len(problems) == 8
+
+
+def test_no_more_than_max_statements_are_kept_and_the_rest_is_counted(llm, pairs):
+    err, _, rows = llm.make("mine", "--pairs", pairs, "--max_statements", 1)
+    assert {r["accept_choice"] for r in rows["train"]} == {"Be brief"}
+    assert "30 x a statement in no group, or beyond --max_statements" in err
 
 
 @pytest.mark.parametrize("text, classes", [
@@ -630,5 +634,5 @@ def test_a_refused_statement_costs_the_others_nothing(monkeypatch):
         return [synth.Reply("no", "refused") if "zzz" in p else synth.Reply(
             "g :: " + ", ".join(re.findall(r"^(\d+)\. ", p, re.M)), "stop") for p in prompts]
     monkeypatch.setattr(synth, "chat", chat)
-    of, problems = synth.group_statements(None, ["a", "zzz", "c", "d"], 25)
-    assert of == dict.fromkeys("acd", "g") and [p["text"] for p in problems] == ["zzz"]
+    of = synth.group_statements(None, ["a", "zzz", "c", "d"], 25)
+    assert of == dict.fromkeys("acd", "g")
