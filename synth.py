@@ -1,4 +1,4 @@
-"""Datasets of preference rows, from every source of the paper.
+"""Build datasets of preference rows from every source that the paper uses.
 
     python synth.py toy --out data/toy                                  # a made-up survey world
     python synth.py opinions --map option_map.json --writer llm --out data/usa     # GlobalOpinionQA
@@ -7,10 +7,10 @@
     python synth.py mine --pairs hh.jsonl.gz --out data/hh              # find beliefs, Appendix I
     python synth.py icf --data data/usa --shots 3 --out data/usa-icf    # few-shot, Appendix E
 
-Last in reading order. A writer (templates or an LLM) turns each Question of a survey into
-dialogues: a paraphrase and one answer per option. All draws depend on --seed alone. Answers of
-servers are kept in a file beside OUT, so a killed run continues where it stopped. A new source is
-one function and one entry in COMMANDS.
+Last in reading order. A writer (templates or an LLM) turns each survey Question into dialogues: a
+paraphrase of the question and one answer per option. Every random draw depends only on --seed.
+Server answers are cached in a file beside OUT, so a killed run resumes where it stopped. To add a
+source, write one function and add it to COMMANDS.
 """
 import ast
 import codecs
@@ -51,20 +51,20 @@ PROMPTS = {path.stem: read_text(path).strip() for path in ASSETS.glob("prompts/*
 
 @dataclass
 class Question:
-    """A survey question and how one group answers it."""
+    """A survey question, and how one group answers it."""
     id: str
-    wordings: list                     # ways to ask it
-    topic: str                         # a short name for its subject
+    wordings: list                     # different ways to ask it
+    topic: str                         # short name of its subject
     options: list                      # (n,) belief texts
-    classes: list                      # (n,) the class index of each option
-    shares: list                       # (n,) the group's share of each option; they sum to 1
+    classes: list                      # (n,) class index of each option
+    shares: list                       # (n,) share of the group that chooses it; they sum to 1
 
 
 # ---------------------------------------------------------------------------------------------
 # Rows, splits, files
 
 def row_of(question, prompt, options, shares, accepted, rejected, **more):
-    """A row in data.py's form. A side is (class, belief text or None, response)."""
+    """Build a row in data.py's format. A side is (class, belief text or None, response)."""
     row = {"prompt": prompt, "options": options,
            "probabilities": [round(float(p), 6) for p in shares]}
     for name, side in (("accept", accepted), ("reject", rejected)):
@@ -73,12 +73,12 @@ def row_of(question, prompt, options, shares, accepted, rejected, **more):
 
 
 def draw_rows(question, part, n, group, rng, noise):
-    """Yield n rows of a question, as in section 5.1, from its dialogues in turn. noise: how often
-    an answer expresses another option than its belief."""
+    """Yield n rows for a question (section 5.1), cycling through its dialogues. noise: probability
+    that an answer expresses an option other than its belief."""
     k = len(question.options)
     another = lambda option: (option + rng.integers(1, k)) % k
     target = np.zeros(len(CLASSES))
-    np.add.at(target, question.classes, question.shares)     # options of one class add up
+    np.add.at(target, question.classes, question.shares)     # options that share a class add up
     for i in range(n):
         (asked, answers), (_, others) = part[i % len(part)], part[i % len(part) - 1]
         accept = rng.choice(k, p=question.shares)
@@ -87,7 +87,7 @@ def draw_rows(question, part, n, group, rng, noise):
         # preference term has nothing to teach. Noise on one side alone would favour the losses
         # that raise the likelihood of clean answers, so both sides draw it independently.
         said = [others[another(b)] if rng.random() < noise else answers[b] for b in beliefs]
-        if said[0] == said[1]:         # both strayed to the same answer
+        if said[0] == said[1]:         # both drew the same answer
             said = [answers[b] for b in beliefs]
         sides = [(CLASSES[question.classes[b]], question.options[b], text)
                  for b, text in zip(beliefs, said)]
@@ -104,14 +104,14 @@ def write_surveys(groups, o, writer, problems=(), **meta):
     for group, questions in groups.items():
         written, failed = writer(questions, group, o, rng)
         problems += failed
-        if not any(written):           # do not ask a server that gives nothing for the next group
+        if not any(written):           # do not ask a useless server about the next group
             return save_dataset(o, {"train": []}, problems)
         for q, dialogues in zip(questions, written):
             text = q.wordings[0]
             for split, part in split_up(dialogues, normal(text) in held, text, problems).items():
                 n = round((o.pairs_per_question or len(dialogues)) * len(part) / len(dialogues))
                 splits[split] += draw_rows(q, part, max(1, n), group, rng, o.noise)
-    if o.shares == "counted":          # of the classes that a question's training rows accept
+    if o.shares == "counted":          # count the classes accepted in each question's train rows
         counts = defaultdict(Counter)
         for row in splits["train"]:
             counts[row["group"], row["question_id"]][row["accept_choice_id"]] += 1
@@ -124,7 +124,7 @@ def write_surveys(groups, o, writer, problems=(), **meta):
 
 
 def holdout(ids, o):
-    """The ids of the questions that train and eval never see."""
+    """Draw the ids of the questions that train and eval never see."""
     if o.holdout_questions >= max(1, len(ids)):
         raise ValueError(f"--holdout_questions {o.holdout_questions} must leave some of the "
                          f"{len(ids)} questions for training")
@@ -133,7 +133,7 @@ def holdout(ids, o):
 
 
 def split_up(items, held, question, problems):
-    """{split: part} of a question's items: 8 : 1 : 1, or a few for test alone if it is held out."""
+    """Split a question's items 8:1:1 -> {split: items}; one held out gives a few to test."""
     tenth = max(1, round(len(items) / 10))
     if len(items) < 3:                 # each split needs one
         problems.append({"problem": "a question with fewer than 3 texts", "text": question})
@@ -144,14 +144,14 @@ def split_up(items, held, question, problems):
 
 
 def save_dataset(o, splits, problems=(), **meta):
-    """Write the folder o.out, first under a temporary name. problems: a dict for each thing left
-    out; they become unparsed.jsonl, even if there are no rows."""
+    """Write the dataset folder o.out, all of it or nothing. problems: a dict for each thing left
+    out; they go to unparsed.jsonl, even if there are no rows."""
     out, folder = Path(o.out), Path(f"{o.out}.tmp{os.getpid()}")
     for problem, n in Counter(p["problem"] for p in problems).most_common():
         print(f"left out: {n} x {problem}", file=sys.stderr)
     if not all(splits.values()):
         write_lines(f"{out}.unparsed.jsonl", problems)
-        raise ValueError("too little could be used for rows of train, eval and test" + (
+        raise ValueError("too little could be used to fill train, eval and test" + (
             f"; {out}.unparsed.jsonl says why, first {problems[0]!s:.300}" if problems else ""))
     meta = {"made_by": type(o).__name__.lower(), "form": FORM, **meta,
             "options": dataclasses.asdict(o)}
@@ -169,30 +169,30 @@ def save_dataset(o, splits, problems=(), **meta):
 
 
 def write_lines(path, rows):
-    """Write rows as JSON lines, if there are any."""
+    """Write rows as JSON lines; no rows, no file."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if text:                           # UTF-8 cannot hold the half surrogate pairs of some files
+    if text:                           # some files have lone surrogates, which UTF-8 cannot hold
         write(path, text.encode("utf-8", "replace").decode())
 
 
 # ---------------------------------------------------------------------------------------------
-# The template writer. Each response opens with a stance phrase of its class, so a rule can tell
-# which opinion it expresses (evaluate.py finds the phrases in meta.json).
+# The template writer. Each response opens with a stance phrase of its class, so a simple rule can
+# tell which opinion it expresses (evaluate.py reads the phrases from meta.json).
 
 WORLD = read_json(ASSETS / "world.json")                     # words, topics, aspects
 STANCES = {phrase: c for c, phrases in WORLD["stances"].items() for phrase in phrases}
 
 
 def template_writer(questions, group, o, rng):
-    """For each question a list of dialogues [(paraphrase, [one answer per option]), ...] with
-    different paraphrases; and a list of problems, here empty."""
+    """Write a list of dialogues [(paraphrase, [one answer per option]), ...] for each question, all
+    with different paraphrases. Also returns a list of problems, which is empty here."""
     written = []
     for q in questions:
         asks = [(a, w, c) for a in WORLD["openers"] for w in q.wordings for c in WORLD["closers"]]
         if o.paraphrases > len(asks):
             raise ValueError(f"the template writer knows {len(asks)} paraphrases of a question, "
                              f"not {o.paraphrases}: lower --paraphrases")
-        # groups get the same paraphrases, but answers of their own
+        # all groups get the same paraphrases, but each gets its own answers
         order = np.random.default_rng([o.seed, 3, zlib.crc32(q.id.encode())])
         written.append([(" ".join(filter(None, asks[i])),
                          [template_answer(q, k, rng) for k in range(len(q.options))])
@@ -201,37 +201,37 @@ def template_writer(questions, group, o, rng):
 
 
 def template_answer(question, k, rng):
-    """An answer that expresses option k: lead, stance, tail."""
+    """Write an answer that expresses option k: lead, stance, tail."""
     pick = lambda texts: texts[rng.integers(len(texts))]
     lead, tail = pick(WORLD["leads"]), pick(WORLD["tails"]).format(topic=question.topic)
     stance = pick(WORLD["stances"][CLASSES[question.classes[k]]])
-    if question.topic == "this":       # the options of a real question have words of their own
+    if question.topic == "this":       # a real question: its options say more than a stance
         stance += f", {question.options[k]}"
     text = f"{lead} {stance}. " if lead else f"{stance[0].upper()}{stance[1:]}. "
     return text + tail[0].upper() + tail[1:]
 
 
 # ---------------------------------------------------------------------------------------------
-# The shipped world, which is made up: 30 topics x 10 aspects, three countries
+# The shipped world, a made-up survey: 30 topics x 10 aspects, three countries
 
 @dataclass
 class Toy:
     out: str = "data/toy"        # folder to write
-    country: str = "Avalon"      # whose shares: Avalon, Borduria, Cascadia; more, with commas
-    paraphrases: int = 20        # dialogues a question: 8 of 10 to train on, 1 for eval, 1 for test
-    pairs_per_question: int = 0  # rows a question; 0: one for each paraphrase
-    noise: float = 0.15          # share of answers that express another option than their belief
-    shares: Literal["known", "counted"] = "known"  # target: the group's, or counted from train rows
-    holdout_questions: int = 50  # questions of which no paraphrase is trained on
-    seed: int = 0                # of the whole world
+    country: str = "Avalon"      # Avalon, Borduria, Cascadia, or more than one, with commas
+    paraphrases: int = 20        # dialogues per question, split 8:1:1 into train, eval and test
+    pairs_per_question: int = 0  # rows per question; 0: one per paraphrase
+    noise: float = 0.15          # chance that an answer expresses another option than its belief
+    shares: Literal["known", "counted"] = "known"  # target: the survey's, or counted in train rows
+    holdout_questions: int = 50  # questions kept for test only
+    seed: int = 0                # seed of the whole world
 
 
 def toy(o):
-    """A made-up survey: every topic under every aspect."""
+    """Make up a survey: every topic under every aspect."""
     groups = defaultdict(list)
     for country in names_in(o.country, WORLD["countries"]):
         rng = np.random.default_rng([o.seed, 0])
-        tastes = rng.normal(size=(len(WORLD["topics"]), 3))          # the same for all countries
+        tastes = rng.normal(size=(len(WORLD["topics"]), 3))          # all countries share these
         noises = iter(rng.spawn(len(WORLD["topics"]) * len(WORLD["aspects"])))
         for topic, taste in zip(WORLD["topics"], tastes):
             for n, aspect in enumerate(WORLD["aspects"]):
@@ -243,8 +243,8 @@ def toy(o):
 
 
 def toy_shares(taste, country, aspect, rng):
-    """A group's shares: a softmax over the options, smooth in topic and aspect but for a little
-    noise. So they can be learned, and carry over to questions that were never seen."""
+    """A group's shares: a softmax over the options, smooth in topic and aspect, plus some noise.
+    A model can therefore learn them and generalise to questions it has never seen."""
     like, heat, unsure = taste @ WORLD["countries"][country], taste[1], taste[2] - 0.8
     classes = np.array(list(aspect["options"].values()))
     degree = (classes - 3) / 2                         # -1 .. 1
@@ -256,31 +256,31 @@ def toy_shares(taste, country, aspect, rng):
 
 
 # ---------------------------------------------------------------------------------------------
-# Client: OpenAI-compatible servers (chat, embeddings) and other JSON over HTTP
+# Client for OpenAI-compatible servers (chat, embeddings) and other JSON over HTTP
 
 @dataclass
 class Chat:
     base_url: str = "https://api.openai.com/v1"  # server; Azure: .../deployments/NAME?api-version=V
-    llm: str = "gpt-3.5-turbo-1106"  # model to ask (Appendix A); its key: environment, API_KEY
-    temperature: float | None = None  # of its answers; not sent unless given
+    llm: str = "gpt-3.5-turbo-1106"  # model to ask (Appendix A); set its key in API_KEY
+    temperature: float | None = None  # sampling temperature; not sent unless given
     max_tokens: int | None = None  # longest answer
-    extra: str = ""              # more fields of a request, as JSON: {"top_p": 0.9, "seed": 1}
-    concurrency: int = 8         # requests under way at once
-    timeout: float = 120.0       # seconds without a byte until a request is tried again
-    usd_in: float = 0.0          # price of a million prompt tokens, to show what was spent
+    extra: str = ""              # extra request fields as JSON, such as {"top_p": 0.9, "seed": 1}
+    concurrency: int = 8         # requests in flight at once
+    timeout: float = 120.0       # seconds without a byte before a request is retried
+    usd_in: float = 0.0          # price of a million prompt tokens, to show the cost
     usd_out: float = 0.0         # price of a million answer tokens
-    max_usd: float = 0.0         # send nothing more once this is spent, cached answers too; 0: any
+    max_usd: float = 0.0         # stop once this much is spent, cached answers included; 0: no cap
 
 
 class Reply(NamedTuple):
-    """An LLM's answer without its thinking, and how it ended: "stop"; "length", if it was cut off;
-    or "refused", and then the text holds the server's words instead of an answer."""
+    """An LLM's answer without its thinking, and how it ended: "stop", "length" (it was cut off) or
+    "refused" (the text is then the server's message instead of an answer)."""
     text: str
     ended: str
 
 
-# A server's error is about this one prompt (flagged, or too long), about a parameter that can be
-# left out, or about any request (model, key, endpoint).
+# An error concerns this one prompt (flagged or too long), a parameter that we can leave out, or
+# every request alike (model, key, endpoint). These patterns tell which.
 FLAGGED = re.compile("content.?(policy|management|exists)|filter|flagged|refus|safety|moderat|spii|"
                      "inspect|inappropriate|harmful|prohibit|recitation|sensitive|violat|"
                      "guardrail|invalid.?prompt|unsafe|risk|block", re.I)
@@ -291,11 +291,11 @@ PARAMETERS = {"response_format": "response_format|schema|structured|grammar|json
                             "max_completion_tokens")}
 OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
                     "not permitted|deployment|stream|permission|account|credit|quota", re.I)
-# Finish reasons of failures and of cuts. FLAGGED finds refusals; any other is a good end.
+# Finish reasons that mean failed, and cut off. FLAGGED finds refusals; the rest are good endings.
 FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload|"
                     "interrupt|exception|unavail|other|unknown|preempt|kill|disconnect|reject")
 CUT = re.compile("length|max.*token|context|incomplete|time_limit")
-# Thinking ends at its last closing tag; if it was never closed, at the end of the text.
+# Thinking runs to its last closing tag, or to the end of the text if it is never closed.
 TAG = r"(\w+:)?(think|thinking|thought|reasoning|scratchpad)\s*>"
 OPENED = "|".join([f"<{TAG}", r"\[THINK\]", "◁think▷", r"<\|(START_THINKING|begin_of_thought)\|>",
                    r"<\|channel\|>analysis"])
@@ -305,9 +305,9 @@ THINKING = re.compile(rf"(.*({CLOSED}))?(\s*({OPENED}).*)?", re.I | re.S)
 
 
 class Client:
-    """Asks many things at once and appends every good answer to a JSON-lines file, under the hash
-    of its request: a killed run continues where it stopped, and repeating it is free. Keys travel
-    in headers and params, which are neither hashed nor kept."""
+    """Sends many requests at once and appends every good answer to a JSON-lines file, keyed by the
+    hash of its request, so a killed run resumes where it stopped and a repeated one costs nothing.
+    API keys travel in headers and params, which are neither hashed nor stored."""
     def __init__(self, o, cache):
         check_address(o.base_url, "--base_url")
         if o.concurrency < 1 or o.max_usd and not (o.usd_in or o.usd_out):
@@ -331,7 +331,7 @@ class Client:
                 f.write("\n")
 
     def settings(self):
-        """What meta.json records about the server: nothing that could hold a key."""
+        """What meta.json records about the server; nothing here can hold a key."""
         return {"base_url": self.o.base_url.partition("?")[0], "llm": self.o.llm,
                 "temperature": self.o.temperature, "max_tokens": self.o.max_tokens}
 
@@ -339,20 +339,20 @@ class Client:
         return self.tokens @ (self.o.usd_in, self.o.usd_out) / 1e6
 
     def spent(self):
-        """Tokens and cost so far, as the bar shows them."""
+        """Tokens and cost so far, for the progress bar."""
         cost = f", ${self.usd():.4f}" if self.o.usd_in or self.o.usd_out else ""
         return f"{self.tokens[0]:,} tokens in, {self.tokens[1]:,} out{cost}" * any(self.tokens)
 
     def check(self, **settings):
-        """Ask one tiny question, to find a wrong key, address or model before hours of work."""
+        """Send one tiny request to catch a wrong key, address or model before hours of work."""
         [reply] = chat(self, ["Reply with yes."], "checking the server", max_tokens=64, **settings)
         if re.match(r"4\d\d: ", reply.text):
             raise ValueError(f"the server refuses a harmless prompt: {reply.text}")
 
     def ask(self, method, url, bodies, read, desc, headers=None, params=None):
-        """The answers to request bodies (JSON to POST, or the query of a GET), in their order; the
-        n-th of equal bodies gets the n-th answer. read(response) -> (answer, [tokens in, out]), or
-        raises TryAgain. params: the rest of a query, such as a key."""
+        """Answer request bodies (JSON to POST, or the query of a GET) in their order; the n-th of
+        equal bodies gets the n-th answer. read(response) returns (answer, [tokens in, out]) or
+        raises TryAgain. params: more of the query, such as a key."""
         jobs, seen = {}, Counter()
         for body in bodies:
             text = json.dumps([url, body], sort_keys=True)
@@ -373,18 +373,18 @@ class Client:
                 try:
                     found |= pool.map(send, new)
                 except KeyboardInterrupt:
-                    print("waiting for answers under way (Ctrl-C drops them)", file=sys.stderr)
+                    print("waiting for answers in flight (Ctrl-C drops them)", file=sys.stderr)
                     signal.signal(signal.SIGINT, signal.SIG_DFL)
                     raise
                 finally:
                     self.halt.set()
-        except (ValueError, OSError):                  # perhaps an echo of self.error
+        except (ValueError, OSError):                  # self.error, or another thread's echo of it
             raise ConnectionError(f"{self.error}; {len(self.answers)} answers are kept in "
                                   f"{self.cache}, run the same command to go on") from self.error
         return [found[key] for key in jobs]
 
     def send(self, get, job):
-        """(key, answer) of one job, kept in the cache. The first error stops the other threads."""
+        """Get one job's answer and cache it -> (key, answer). The first error stops all threads."""
         key, body = job
         try:
             with self.lock:
@@ -402,8 +402,8 @@ class Client:
         return key, answer
 
     def keep(self, key, answer, tokens):
-        """Count an answer and append it to the cache. A refusal is kept only if it is clearly about
-        the prompt and a good answer came before; five refusals before any end the run."""
+        """Count an answer and append it to the cache. A refusal is cached only if it is clearly
+        about the prompt and a good answer came before; five before any good one end the run."""
         self.tokens += tokens
         refused = isinstance(answer, Reply) and answer.ended == "refused"
         self.refused += refused
@@ -420,7 +420,7 @@ class Client:
         self.bar.update()
 
     def fetch(self, get, body):
-        """One answer, asked for without the parameters that the model has refused before."""
+        """Get one answer, leaving out the parameters that this model has refused before."""
         model = body.get("model")
         fit = {k: v for k, v in body.items() if (model, k) not in self.unfit}
         if "max_tokens" in body.keys() - fit and (model, "max_completion_tokens") not in self.unfit:
@@ -435,7 +435,7 @@ class Client:
                 raise
             with self.lock:
                 if (model, culprit) not in self.unfit:
-                    self.bar.write(f"{model} refuses {culprit}, which is left out from here on: "
+                    self.bar.write(f"{model} refuses {culprit}, which is left out from now on: "
                                    f"{e.words[:200]}", file=sys.stderr)
                 self.unfit.add((model, culprit))
         return self.fetch(get, body)
@@ -446,8 +446,8 @@ class Client:
 
 
 def culprit_of(e, body):
-    """The field of a request's body that a Refused is about: a parameter, or a chat's messages.
-    None if any request would be refused. In doubt it is the messages: see Client.keep."""
+    """Which field of a request body a Refused is about: a parameter, or a chat's messages. None if
+    every request would be refused. When in doubt, the messages: Client.keep counts those."""
     if re.search("suspend|deactivat|billing|your account", e.words, re.I):
         return None
     culprit = next((k for k in PARAMETERS
@@ -460,8 +460,8 @@ def culprit_of(e, body):
 
 
 def endpoint(o, path):
-    """(URL, headers with the key) of a server's path. Azure's URLs have a query (?api-version=),
-    and its keys a header of their own."""
+    """The URL of a server's path, and headers with the key. Azure has a query in its URLs
+    (?api-version=) and a header of its own for keys."""
     base, mark, query = o.base_url.partition("?")
     key = key_from("API_KEY", "OPENAI_API_KEY")
     if not key and "api.openai.com" in base:
@@ -471,14 +471,14 @@ def endpoint(o, path):
 
 
 def read_json_answer(response, field):
-    """A server's JSON object in which `field` is a list. Refused for an error about the request,
-    whatever its status; TryAgain for anything else."""
+    """A server's JSON answer, in which `field` must be a list. Raises Refused for an error about
+    this prompt, even one with status 200, and TryAgain for anything else."""
     tries, kind, refused = TRIES, response.headers.get("Content-Type", "no type"), None
-    with suppress(ValueError, AttributeError):         # half an answer, a page of HTML
+    with suppress(ValueError, AttributeError):         # half an answer, or an HTML page
         answer = json.loads(response.content)
         if isinstance(answer.get(field), list) and not answer.get("error"):
             return answer
-        if not re.search(r'"code": ?"?(429|5\d\d)\b', response.text):  # other errors do not pass
+        if not re.search(r'"code": ?"?(429|5\d\d)\b', response.text):  # others do not pass
             tries, refused = 2, FLAGGED.search(response.text) or TOO_LONG.search(response.text)
     if refused:
         raise Refused(response.url.partition("?")[0], 400, response.text[:500])
@@ -486,7 +486,7 @@ def read_json_answer(response, field):
 
 
 def read_chat(response):
-    """A chat completion -> (Reply, [tokens in, out]). TryAgain for one that failed."""
+    """A chat completion -> (Reply, [tokens in, out]). Raises TryAgain if it failed."""
     answer = read_json_answer(response, "choices")
     try:
         choice, usage = (answer["choices"] or [None])[0] or {}, answer.get("usage") or {}
@@ -504,7 +504,7 @@ def read_chat(response):
     if choice.get("error") or FAILED.search(ended):
         raise TryAgain(f"the answer ended with {ended}: {choice.get('error')}")
     if text and not FLAGGED.search(ended):
-        text = text.encode("utf-8", "replace").decode()    # no file can hold half a surrogate pair
+        text = text.encode("utf-8", "replace").decode()    # no file can hold a lone surrogate
         return Reply(text, "length" if CUT.search(ended) else "stop"), tokens
     hint = ": raise --max_tokens, a model that thinks needs more" if CUT.search(ended) else ""
     words = f"refusal: {refusal}" if refusal else f"no content, finish_reason {ended}{hint}"
@@ -512,9 +512,9 @@ def read_chat(response):
 
 
 def chat(client, prompts, desc, schema=None, **settings):
-    """An LLM's answers to prompts: [Reply]. schema: the JSON schema of the answers, or a list of
-    one per prompt, dropped if the server does not know it. settings replace the Chat flags of the
-    same name, but --max_tokens holds if it is given."""
+    """Ask an LLM prompts -> [Reply]. schema: the JSON schema of the answers, or a list with one per
+    prompt; dropped if the server does not support it. settings override the Chat flags of the same
+    name, except that --max_tokens wins if it was given."""
     o = dataclasses.replace(client.o, **settings)
     body = {"model": o.llm, "temperature": o.temperature,
             "max_tokens": client.o.max_tokens or o.max_tokens}
@@ -536,10 +536,10 @@ def chat(client, prompts, desc, schema=None, **settings):
 
 
 def read_embeddings(response):
-    """An answer with an embedding for each input -> (vectors in their order, [tokens in, 0])."""
+    """An answer with one embedding per input -> (vectors in input order, [tokens in, 0])."""
     answer, n = read_json_answer(response, "data"), len(json.loads(response.request.body)["input"])
     with suppress(KeyError, TypeError, AttributeError, ValueError):
-        # Some servers leave out an index of 0, some number nothing: the sort is stable.
+        # Some servers omit an index of 0, some give none at all: the sort is stable.
         items = sorted(answer["data"], key=lambda item: int(item.get("index") or 0))
         vectors = np.array([item["embedding"] for item in items])
         if (vectors.dtype.kind in "if" and vectors.shape[:-1] == (n,)
@@ -549,12 +549,12 @@ def read_embeddings(response):
 
 
 def embed(client, texts, model, size=64):
-    """Unit vectors (N, C) of texts by a server's embedding model, `size` texts to a request."""
+    """Embed texts with a server's model, `size` to a request -> unit vectors (N, C)."""
     url, headers = endpoint(client.o, "embeddings")
     bodies = [{"model": model, "input": texts[i:i + size]} for i in range(0, len(texts), size)]
     try:
         parts = client.ask("POST", url, bodies, read_embeddings, "embeddings", headers)
-    except ConnectionError as e:                       # some servers take only 10 inputs at once
+    except ConnectionError as e:                       # some servers take only 10 at once
         if min(size, len(texts)) == 1 or getattr(e.__cause__, "status", 0) not in (400, 413, 422):
             raise
         return embed(client, texts, model, size // 2)
@@ -563,13 +563,13 @@ def embed(client, texts, model, size=64):
 
 
 # ---------------------------------------------------------------------------------------------
-# The LLM as writer: Appendix A
+# The LLM writer: Appendix A
 
 TEXT = {"type": "string"}
 
 
 def closed(**fields):
-    """The JSON schema of an object that has these fields and no others. [x] is a list of x."""
+    """The JSON schema of an object with exactly these fields. [x] means a list of x."""
     fields = {k: {"type": "array", "items": v[0]} if isinstance(v, list) else TEXT | v
               for k, v in fields.items()}
     return {"type": "object", "properties": fields, "required": list(fields),
@@ -580,14 +580,14 @@ EXAMPLE = "What's your stance on defeating terrorism through military force?"   
 
 
 def styles_of(options):
-    """The JSON schema of dialogues: each has an answer to every option, under the option's name, so
-    that even a weak model can forget none."""
+    """The JSON schema of dialogues. Each names every option as a field, so that even a weak model
+    cannot forget one."""
     return closed(styles=[closed(question=TEXT, answers=closed(**dict.fromkeys(options, TEXT)))])
 
 
 def llm_writer(client, questions, group, o, rng):
-    """Like template_writer, but asks an LLM for --styles dialogues a request. If nothing in the
-    first 20 replies can be read, it asks for no more."""
+    """Like template_writer, but asks an LLM for --styles dialogues per request. Gives up if none of
+    the first 20 replies can be read."""
     sizes = [min(o.styles, o.paraphrases - n) for n in range(0, o.paraphrases, max(1, o.styles))]
     asked = [(q, n) for q in questions for n in sizes]
     prompts = [PROMPTS["dialogues"].format(
@@ -595,7 +595,7 @@ def llm_writer(client, questions, group, o, rng):
         choices=json.dumps(q.options, ensure_ascii=False)) for q, n in asked]
     schemas = [styles_of(q.options) for q, _ in asked]
     write = partial(chat, client, desc=f"dialogues, {group}", max_tokens=4096)
-    # Equal requests get different answers within one call only: keep a question's together.
+    # Equal requests only get different answers within one call, so keep a question's together.
     first = len(sizes) * max(1, 20 // max(1, len(sizes)))
     replies = write(prompts[:first], schema=schemas[:first])
     if prompts[first:] and any(parse_dialogues(reply.text, q.options)[0]
@@ -605,7 +605,7 @@ def llm_writer(client, questions, group, o, rng):
     for (q, _), reply in zip(asked, replies):
         found, failed = parse_dialogues(reply.text, q.options, reply.ended)
         read += bool(found)
-        for paraphrase, answers in found:              # a repeat could be in train and in test
+        for paraphrase, answers in found:              # a repeat could end up in train and in test
             new = paraphrase, answers
             if dialogues[q.id].setdefault(normal(paraphrase), new) is not new:
                 failed.append({"problem": "a wording given before", "text": paraphrase})
@@ -620,12 +620,12 @@ def one_line(text):
 
 
 def plain(text):
-    """Text to compare options by: without quotes, case, extra spaces and the final period."""
+    """Text for comparing options: no quotes, case, extra spaces or final period."""
     return one_line(text).strip(" .'\"").casefold()
 
 
 def unquote(text):
-    """Text without marks or quotes around all of it."""
+    """Text without the marks or quotes around it."""
     return re.sub(r'^"\s*([^"]*?)\s*"$', r"\1", text.strip(" *_"))
 
 
@@ -637,8 +637,8 @@ BRACKET = r"[\[(][ '\"*_]*(?:(?:option|choice)? ?(?:\d*|[a-z]) ?[.:)] ?)?"     #
 
 def parse_dialogues(text, options, ended="stop"):
     """An LLM's reply -> ([(paraphrase, [one answer per option]), ...], [problem, ...]). A style is
-    a line `Q: ...`, then a line for each option: any label, the option in brackets, the answer.
-    Nothing is guessed: a style with any other line, or without an answer, is a problem."""
+    a line `Q: ...`, then one line per option: any label, the option in brackets, the answer.
+    Nothing is guessed: a style with any other line, or with an answer missing, is a problem."""
     if ended == "refused":
         return [], [{"problem": "a prompt that the server refused", "text": text}]
     names, good, problems = {plain(option): k for k, option in enumerate(options)}, [], []
@@ -654,7 +654,7 @@ def parse_dialogues(text, options, ended="stop"):
         end = max((i for i, line in enumerate(lines, 1) if read(line)), default=0)
         found = [read(line) for line in lines[:end] if re.search(r"\w", line)]
         answers = {names.get(plain(m[1])): unquote(m[2]) for m in found if m and unquote(m[2])}
-        # A line right below the last answer may continue it; below an empty line it does not.
+        # A line right below the last answer may continue it; after an empty line it cannot.
         continued = re.match(r"[\W_]*(?!style\b)[^\W_]", "".join(lines[end:end + 1]), re.I)
         if ended == "length" and n == len(styles):
             problem = "a style cut off by the length limit"
@@ -671,7 +671,7 @@ def parse_dialogues(text, options, ended="stop"):
 
 
 def in_words(text):
-    """A reply in JSON (perhaps cut off) in the layout of Appendix A; any other as it is."""
+    """Put a JSON reply (perhaps cut off) into Appendix A's layout; leave any other as it is."""
     string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
     found = re.findall(rf"{string}\s*:\s*{string}", text)
     pairs = [[one_line(json.loads(x, strict=False)) for x in pair] for pair in found]
@@ -681,8 +681,8 @@ def in_words(text):
 
 
 def read_label(text, labels):
-    """Which of a few labels a reply gives, or None. Read are 3, **3**., 3.0, 3/5, Rating: 3, The
-    rating is 3., {"answer": "3"}; not read are list items (1. The film, 1: France)."""
+    """Which of a few labels a reply gives, or None. Reads 3, **3**., 3.0, 3/5, Rating: 3, The
+    rating is 3., {"answer": "3"}; does not read list items (1. The film, 1: France)."""
     with suppress(ValueError, AttributeError):         # JSON, in any layout
         [text] = map(str, json.loads(text).values())
     either = "|".join(map(re.escape, labels))
@@ -696,25 +696,25 @@ def read_label(text, labels):
 
 @dataclass
 class Opinions:
-    csv: str = ""                # table, see read_opinions; empty: Anthropic's, from the hub
-    country: str = "United States"  # whose shares: any of the table; more, with commas, in one set
-    map: str = ""                # JSON {option: class 0..5}: Appendix B, or another set's meta.json
-    classify: Literal["", "llm"] = ""  # who gives classes to options that --map lacks
-    writer: Literal["template", "llm"] = "template"  # who writes paraphrases and answers
+    csv: str = ""                # survey table, see read_opinions; empty: Anthropic's, from the hub
+    country: str = "United States"  # whose answers; for more than one country, use commas
+    map: str = ""                # JSON {option: class 0..5}: Appendix B, or a dataset's meta.json
+    classify: Literal["", "llm"] = ""  # llm: let it classify the options that --map lacks
+    writer: Literal["template", "llm"] = "template"  # what writes paraphrases and answers
     out: str = ""                # folder to write
-    paraphrases: int = 20        # dialogues a question: 8 of 10 to train on, 1 for eval, 1 for test
-    styles: int = 10             # dialogues that one request to an LLM asks for
-    pairs_per_question: int = 0  # rows a question (paper: 38 small, 472 large); 0: one a paraphrase
-    noise: float = 0.0           # share of answers that express another option than their belief
-    max_questions: int = 0       # of each country, the first of the table; 0: all
-    shares: Literal["known", "counted"] = "known"  # target: the group's, or counted from train rows
-    holdout_questions: int = 50  # questions of which no paraphrase is trained on
-    seed: int = 0                # of paraphrases, pairs and split
+    paraphrases: int = 20        # dialogues per question, split 8:1:1 into train, eval and test
+    styles: int = 10             # dialogues to ask an LLM for in one request
+    pairs_per_question: int = 0  # rows per question (paper: 38 or 472); 0: one per paraphrase
+    noise: float = 0.0           # chance that an answer expresses another option than its belief
+    max_questions: int = 0       # use only the first questions of each country; 0: all
+    shares: Literal["known", "counted"] = "known"  # target: the survey's, or counted in train rows
+    holdout_questions: int = 50  # questions kept for test only
+    seed: int = 0                # seed of paraphrases, pairs and split
 
 
 def read_opinions(path):
-    """[(row number, question, options, {country: shares}), ...] from CSV with the columns question,
-    options (a list of texts) and selections (a dict: each country's share of each option)."""
+    """Read [(row number, question, options, {country: shares}), ...] from CSV with the columns
+    question, options (a list of texts) and selections (a dict of each country's shares)."""
     csv.field_size_limit(1 << 30)
     table = []
     for n, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
@@ -732,7 +732,7 @@ def read_opinions(path):
 
 
 def literal(value, kind):
-    """A list or dict that a table may hold as text, in JSON or Python."""
+    """Parse a list or dict that a table may hold as text, in JSON or Python syntax."""
     for parse in (json.loads, ast.literal_eval):
         if isinstance(value, str):
             with suppress(ValueError, SyntaxError):
@@ -743,7 +743,7 @@ def literal(value, kind):
 
 
 def read_map(path):
-    """{option: class index} from a JSON file of that form, or from a dataset's meta.json."""
+    """Read {option: class index} from a JSON file, or from a dataset's meta.json."""
     belief_map = read_json(path)
     belief_map = belief_map.get("belief_to_class", belief_map)
     wrong = [option for option, k in belief_map.items() if str(k) not in CLASSES]
@@ -753,7 +753,8 @@ def read_map(path):
 
 
 def classify(client, asked_in):
-    """({option: class index}, problems) by an LLM. asked_in: {option: its question}."""
+    """Let an LLM classify options -> ({option: class index}, problems). asked_in: {option: its
+    question}."""
     prompts = [PROMPTS["classify"].format(question=q, option=t) for t, q in asked_in.items()]
     replies = chat(client, prompts, "classes of options", closed(answer={"enum": CLASSES}),
                    temperature=0.0, max_tokens=50)
@@ -764,8 +765,8 @@ def classify(client, asked_in):
 
 
 def like_named(country, known):
-    """Names with the same last word, because the table joins two surveys, which write some names
-    differently (S. Korea, South Korea); without any, those of similar letters."""
+    """Names with the same last word: the table joins two surveys that spell some names differently
+    (S. Korea, South Korea). If there is none, names with similar letters."""
     country = {"US": "United States", "USA": "United States", "AMERICA": "United States",
                "UK": "Britain", "UNITED KINGDOM": "Britain", "CZECH REPUBLIC": "Czech Rep.",
                "RUSSIAN FEDERATION": "Russia"}.get(country.upper().replace(".", ""), country)
@@ -774,7 +775,7 @@ def like_named(country, known):
 
 
 def names_in(text, known):
-    """The countries in a text with commas between them; ValueError for one that is not known."""
+    """Split a comma-separated list of countries; ValueError for one that is not known."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
@@ -784,7 +785,7 @@ def names_in(text, known):
 
 
 def opinions(o, flags):
-    """Rows from a survey such as GlobalOpinionQA."""
+    """Make rows from a survey such as GlobalOpinionQA."""
     if not o.map and not o.classify:
         raise ValueError("each option needs a class: give --map FILE, --classify llm, or both")
     client, groups, problems = Client(flags, f"{o.out}.answers.jsonl"), {}, []
@@ -797,7 +798,7 @@ def opinions(o, flags):
                 if country in shares]
         whole = [(n, text, options, p) for n, text, options, p in rows if text
                  and 1 < len(options) == len(set(options)) == len(p) and min(p) >= 0 < sum(p)]
-        if o.classify:                 # only what will be used; reversed: a first question counts
+        if o.classify:                 # only options in use; reversed: the first question wins
             found, failed = classify(client, {
                 t: text for _, text, options, _ in reversed(whole[:most])
                 for t in options if t not in belief_map})
@@ -825,8 +826,8 @@ def opinions(o, flags):
 
 @dataclass
 class Published:
-    name: str = "Binwei01/mmoqa_usa"  # a data set on the hub that has the columns of our rows
-    group: str = ""              # whose opinions these are; known for mmoqa_usa, mmoqa_pk, mmoqa_sa
+    name: str = "Binwei01/mmoqa_usa"  # a dataset on the hub with the columns of our rows
+    group: str = ""              # whose opinions these are; filled in for mmoqa_usa, _pk and _sa
     out: str = ""                # folder to write
 
 
@@ -834,7 +835,7 @@ GROUP_OF = {"mmoqa_usa": "United States", "mmoqa_pk": "Pakistan", "mmoqa_sa": "S
 
 
 def published(o):
-    """Rows of a set on the hub. Six shares are classes 0..5 (0 off the scale), five are ratings."""
+    """Fetch a dataset's rows. Six shares are classes 0..5 (0 off the scale), five are ratings."""
     client = Client(Chat(concurrency=4), f"{o.out}.rows.jsonl")    # keeps every page
     server = os.environ.get("HF_DATASETS_SERVER") or "https://datasets-server.huggingface.co"
 
@@ -868,8 +869,8 @@ def published(o):
 
 
 def hub_rows(ask, query, cache):
-    """All rows of a split, 100 to a page. A page of many rows cuts off long cells, so their rows
-    are asked for again, one by one."""
+    """All rows of a split, 100 per page. Large pages cut off long cells, so those rows are fetched
+    again one by one."""
     page = lambda start, length: query | {"offset": start, "length": length}
     [first] = ask("rows", [page(0, 100)])
     total = first["num_rows_total"]
@@ -885,8 +886,8 @@ def hub_rows(ask, query, cache):
 
 
 def published_row(row, group):
-    """A published row in our columns; ValueError if a cell is empty. Numbers may be texts, and
-    lists literals. Without a question_id, rows of the same options and shares are one question."""
+    """Convert a published row; ValueError if a cell is empty. Numbers may come as text, lists as
+    literals. Without a question_id, rows with the same options and shares are one question."""
     out = {name: str(row[name]) for name in (*FIELDS, *TEXTS) if row.get(name) not in (None, "")}
     empty = [name for name in FIELDS if not out.get(name, "").strip()]
     if empty:
@@ -908,17 +909,17 @@ def published_row(row, group):
 
 @dataclass
 class Reviews:
-    reviews: str = ""            # SNAP's movies.txt, or JSON lines of a later Amazon set; or .gz
-    titles: str = ""             # CSV of product,title; "The Ring (2002)" asks for that year's film
-    metadata: Literal["omdb", "none"] = "omdb"  # who describes the films; omdb's key: OMDB_API_KEY
+    reviews: str = ""            # SNAP's movies.txt, or JSON lines of a later Amazon set, or .gz
+    titles: str = ""             # CSV of product,title; "The Ring (2002)" looks up that year's film
+    metadata: Literal["omdb", "none"] = "omdb"  # what describes the films; needs OMDB_API_KEY
     out: str = ""                # folder to write
-    min_chars: int = 20          # shorter reviews are left out
-    max_chars: int = 2000        # longer reviews are left out
-    max_reviews: int = 0         # of each film, drawn evenly; 0: all
-    max_titles: int = 0          # the most reviewed ones; 0: all
-    holdout_questions: int = 0   # films of which no review is trained on
-    seed: int = 0                # of draws and split
-    omdb: str = "https://www.omdbapi.com/"  # where metadata is asked for
+    min_chars: int = 20          # leave out shorter reviews
+    max_chars: int = 2000        # leave out longer reviews
+    max_reviews: int = 0         # draw at most this many per film; 0: all
+    max_titles: int = 0          # use only the most reviewed films; 0: all
+    holdout_questions: int = 0   # films kept for test only
+    seed: int = 0                # seed of draws and split
+    omdb: str = "https://www.omdbapi.com/"  # address of OMDb or a mirror
 
 
 STARS = CLASSES[1:]
@@ -927,7 +928,7 @@ codecs.register_error("cp1252", lambda e: (
 
 
 def lines_of(path, errors="strict"):
-    """The lines of a text file, plain or .gz. errors="cp1252" reads what is not UTF-8 as that."""
+    """Yield the lines of a text file, plain or .gz. errors="cp1252" decodes other bytes as that."""
     open_it = gzip.open if str(path).endswith(".gz") else open
     try:
         with open_it(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n") as f:
@@ -938,8 +939,8 @@ def lines_of(path, errors="strict"):
 
 
 def read_reviews(path, skipped):
-    """Stream (product ids, user, rating "1".."5", text). SNAP's form has a line for each field,
-    such as `product/productId: B00...`, and an empty line after each review."""
+    """Yield (product ids, user, rating "1".."5", text). SNAP's format has one line per field, as
+    `product/productId: B00...`, and an empty line after each review."""
     record, first, read = {}, "", 0
     for line in map(str.strip, chain(lines_of(path, "cp1252"), [""])):
         first = first or line
@@ -960,13 +961,13 @@ def read_reviews(path, skipped):
 
 
 def review_of(record):
-    """(product ids, user or None, rating, clean text) of a record of any of the sets."""
+    """(product ids, user or None, rating, clean text) of a record from any of the datasets."""
     pick = lambda *names: [record[n] for n in names if record.get(n) is not None]
     rating = float(pick("review/score", "overall", "rating")[0])
     if rating not in (1, 2, 3, 4, 5):
         raise ValueError(f"a rating of {rating}")
     text = html.unescape(html.unescape(pick("review/text", "reviewText", "text")[0]))
-    # tags, [[VIDEOID:...]] and [[ASIN:...]] are no words of the reviewer
+    # the reviewer did not write tags, [[VIDEOID:...]] and [[ASIN:...]]
     text = re.sub(r"</?[a-zA-Z][^<>]{0,200}>|\[\[[A-Z]+:.*?\]\]", " ", text)
     products = pick("product/productId", "parent_asin", "asin")
     user = next(iter(pick("review/userId", "reviewerID", "user_id")), None)
@@ -974,8 +975,8 @@ def review_of(record):
 
 
 def collect_reviews(o, titles, skipped):
-    """One pass over the file: {title: (5,) counts of ratings} and {title: [a row's side, ...]}.
-    skipped counts what is left out, by reason."""
+    """Read the file once -> {title: (5,) counts of ratings}, {title: [a row's side, ...]}. skipped
+    counts what is left out, by reason."""
     counts, kept, seen = defaultdict(lambda: np.zeros(5)), defaultdict(list), set()
     for products, user, rating, text in progress(read_reviews(o.reviews, skipped), desc="reviews",
                                                  unit="review"):
@@ -983,7 +984,7 @@ def collect_reviews(o, titles, skipped):
         copy = hash((user, text))
         if title is None:
             skipped["of a product without a title"] += 1
-        elif user and copy in seen:    # the editions of a film repeat its reviews
+        elif user and copy in seen:    # editions of a film repeat its reviews
             skipped["that repeat the same user's text"] += 1
         else:
             seen.add(copy)
@@ -996,12 +997,12 @@ def collect_reviews(o, titles, skipped):
 
 
 def read_omdb(response):
-    """OMDb's answer about a film. JSON with stray backslashes or control characters is mended; if
-    that does not help, the film counts as unknown."""
+    """Read OMDb's answer about a film. Stray backslashes and control characters in its JSON are
+    repaired; if that does not help, the film counts as unknown."""
     text = re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", response.text)
     try:
         answer = json.loads(text, strict=False)
-    except ValueError:                 # half of it, or an answer about no film, is asked for again
+    except ValueError:                 # retry if this is half an answer, or not about a film
         whole = re.fullmatch(r'\{"Title".*\}\s*', text, re.S)
         answer = {"Error": "Movie not found!" if whole else text[:200]}
     error = str(answer.get("Error"))
@@ -1011,8 +1012,8 @@ def read_omdb(response):
 
 
 def describe(titles, o):
-    """{title: prompt}, as in Table 7: title, year, director (Genre: genre). plot. Films that OMDb
-    does not know are absent."""
+    """{title: prompt} as in Table 7: title, year, director (Genre: genre). plot. Leaves out films
+    that OMDb does not know."""
     if o.metadata == "none":
         return {title: f"{title}." for title in titles}
     named = [re.fullmatch(r"(?s)(.*?)(?: \((\d{4})\))?", title).groups() for title in titles]
@@ -1023,7 +1024,7 @@ def describe(titles, o):
 
 
 def film_prompt(film):
-    """The prompt of OMDb's record, in which N/A means unknown."""
+    """The prompt from OMDb's record, where N/A means unknown."""
     film = {k: " ".join(str(v).split()) for k, v in film.items() if v not in (None, "N/A")}
     head = ", ".join(film[k] for k in ("Title", "Year", "Director") if k in film)
     genre = f" (Genre: {film['Genre']})" if "Genre" in film else ""
@@ -1031,8 +1032,9 @@ def film_prompt(film):
 
 
 def review_rows(title, prompt, shares, part, train, rng):
-    """A row for each review of a part, which it accepts. The rejected review has another rating. It
-    comes from the same part, so that no text is in two splits, or from train if there is none."""
+    """Yield a row for each review in a part, which it accepts. The rejected review has another
+    rating and comes from the same part, so that no text is in two splits; if the part has none,
+    from train."""
     for side in part:
         others = [x for x in part if x[0] != side[0]] or [x for x in train if x[0] != side[0]]
         if others:
@@ -1041,7 +1043,7 @@ def review_rows(title, prompt, shares, part, train, rng):
 
 
 def reviews(o):
-    """Rows from movie reviews: accepted a review, rejected another rating's of the same film."""
+    """Make rows from movie reviews: accept one, reject one of the same film with another rating."""
     if o.metadata == "omdb" and not key_from("OMDB_API_KEY"):
         raise ValueError("set OMDB_API_KEY (omdbapi.com gives one), or give --metadata none")
     if "?" in o.omdb:                  # meta.json holds it
@@ -1059,7 +1061,7 @@ def reviews(o):
     prompts, title_of = describe(usable[:o.max_titles or None], o), {}
     problems = [{"problem": "a title without metadata, two ratings or 3 reviews, or beyond "
                  "--max_titles", "text": t} for t in kept if t not in prompts]
-    for title, prompt in prompts.items():  # titles of one film are merged: a prompt has one target
+    for title, prompt in prompts.items():  # merge titles of one film: one prompt, one target
         first = title_of.setdefault(prompt, title)
         if first != title:
             counts[first] += counts[title]
@@ -1077,17 +1079,17 @@ def reviews(o):
 
 
 # ---------------------------------------------------------------------------------------------
-# Beliefs mined from pairs that have none: Appendix I
+# Mining beliefs from pairs that have none: Appendix I
 
 @dataclass
 class Mine:
-    pairs: str = ""              # JSON lines (or .gz) of chosen, rejected and perhaps prompt
+    pairs: str = ""              # JSON lines (or .gz) with chosen, rejected and perhaps prompt
     out: str = ""                # folder to write
-    max_pairs: int = 300         # pairs drawn from the file (the paper's number); 0: all
-    max_statements: int = 25     # groups of statements (the paper found 23)
-    min_pairs: int = 3           # a statement with fewer pairs is left out
-    holdout_questions: int = 0   # statements of which no pair is trained on
-    seed: int = 0                # of draws and split
+    max_pairs: int = 300         # pairs to draw from the file (300 in the paper); 0: all
+    max_statements: int = 25     # groups of statements to keep (the paper found 23)
+    min_pairs: int = 3           # leave out statements with fewer pairs
+    holdout_questions: int = 0   # statements kept for test only
+    seed: int = 0                # seed of draws and split
 
 
 STANCES_OF = {"1": "disagree", "2": "neutral", "3": "agree"}
@@ -1096,7 +1098,7 @@ TWO_STANCES = closed(**{f"answer_{n}": {"enum": list(STANCES_OF.values())} for n
 
 
 def read_pairs(path):
-    """[(prompt, chosen, rejected), ...] from JSON lines; ValueError names the first bad line."""
+    """Read [(prompt, chosen, rejected), ...] from JSON lines; ValueError names a bad line."""
     pairs = []
     for number, line in enumerate(lines_of(path), 1):
         try:
@@ -1112,8 +1114,8 @@ def read_pairs(path):
 
 
 def pair_of(row):
-    """(prompt, chosen, rejected) of HH-RLHF or of TRL's lists of messages. A dialogue that holds
-    its prompt is cut before the last turn of the assistant at which both sides agree."""
+    """(prompt, chosen, rejected) of a row in HH-RLHF's form or TRL's lists of messages. A dialogue
+    that includes its prompt is cut before the last assistant turn that both sides share."""
     def words_of(content):             # a text, parts of it, or null
         return "".join(part.get("text") or "" for part in content) if isinstance(
             content, list) else content or ""
@@ -1135,8 +1137,8 @@ def pair_of(row):
 
 
 def group_statements(client, statements, most, size=200):
-    """{statement: the one that speaks for its group}, by an LLM. More than `size` statements are
-    grouped in parts, and then their groups; so are those of a request that was refused."""
+    """Let an LLM group similar statements -> {statement: the one that represents its group}. More
+    than `size` statements are grouped in parts, and then the groups; so is a refused request."""
     texts = list(dict.fromkeys(statements))
     if len(texts) <= size:
         prompt = PROMPTS["groups"].format(most=most, statements="\n".join(
@@ -1174,12 +1176,12 @@ def parse_stances(text):
 
 
 def mine(o, flags):
-    """Rows from pairs without beliefs. An LLM states what each pair is in conflict about, and which
-    side agrees with it: the statement becomes the belief's text, the stance its class."""
+    """Make rows from pairs without beliefs. An LLM states what each pair disagrees about and which
+    side agrees with that: the statement becomes the belief text, the stance its class."""
     client, rng = Client(flags, f"{o.out}.answers.jsonl"), np.random.default_rng([o.seed, 1])
     pairs = read_pairs(o.pairs)
     pairs = [pairs[i] for i in rng.permutation(len(pairs))[:o.max_pairs or None]]
-    swaps = rng.random(len(pairs)) < 0.5               # the order of the answers must tell nothing
+    swaps = rng.random(len(pairs)) < 0.5               # their order must reveal nothing
     shown = [dict(prompt=p, first=r if swap else c, second=c if swap else r)
              for (p, c, r), swap in zip(pairs, swaps)]
 
@@ -1219,11 +1221,11 @@ def mine(o, flags):
 
 
 def save_mined(o, rows_of, problems):
-    """Write {statement: rows}. The target is the distribution of the accepted stances."""
+    """Write {statement: rows}. The target is how often each stance is accepted."""
     held, splits = holdout(rows_of, o), {s: [] for s in SPLITS}
     for statement, rows in rows_of.items():
         counts = Counter(row["accept_choice_id"] for row in rows)
-        by_prompt = defaultdict(list)                  # the pairs of a prompt go to one split
+        by_prompt = defaultdict(list)                  # pairs of one prompt stay in one split
         for row in rows:
             row["probabilities"] = [round(counts[c] / len(rows), 6) for c in STANCES_OF]
             by_prompt[row["prompt"]].append(row)
@@ -1238,11 +1240,11 @@ def save_mined(o, rows_of, problems):
 
 @dataclass
 class InContext:
-    data: str = ""               # dataset whose rows get examples; or more, with commas
-    form: str = ""               # of their prompts; empty: their own
+    data: str = ""               # dataset whose rows get examples, or more than one, with commas
+    form: str = ""               # prompt template to use instead of the dataset's
     shots: int = 3               # examples before each prompt (paper: 3 for GPT-2, 5 for Pythia)
     out: str = ""                # folder to write
-    seed: int = 0                # of the draws
+    seed: int = 0                # seed of the draws
 
 
 INSTRUCTION = ("You are a helpful assistant and can generate the same format as the examples in "
@@ -1250,18 +1252,18 @@ INSTRUCTION = ("You are a helpful assistant and can generate the same format as 
 
 
 def example(row, form):
-    """A training row as a shot: prompt, accepted belief, answer."""
-    # differs: the appendix has a space after `Answer:`, which would make the class another token
+    """Write a training row as a shot: prompt, accepted belief, answer."""
+    # differs: the appendix has a space after `Answer:`, which would change the class token
     belief = f"<{row['accept_choice']}>" if row.get("accept_choice") else ""
     if not belief and row["accept_response"][:1].isdigit():
-        belief = " "                                   # "510 out of 10" would show another class
+        belief = " "                                   # or "10 out of 10" becomes "510 out of 10"
     text = f"{row['accept_choice_id']}{belief}{row['accept_response']}"
     return prompt_text(row, form) + " ".join(text.split()) + "\n\n"
 
 
 def icf(o):
-    """Rows with a few training rows of the same group before each prompt, none about the same
-    question. The shots are a list, so that data.py can drop some to fit the context."""
+    """Put a few training rows before each prompt: of the same group, about other questions. The
+    shots are a list, so that data.py can drop some to fit the context."""
     meta, splits = load_dataset(o.data, SPLITS, o.form)
     form = meta["form"].replace(FORM, "Question: {prompt}, Answer:")
     if form == meta["form"]:
