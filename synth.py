@@ -631,8 +631,8 @@ def unquote(text):
 
 QUESTION = re.compile(r"^[ *_#>•-]*(?:\d+[.)] ?)?[*_]*q(?:uestion)?[ *_]*\d*[*_]* ?[:.)：] ?",
                       re.I | re.M)
-LABEL = r"[\W_]*(?:(?:answer|option|[a-z])[ *_-]*)?\d*[^\w\[(]*"        # A1:, **B.**, 1), -
-BRACKET = r"[\[(][ '\"*_]*(?:(?:option|choice)? ?(?:\d*|[a-z]) ?[.:)] ?)?"     # [, (, [1. , [A.
+LABEL = r"[\W_]*(?:(?:answer|option|[a-z])[ *_-]*)?\d*[^\w\[(［【（]*"   # A1:, **B.**, 1), -
+BRACKET = r"[\[(［【（][ '\"*_]*(?:(?:option|choice)? ?(?:\d*|[a-z]) ?[.:)] ?)?"  # [, [1. , [A.
 
 
 def parse_dialogues(text, options, ended="stop"):
@@ -643,8 +643,8 @@ def parse_dialogues(text, options, ended="stop"):
         return [], [{"problem": "a prompt that the server refused", "text": text}]
     names, good, problems = {plain(option): k for k, option in enumerate(options)}, [], []
     either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    read = re.compile(rf"{LABEL}{BRACKET}({either})[ .'\"*_]*[\])][ *_:：–-]*(?:\[\1\] ?)?(.*)",
-                      re.I).match
+    read = re.compile(rf"{LABEL}{BRACKET}({either})[ .'\"*_]*[\])］】）][ *_:：–-]*"
+                      r"(?:\[\1\] ?)?(.*)", re.I).match
     layout = "\n".join(map(one_line, in_words(text).split("\n")))
     head, *styles = re.split(f"(?={QUESTION.pattern})", layout, flags=QUESTION.flags)
     if not styles or any(map(read, head.split("\n"))):
@@ -687,7 +687,7 @@ def read_label(text, labels):
         [text] = map(str, json.loads(text).values())
     either = "|".join(map(re.escape, labels))
     named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|\"?[:=])[\W_]*)?(?<!-)({either})"
-                         r"(?:\.0+|\s*/\s*\d+)?[\W_]*", text, re.I)
+                         rf"(?:\.0+|\s*/\s*{re.escape(labels[-1])})?[\W_]*", text, re.I)
     return next((s for s in labels if named and s.lower() == named[1].lower()), None)
 
 
@@ -957,7 +957,8 @@ def read_reviews(path, skipped):
             record = {}
     if not read:
         raise ValueError(f"{path}: no review could be read, neither in SNAP's form (product/"
-                         f"productId: ...) nor as JSON lines. It begins with {first[:200]!r}")
+                         "productId: ...) nor as JSON lines, in UTF-8. It begins with "
+                         f"{first[:200]!r}")
 
 
 def review_of(record):

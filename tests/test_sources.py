@@ -108,7 +108,7 @@ def test_a_reply_is_read_however_it_is_laid_out():
     "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
     "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\n---\nStyle 2: b",
     "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n",
-    "Q： a?\nA1： [Yes] y\nA2： [Option: No] n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n",
+    "Q： a?\nA1： 【Yes】 y\nA2： [Option: No] n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n",
     json.dumps(STYLES), json.dumps(STYLES, indent=1)])
 def test_common_layouts_and_json_are_read(reply):
     assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
@@ -142,9 +142,9 @@ def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, rep
 
 
 @pytest.mark.parametrize("label, texts", [
-    ("3", ["The rating is 3.", "3/3", "3.0", "**3**", "The predicted rating is: **3**", "[3",
+    ("3", ["The rating is 3.", "3/5", "3.0", "**3**", "The predicted rating is: **3**", "[3",
            '{"rating": 3}', " 3.\n", "Answer: 3"]),
-    (None, ["1. The film is dull", "1: France", "4 or 5", "6", "10", "-3", "", "{}", "agree",
+    (None, ["1. The film is dull", "1: France", "4 or 5", "2/3", "10", "-3", "", "{}", "agree",
             "1\n2", '{"a": 1, "b": 2}'])])
 def test_one_of_a_few_labels_is_read_and_never_guessed(label, texts):
     assert [synth.read_label(t, ["1", "2", "3", "4", "5"]) for t in texts] == [label] * len(texts)
