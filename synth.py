@@ -80,7 +80,7 @@ def draw_rows(question, part, n, group, rng, noise):
     target = np.zeros(len(CLASSES))
     np.add.at(target, question.classes, question.shares)     # options that share a class add up
     for i in range(n):
-        (asked, answers), (_, others) = part[i % len(part)], part[i % len(part) - 1]
+        (asked, answers), (_, others) = part[i % len(part)], part[i % len(part) - 1]  # for noise
         accept = rng.choice(k, p=question.shares)
         beliefs = [accept, another(accept)]
         # differs: section 5.1 has no noise. People are not consistent, and without noise the
@@ -98,7 +98,7 @@ def write_surveys(groups, o, writer, problems=(), **meta):
     """Turn {group: [Question, ...]} into dialogues and rows, and write them to o.out."""
     rng = np.random.default_rng([o.seed, 1])
     every = [q for questions in groups.values() for q in questions]
-    held = holdout({q.id for q in every}, o)
+    held = holdout({q.id for q in every}, o)                         # the same for all groups
     held = {normal(q.wordings[0]) for q in every if q.id in held}    # tables repeat some questions
     splits, problems = {s: [] for s in SPLITS}, list(problems)
     for group, questions in groups.items():
@@ -353,17 +353,18 @@ class Client:
         """Answer request bodies (JSON to POST, or the query of a GET) in their order; the n-th of
         equal bodies gets the n-th answer. read(response) returns (answer, [tokens in, out]) or
         raises TryAgain. params: more of the query, such as a key."""
-        jobs, seen = {}, Counter()
+        jobs, seen = {}, Counter()                         # {hash: body}; copies of each body
         for body in bodies:
             text = json.dumps([url, body], sort_keys=True)
             jobs[hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()] = body
             seen[text] += 1
         found = {key: self.answers[key] for key in jobs if key in self.answers}
-        self.good, self.refused = len(found), 0
+        self.good, self.refused = len(found), 0            # answers in this call, see keep()
         new = [job for job in jobs.items() if job[0] not in found]
         send = partial(self.send, lambda body: request(
             method, url, headers, read, pause=self.pause, timeout=(10, self.o.timeout),
-            allow_redirects=False, json=body if method == "POST" else None,
+            allow_redirects=False,                         # the key would travel along
+            json=body if method == "POST" else None,
             params=None if method == "POST" else body | (params or {})))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         self.bar = progress(total=len(jobs), initial=len(found), desc=desc, unit="answer")
@@ -374,10 +375,10 @@ class Client:
                     found |= pool.map(send, new)
                 except KeyboardInterrupt:
                     print("waiting for answers in flight (Ctrl-C drops them)", file=sys.stderr)
-                    signal.signal(signal.SIGINT, signal.SIG_DFL)
+                    signal.signal(signal.SIGINT, signal.SIG_DFL)   # a second one ends at once
                     raise
                 finally:
-                    self.halt.set()
+                    self.halt.set()                        # wakes threads that wait to retry
         except (ValueError, OSError):                  # self.error, or another thread's echo of it
             raise ConnectionError(f"{self.error}; {len(self.answers)} answers are kept in "
                                   f"{self.cache}, run the same command to go on") from self.error
@@ -433,7 +434,7 @@ class Client:
                 return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
             if not culprit:
                 raise
-            with self.lock:
+            with self.lock:                            # the threads may all find out at once
                 if (model, culprit) not in self.unfit:
                     self.bar.write(f"{model} refuses {culprit}, which is left out from now on: "
                                    f"{e.words[:200]}", file=sys.stderr)
@@ -449,7 +450,7 @@ def culprit_of(e, body):
     """Which field of a request body a Refused is about: a parameter, or a chat's messages. None if
     every request would be refused. When in doubt, the messages: Client.keep counts those."""
     if re.search("suspend|deactivat|billing|your account", e.words, re.I):
-        return None
+        return None                    # "your account was flagged" is not about the prompt
     culprit = next((k for k in PARAMETERS
                     if k in body and re.search(PARAMETERS[k], e.words, re.I)), None)
     about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
@@ -594,13 +595,15 @@ def llm_writer(client, questions, group, o, rng):
         country=group, n=n, k=len(q.options), question=q.wordings[0],
         choices=json.dumps(q.options, ensure_ascii=False)) for q, n in asked]
     schemas = [styles_of(q.options) for q, _ in asked]
-    write = partial(chat, client, desc=f"dialogues, {group}", max_tokens=4096)
+    write = partial(chat, client, max_tokens=4096)
     # Equal requests only get different answers within one call, so keep a question's together.
     first = len(sizes) * max(1, 20 // max(1, len(sizes)))
-    replies = write(prompts[:first], schema=schemas[:first])
-    if prompts[first:] and any(parse_dialogues(reply.text, q.options)[0]
-                               for (q, _), reply in zip(asked, replies)):
-        replies += write(prompts[first:], schema=schemas[first:])
+    replies = write(prompts[:first], f"dialogues, {group}", schemas[:first])
+    read = sum(any(parse_dialogues(reply.text, q.options)[0])
+               for (q, _), reply in zip(asked, replies))
+    if read and prompts[first:]:
+        replies += write(prompts[first:], f"dialogues, {group}: {read} of {first} read",
+                         schemas[first:])
     dialogues, problems, read = {q.id: {} for q in questions}, [], 0
     for (q, _), reply in zip(asked, replies):
         found, failed = parse_dialogues(reply.text, q.options, reply.ended)
