@@ -91,8 +91,7 @@ PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
     (False, False): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150, schedule="constant",
                          optimizer="rmsprop", beta=0.1, eval_every=10000),
     (False, True): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150, schedule="constant",
-                        optimizer="rmsprop", beta=0.1, eval_every=10000),
-}
+                        optimizer="rmsprop", beta=0.1, eval_every=10000)}
 
 
 def flags():
@@ -199,9 +198,10 @@ def train(o, wait=0):
         if on_first_rank(lambda: begin(r)):
             r.load_state()
         else:                          # the policy is the reference now: keep what it says
-            for split, branches in r.branches.items() if r.loss.reference else ():
-                r.ref[split] = score_rows(r.model, r.items[split], branches, r.classes, o.dtype,
-                                          f"reference, {split}").logps
+            if r.loss.reference:
+                r.ref = {split: score_rows(r.model, items, r.branches[split], r.classes, o.dtype,
+                                           f"reference, {split}").logps
+                         for split, items in r.items.items()}
             evaluate(r, init=fingerprint(r.model))
             r.save_state()
         loop(r)
@@ -223,7 +223,8 @@ def evaluate(r, **more):
 
 def loop(r):
     o, items, batches, clock = r.o, r.items["train"], None, time.time()
-    lengths, per_epoch = [cost(i, r.loss.branches) for i in items], -(-len(items) // o.batch_size)
+    lengths = [cost(i, r.loss.branches) for i in items]
+    per_epoch = math.ceil(len(items) / o.batch_size)
     total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
     say(f"{o.out}: {o.loss}, {len(items)} rows, {total} steps of {o.batch_size}, "
         f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {o.device}, {o.dtype}")
@@ -466,15 +467,16 @@ class Run:
         if sft:
             train_sft_first(o, sft)
             o.init = f"{sft}/best"
-        begin_with = o.init or o.model
-        self.model, self.tokenizer = (scratch(o, rows["train"], device) if begin_with == "scratch"
-                                      else load_checkpoint(begin_with, device))
-        self.model.checkpointing, n_ctx = o.checkpointing, self.model.cfg.n_ctx
-        limit = min(o.max_length or n_ctx, n_ctx)
+        if o.init or o.model != "scratch":
+            self.model, self.tokenizer = load_checkpoint(o.init or o.model, device)
+        else:
+            self.model, self.tokenizer = scratch(o, rows["train"], device)
+        self.model.checkpointing = o.checkpointing
+        limit = min(o.max_length or self.model.cfg.n_ctx, self.model.cfg.n_ctx)
         self.items = {split: encode_rows(rows[split], self.tokenizer, meta, limit, o.overlong,
                                          f"{o.data}/{split}.jsonl") for split in rows}
-        rows = hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
-        self.config = asdict(o) | {"hash_of_rows": rows}
+        self.config = asdict(o) | {     # with a hash of the rows, to compare those of runs
+            "hash_of_rows": hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]}
         if sft:
             check_same(sft, self.config, (*SHARED, "hash_of_rows"))
         self.branches = {"train": self.loss.branches, "eval": EVAL_BRANCHES}
@@ -483,9 +485,10 @@ class Run:
                 self.branches[split] += ("mismatch",)
                 mismatch(items, limit, o.seed)
         self.classes = class_ids(self.tokenizer, meta["classes"])
-        self.optimizer, policy = optimizer_of(o, self.model), self.model
-        policy = torch.compile(policy, dynamic=True) if o.compile else policy
-        self.policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
+        self.optimizer = optimizer_of(o, self.model)
+        self.policy = torch.compile(self.model, dynamic=True) if o.compile else self.model
+        if dist.is_initialized():
+            self.policy = DDP(self.policy, gradient_as_bucket_view=True)
         self.ref, self.step, self.best = {}, 0, None   # logps (B, S, 3) by split; lowest metric
         self.sums, self.rows = {}, 0                   # of the steps since the last logged line
 
@@ -535,12 +538,12 @@ def make_toy():
 
 
 def train_sft_first(o, out):
-    """Unless it is there, train the SFT run that o starts from. Another process may be at it right
-    now: then wait until that is done."""
+    """Train the SFT run that o starts from, unless it is there."""
     if not on_first_rank(lambda: Path(out, "last").is_dir()):
         say(f"no finished SFT run in {out}: training SFT first, with SFT's own defaults (the "
             f"--epochs, --lr and so on given here are for {o.loss})")
         given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
+        # another process may be training it right now: this one waits until that is done
         train(resolve(Config(loss="sft", resume=True, out=out, **given)), wait=7 * 86400)
 
 
@@ -622,17 +625,19 @@ def report(r):
         return
     log = map(json.loads, (r.out / "metrics.jsonl").read_text().splitlines())
     before, *_, after = (x["eval"] for x in log if "eval" in x)
-    names = {"jsd": "JSD to the group's shares (0 to 0.833, lower is better)"}
-    kind, of = (("given", "the answer given the belief") if "given" in r.loss.branches
-                else ("joint", "belief and answer"))
-    names |= {f"{kind}_{k}": f"margin of {of}, {k}" for k in ("majority", "minority")}
+    kind, of = "joint", "belief and answer"
+    if "given" in r.loss.branches:
+        kind, of = "given", "the answer given the belief"
     print(f"\n{r.o.loss} on {r.o.data}, eval split{'before':>44}{'after':>9}")
-    for name in filter(lambda name: after.get(name) is not None, names):
-        print(f"  {names[name]:58}{before[name]:9.3f}{after[name]:9.3f}")
+    for name, text in (("jsd", "JSD to the group's shares (0 to 0.833, lower is better)"),
+                       (f"{kind}_majority", f"margin of {of}, majority"),
+                       (f"{kind}_minority", f"margin of {of}, minority")):
+        if after.get(name) is not None:
+            print(f"  {text:58}{before[name]:9.3f}{after[name]:9.3f}")
     print(f"\nFor example, the shares of the classes: {decode(item.prompt):.500}")
     print(" " * 10 + "".join(f"{decode([c]):>7}" for c in r.classes))
-    for name, shares in (("group", s.target[0]), ("model", s.class_logps[0].softmax(-1))):
-        print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares.tolist()))
+    for name, shares in (("group", s.target), ("model", s.class_logps.softmax(-1))):
+        print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares[0].tolist()))
     print(f"\nnext: python evaluate.py {r.o.out}, or ask it: --ask \"YOUR QUESTION\"")
 
 
