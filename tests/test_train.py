@@ -156,8 +156,8 @@ def test_a_checkpoint_has_the_papers_defaults_and_a_run_of_the_small_model_its_o
     ("dpo", "float32", 1e-5), ("gdpo", "float32", 1e-5), ("gdpo", "bfloat16", 1e-2)])
 def test_at_step_0_the_rewards_are_0_and_the_paired_loss_is_log_2(
         sft, world, loss, dtype, tolerance, call):
-    flags = argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype)
-    call(train, *flags, "--out", loss + dtype, cwd=sft)
+    flags = argv(world, "--loss", loss, "--epochs", 1, "--dtype", dtype, "--out", loss + dtype)
+    call(train, *flags, cwd=sft)
     first = lines(sft / (loss + dtype))[0]["eval"]
     rewards = [v for k, v in first.items() if k.startswith(("joint_", "given_")) and v is not None]
     assert rewards == pytest.approx([0] * len(rewards), abs=tolerance) and len(rewards) > 3
@@ -170,9 +170,7 @@ def test_two_processes_give_the_run_of_one(sft, world, call):
     call(train, *flags, "--out", "one", cwd=sft)
     more = ["--shard_optimizer", "--micro_batch", 3, "--out", "two"]
     cli("train.py", *flags, *more, cwd=sft, nproc=2)
-    one, two = lines(sft / "one"), lines(sft / "two")
-    assert len(one) == len(two) and sum("eval" in r for r in one) > 2
-    for a, b in zip(one, two):
+    for a, b in zip(lines(sft / "one"), lines(sft / "two"), strict=True):
         assert b.get("eval", b) == pytest.approx(a.get("eval", a), rel=2e-3, abs=2e-3)
     one, two = (torch.load(sft / f"{n}/state.pt")["optimizer"]["state"] for n in ("one", "two"))
     for k in one.keys() | two.keys():
@@ -217,9 +215,8 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     p = call(train, *part, "--resume", cwd=sft)
     assert f"resumed at step {stopped[1]}" in p.stderr
     assert lines(sft / "part") == lines(sft / "whole")
-    for name in ("best", "last"):
-        a, b = (sft / run / name / "model.safetensors" for run in ("part", "whole"))
-        assert a.read_bytes() == b.read_bytes()
+    for file in ("best/model.safetensors", "last/model.safetensors"):
+        assert (sft / "part" / file).read_bytes() == (sft / "whole" / file).read_bytes()
     assert not list((sft / "part").glob("**/*.tmp"))
     p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
     for text in ("JSD to the group's shares", "margin of the answer given the belief, majority",
@@ -234,8 +231,7 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_
     shutil.copytree(world, tmp_path / "d")
     path, out = tmp_path / "d/train.jsonl", tmp_path / "o"
     flags = argv("d", "--epochs", 1, "--out", "o")
-    p = call(train, *flags, cwd=tmp_path)
-    assert "training SFT first, with SFT's own defaults" in p.stderr
+    assert "training SFT first" in call(train, *flags, cwd=tmp_path).stderr
     again = [*flags, "--resume", "--init", "out/d-sft-seed0/best"]
     rows, log = path.read_text(), lines(out)
     other = "".join(reversed(rows.splitlines(keepends=True)))
@@ -277,13 +273,11 @@ def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(wo
     assert given.items() <= json.loads((folder / "config.json").read_text()).items()
 
 
-@pytest.mark.parametrize("error, message", [
-    (MemoryError(), "out of memory: lower --micro_batch, add --checkpointing, or lower"),
-    (RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "of memory")])
-def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error, message):
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")])
+def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error):
     monkeypatch.setattr(train, "train", Mock(side_effect=error))
-    p = call(train, cwd=tmp_path, check=2)
-    assert message in p.stderr and p.stderr.count("\n") == 1
+    refused(call, "out of memory: lower --micro_batch, add --checkpointing, or", cwd=tmp_path)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, monkeypatch, tmp_path):
