@@ -178,7 +178,7 @@ class GPT(nn.Module):
         T = ids.shape[-1] if paths is None else paths.shape[-1]
         if T > self.cfg.n_ctx:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
-        pos = torch.arange(T, device=ids.device)[None] if pos is None else pos        # (1, T)
+        pos = torch.arange(T, device=ids.device)[None] if pos is None else pos   # (B or 1, T)
         x = self.wte(ids)                                                      # (B, T, C)
         if not self.cfg.rotary:
             x = x + self.wpe(pos if places is None else places % T)

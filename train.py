@@ -458,7 +458,8 @@ class Run:
     STATE = ("ref", "step", "best", "sums", "rows")
 
     def __init__(self, o):
-        self.o, self.out, self.loss, device = o, Path(o.out), LOSSES[o.loss], setup(o.device)
+        self.o, self.out, self.loss = o, Path(o.out), LOSSES[o.loss]
+        device = setup(o.device)
         if "data/toy" in o.data.split(","):            # the shipped world, made if it is missing
             make_toy()
         meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
@@ -475,7 +476,7 @@ class Run:
         limit = min(o.max_length or self.model.cfg.n_ctx, self.model.cfg.n_ctx)
         self.items = {split: encode_rows(rows[split], self.tokenizer, meta, limit, o.overlong,
                                          f"{o.data}/{split}.jsonl") for split in rows}
-        self.config = asdict(o) | {     # with a hash of the rows, to compare those of runs
+        self.config = asdict(o) | {                    # the rows of runs are compared as well
             "hash_of_rows": hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]}
         if sft:
             check_same(sft, self.config, (*SHARED, "hash_of_rows"))
@@ -489,7 +490,8 @@ class Run:
         self.policy = torch.compile(self.model, dynamic=True) if o.compile else self.model
         if dist.is_initialized():
             self.policy = DDP(self.policy, gradient_as_bucket_view=True)
-        self.ref, self.step, self.best = {}, 0, None   # logps (B, S, 3) by split; lowest metric
+        self.ref = {}                                  # {split: logps (B, S, 3) of the reference}
+        self.step, self.best = 0, None                 # steps done; lowest metric of --select
         self.sums, self.rows = {}, 0                   # of the steps since the last logged line
 
     def log(self, **values):
