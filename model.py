@@ -79,7 +79,7 @@ class Attention(nn.Module):
         if paths is not None:                          # packed (N, 3C): gather the R sequences
             qkv = F.embedding(paths, qkv)              # into a right-padded table (R, T, 3C)
         qkv = qkv.unflatten(-1, (sum(self.heads), -1))           # (B, T, 3H, D)
-        q, k, v = ((qkv[:, :, i::3] for i in range(3)) if self.by_head
+        q, k, v = (qkv.unflatten(2, (-1, 3)).unbind(3) if self.by_head
                    else qkv.split(self.heads, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -128,11 +128,11 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.checkpointing = cfg, False
-        # Given its weights: nn.Embedding's own init imports a second of torch on the meta device
-        table = nn.Embedding.from_pretrained
-        self.wte = table(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)
+        # with its weights given: nn.Embedding's own init imports a second of torch on "meta"
+        table = lambda n: nn.Embedding.from_pretrained(torch.empty(n, cfg.n_embd), freeze=False)
+        self.wte = table(cfg.vocab_size)
         if not cfg.rotary:
-            self.wpe = table(torch.empty(cfg.n_ctx, cfg.n_embd), freeze=False)
+            self.wpe = table(cfg.n_ctx)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = (nn.RMSNorm if cfg.rms_norm else nn.LayerNorm)(cfg.n_embd, cfg.eps)
         if not cfg.tied:
@@ -157,9 +157,9 @@ class GPT(nn.Module):
     def rope(self, pos):
         """cos and sin of the rotary angles at pos (B or 1, T); None with learned positions."""
         cfg = self.cfg
-        if not cfg.rotary:
-            return None
         n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))                       # rotated channels
+        if n == 0:
+            return None
         freq = cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
         if cfg.rope_scaling:                           # Llama 3 slows its slow rotations further
             factor, low, high, n_ctx = cfg.rope_scaling
@@ -178,8 +178,7 @@ class GPT(nn.Module):
         T = ids.shape[-1] if paths is None else paths.shape[-1]
         if T > self.cfg.n_ctx:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
-        if pos is None:
-            pos = torch.arange(T, device=ids.device)[None]                     # (1, T)
+        pos = torch.arange(T, device=ids.device)[None] if pos is None else pos   # (B or 1, T)
         x = self.wte(ids)                                                      # (B, T, C)
         if not self.cfg.rotary:
             x = x + self.wpe(pos if places is None else places % T)
@@ -238,11 +237,11 @@ class GPT(nn.Module):
         unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         which = torch.tensor([unique[tuple(p)] for p in prompts], device=w.device)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in unique], batch_first=True)
+        room, D = min(ids.shape[1] + steps, cfg.n_ctx), cfg.n_embd // cfg.n_head
         half = torch.is_autocast_enabled(w.device.type)
         dtype = torch.get_autocast_dtype(w.device.type) if half else w.dtype
-        shape = (2, len(ids), min(ids.shape[1] + steps, cfg.n_ctx), cfg.n_kv or cfg.n_head,
-                 cfg.n_embd // cfg.n_head)
-        cache = [w.new_zeros(shape, dtype=dtype) for _ in self.h]
+        cache = [w.new_zeros(2, len(ids), room, cfg.n_kv or cfg.n_head, D, dtype=dtype)
+                 for _ in self.h]
         hidden = self(ids.to(w.device), cache=cache)                           # (unique, T, C)
         ends = torch.tensor([len(p) - 1 for p in prompts], device=w.device)
         return hidden[which, ends], [layer[:, which] for layer in cache]
@@ -432,11 +431,9 @@ def write(path, chunks):
     try:
         with open(temporary, "wb") as f:
             f.writelines(chunks)
-            f.flush()
-            os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        raise OSError(f"cannot write {path}: {e.strerror or e}") from None
+    except OSError as e:                               # a full disk names no file
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -564,7 +561,8 @@ def split_patterns(t):
     if kind != "BPE" or normalizer not in (None, "NFC"):
         raise ValueError(f"model {kind}, normalizer {normalizer}")
     splitter, patterns = t.get("pre_tokenizer") or {}, []
-    for step in splitter.get("pretokenizers", [splitter]):
+    steps = splitter.get("pretokenizers", [splitter])
+    for step in steps:
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False}:
                 patterns += [PATTERN] * step.get("use_regex", True)
@@ -574,8 +572,8 @@ def split_patterns(t):
                   "invert": False}:
                 patterns.append(pattern)
             case _:
-                step = {"type": None}
-    if step["type"] != "ByteLevel" or not patterns:    # what follows it would see bytes, not text
+                raise ValueError(f"pre_tokenizer {step}")
+    if steps[-1]["type"] != "ByteLevel" or not patterns:      # its followers would see bytes
         raise ValueError(f"pre_tokenizer {splitter}")
     return patterns
 
@@ -589,28 +587,27 @@ def isolate(pattern, text):
 def train_bpe(texts, vocab_size):
     """Learn merges from texts: the most frequent pair first, ties to the largest bytes, until the
     vocabulary is full or no pair occurs twice. Deterministic."""
-    words = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
-    words = [([bytes([b]) for b in w.encode()], n) for w, n in sorted(words.items())]
-    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that have/had it
+    counts = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
+    words = {w: [bytes([b]) for b in w.encode()] for w in sorted(counts)}      # word -> its tokens
+    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that have had it
 
-    def replace(i, parts):
-        """Replace word i by these parts, and its pairs in the counts by theirs."""
-        for sign, new in ((-1, words[i][0]), (1, parts)):
-            for pair in zip(new, new[1:]):
-                pairs[pair] += sign * words[i][1]
-                where[pair].add(i)
-        words[i] = parts, words[i][1]
+    def count(word, sign):
+        """Add the pairs of a word to the counts, or take them out."""
+        for pair in zip(words[word], words[word][1:]):
+            pairs[pair] += sign * counts[word]
+            where[pair].add(word)
 
-    for i, (parts, n) in enumerate(words):
-        words[i] = [], n
-        replace(i, parts)
+    for word in words:
+        count(word, 1)
     while len(merges) < max(1, vocab_size - 257):      # 256 bytes, the merges, <|endoftext|>
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
         if best is None or pairs[best] < 2:
             break
         merges.append(best)
-        for i in where.pop(best):
-            replace(i, merge(words[i][0], best))
+        for word in where.pop(best):
+            count(word, -1)
+            words[word] = merge(words[word], best)
+            count(word, 1)
         del pairs[best]
     spelled = [["".join(CHARS[b] for b in token) for token in pair] for pair in merges]
     tokens = [*CHARS.values(), *map("".join, spelled), EOS]

@@ -3,11 +3,10 @@
     python train.py --loss gdpo                         # the shipped world, minutes on a laptop
     torchrun --nproc_per_node=4 train.py --loss gdpo    # the same run on four processes
 
-Fourth in reading order. A run turns rows into items, scores them once with the policy as it is
-before the first step (so one model serves as policy and reference), and then loops. Every loss but
-SFT starts from an SFT checkpoint, which is trained first if it is missing. OUT holds config.json
-(the flags), metrics.jsonl (one JSON object per logged step), best/ and last/ (checkpoint folders)
-and state.pt (all that --resume needs).
+Fourth in reading order. A run scores its rows once with the policy as it is before the first step,
+so that one model serves as policy and reference, and then loops. Every loss but SFT starts from an
+SFT checkpoint, which is trained first if it is missing. OUT holds config.json (the flags),
+metrics.jsonl (one object per logged step), best/ and last/ (checkpoints) and state.pt for --resume.
 
 Left out on purpose: a second model in memory as the reference, dropout, float16.
 """
@@ -21,7 +20,7 @@ import sqlite3
 import sys
 import time
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -80,11 +79,10 @@ class Config:
     compile: bool = False         # torch.compile the model
     checkpointing: bool = False   # keep one activation per layer, recompute the rest in backward
     shard_optimizer: bool = False  # each process keeps only its share of the optimizer's state
-    hash_of_rows: str = ""        # no flag: filled in, to compare the rows of runs
 
 
 # What None stands for. A checkpoint's values are the paper's (Appendix G; eval_every from the
-# authors' code); those of the shipped world were found by trying.
+# authors' code); those of the small model were found by trying.
 PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
     (True, False): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
                         optimizer="adamw", beta=0.1, eval_every=8000),
@@ -93,20 +91,12 @@ PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
     (False, False): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150, schedule="constant",
                          optimizer="rmsprop", beta=0.1, eval_every=10000),
     (False, True): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150, schedule="constant",
-                        optimizer="rmsprop", beta=0.1, eval_every=10000),
-}
-
-
-# May change on --resume
-MACHINE = ("device", "micro_batch", "log_every", "compile", "checkpointing", "shard_optimizer")
-# A run shares these with the SFT run that it starts from
-SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
-          "vocab_size")
+                        optimizer="rmsprop", beta=0.1, eval_every=10000)}
 
 
 def flags():
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_flags(parser, Config, skip=("hash_of_rows",))
+    add_flags(parser, Config)
     return parser
 
 
@@ -123,7 +113,7 @@ from model import GPT, GPTConfig, Tokenizer, fingerprint, load_model, save_model
 
 
 # ---------------------------------------------------------------------------------------------
-# Scoring rows without a gradient: the reference, evaluation, KTO's z0 (and evaluate.py)
+# Scoring rows without a gradient: the reference, evaluation, KTO's z0 (Eq. 10; and evaluate.py)
 
 @torch.no_grad()
 def score_rows(model, items, branches, classes, dtype="float32", desc="scoring", tokens=16384):
@@ -145,36 +135,30 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
     return Scores(**{k: torch.cat([p[k] for _, p in parts])[place] for k in parts[0][1]})
 
 
-def mismatched_logratio(model, items, ref, classes, dtype):
-    """Mean log-ratio (3,), by piece, of each item's prompt with another row's answer: KTO's z0
-    (Eq. 10) before it is clamped. ref (B, 3): the same pairs' logps under the reference."""
-    s = score_rows(model, items, ("mismatch",), classes, dtype)
-    return (s.logps[:, 0] - ref).mean(0)
-
-
 # ---------------------------------------------------------------------------------------------
 # One step
 
-def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
-    """Forward, backward and update on the rows `batch` (indices into items). The loss is the mean
-    over them, however micro-batches and processes divide them. Returns the sums of the loss and its
-    parts over these rows, and the gradient's norm. model: raw, or raw in DDP."""
+def train_step(r, batch):
+    """Forward, backward and update on the rows `batch` (indices of training items). The loss is the
+    mean over them, however micro-batches and processes divide them. Returns the sums of the loss
+    and its parts over these rows, and the gradient's norm."""
+    o, loss, items, ref = r.o, r.loss, r.items["train"], r.ref.get("train")
     rank, size = rank_and_size()
-    device, mine = raw.head.device, batch[rank::size]
+    device, mine = r.model.head.device, batch[rank::size]
     n = o.micro_batch or len(mine) or 1
     micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
     z0, logged = None, []
     if loss.mismatch:                  # KTO's baseline is the same for all micro-batches
-        z0 = mismatched_logratio(raw, [items[i] for i in batch], ref[batch, -1], classes, o.dtype)
-        z0 = z0.to(device)
-    optimizer.zero_grad()
+        s = score_rows(r.model, [items[i] for i in batch], ("mismatch",), r.classes, o.dtype)
+        z0 = (s.logps[:, 0] - ref[batch, -1]).mean(0).to(device)       # (3,), Eq. 10 by piece
+    r.optimizer.zero_grad()
     for k, index in enumerate(micros):
         # gradients travel between processes once a step, after the last micro-batch
-        with nullcontext() if k + 1 == len(micros) or size == 1 else model.no_sync():
+        with nullcontext() if k + 1 == len(micros) or size == 1 else r.policy.no_sync():
             rows = index or batch[:1]                  # a process without rows still has to join in
-            b = to_tensors(collate([items[i] for i in rows], loss.branches, classes), device)
+            b = to_tensors(collate([items[i] for i in rows], loss.branches, r.classes), device)
             with autocast(device, o.dtype):
-                s = score(model, raw.head, b)
+                s = score(r.policy, r.model.head, b)
             s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
             s.mismatch = z0
             values, parts = loss.objective(s, o)       # (B,)
@@ -182,15 +166,15 @@ def train_step(model, raw, optimizer, loss, items, ref, batch, classes, o):
             (values[:len(index)].sum() * size / len(batch)).backward()
         parts = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
         logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
-    norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), o.clip))
+    norm = float(torch.nn.utils.clip_grad_norm_(r.model.parameters(), o.clip))
     rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # of this process
     sums = sum_over_ranks(torch.stack([v.sum().double() for v in rows.values()]), device)
     sums = dict(zip(rows, sums.tolist()))
     if not math.isfinite(sums["loss"] + norm):
         bad = gather([items[i].row + 1 for i, v in zip(mine, rows["loss"]) if not v.isfinite()])
-        what = f"the loss on rows {sorted(bad)[:5]} of train.jsonl" if bad else "the gradient"
-        raise FloatingPointError(f"{what} is not finite: lower --lr")
-    optimizer.step()
+        raise FloatingPointError("the loss or its gradient is not finite: lower --lr"
+                                 + f" (rows {sorted(bad)[:5]} of train.jsonl)" * bool(bad))
+    r.optimizer.step()
     return sums, norm
 
 
@@ -204,55 +188,46 @@ def lr_at(o, step, total):
 
 
 # ---------------------------------------------------------------------------------------------
-# The loop
+# The run
 
 def train(o, wait=0):
     """One run, from its first step or its last saved one to its end; returns the Run. If another
     process is at work in OUT, wait so many seconds for it."""
-    r, loss = prepare(o), LOSSES[o.loss]
-    with lock(Path(o.out, ".lock"), wait):
-        if on_first_rank(lambda: begin(o)):
+    r = Run(o)
+    with lock(r.out / ".lock", wait):
+        if on_first_rank(lambda: begin(r)):
             r.load_state()
-        else:
-            before_the_first_step(r, loss)
-        loop(r, loss)
+        else:                          # the policy is the reference now: keep what it says
+            if r.loss.reference:
+                r.ref = {split: score_rows(r.model, items, r.branches[split], r.classes, o.dtype,
+                                           f"reference, {split}").logps
+                         for split, items in r.items.items()}
+            evaluate(r, init=fingerprint(r.model))
+            r.save_state()
+        loop(r)
+        r.save_weights("last")
     return r
 
 
-def before_the_first_step(r, loss):
-    """The policy is the reference now: keep its log-probs of all rows, and measure it."""
-    branches = {"train": loss.branches, "eval": EVAL_BRANCHES}
-    if loss.reference:
-        r.ref = {s: score_rows(r.model, items, branches[s] + ("mismatch",) * loss.mismatch,
-                               r.classes, r.o.dtype, f"reference, {s}").logps
-                 for s, items in r.items.items()}
-    evaluate(r, loss, init=fingerprint(r.model))
-    r.save_state()
-
-
-def evaluate(r, loss, **more):
+def evaluate(r, **more):
     """Measure the policy on the eval split; log and return the metrics."""
-    items, o = r.items["eval"], r.o
-    s = score_rows(r.model, items, EVAL_BRANCHES, r.classes, o.dtype, "evaluating")
-    if r.ref:
-        s.ref = r.ref["eval"][:, :len(EVAL_BRANCHES)]
-    if loss.mismatch:
-        s.mismatch = mismatched_logratio(r.model, items, r.ref["eval"][:, -1], r.classes, o.dtype)
-    metrics = eval_metrics(s, items, loss, o)
+    items, branches = r.items["eval"], r.branches["eval"]
+    s = score_rows(r.model, items, branches, r.classes, r.o.dtype, "evaluating")
+    s.ref = r.ref.get("eval")
+    if r.loss.mismatch:
+        s.mismatch = (s.logps - s.ref)[:, -1].mean(0)
+    metrics = eval_metrics(s, items, r.loss, r.o)
     r.log(**more, eval=metrics)
     return metrics
 
 
-def loop(r, loss):
-    o, items = r.o, r.items["train"]
+def loop(r):
+    o, items, batches, clock = r.o, r.items["train"], None, time.time()
+    lengths = [cost(i, r.loss.branches) for i in items]
     per_epoch = math.ceil(len(items) / o.batch_size)
     total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
-    lengths, batches, clock = [cost(i, loss.branches) for i in items], None, time.time()
-    policy = torch.compile(r.model, dynamic=True) if o.compile else r.model
-    policy = DDP(policy, gradient_as_bucket_view=True) if dist.is_initialized() else policy
     say(f"{o.out}: {o.loss}, {len(items)} rows, {total} steps of {o.batch_size}, "
-        f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {o.device}, {o.dtype}"
-        + (f", resumed at step {r.step}" if r.step else ""))
+        f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {o.device}, {o.dtype}")
     with stop_signals() as stop, progress(total=total, initial=r.step, desc=o.loss, unit="step",
                                           disable=rank_and_size()[0] > 0) as bar:
         while r.step < total:
@@ -260,12 +235,11 @@ def loop(r, loss):
             epoch, i = divmod(r.step, per_epoch)
             if i == 0 or not batches:
                 batches = epoch_batches(lengths, o.batch_size, o.seed, epoch)
-            for group in r.optimizer.param_groups:
-                group["lr"] = lr_at(o, r.step, total)
+            lr = lr_at(o, r.step, total)
+            r.optimizer.param_groups[0]["lr"] = lr
 
             # 2) forward, backward, update
-            sums, norm = train_step(policy, r.model, r.optimizer, loss, items, r.ref.get("train"),
-                                    batches[i], r.classes, o)
+            sums, norm = train_step(r, batches[i])
             r.step += 1
             r.rows += len(batches[i])
             r.sums = {k: r.sums.get(k, 0) + v for k, v in sums.items()}
@@ -274,15 +248,14 @@ def loop(r, loss):
             # 3) log the mean over the rows since the last line
             if r.step % o.log_every == 0 or r.step == total:
                 means = {k: v / r.rows for k, v in r.sums.items()}
-                r.log(examples=r.step * o.batch_size, epoch=round(r.step / per_epoch, 4),
-                      lr=lr_at(o, r.step - 1, total), grad_norm=norm,
-                      seconds=round(time.time() - clock, 2), **means)
+                r.log(examples=r.step * o.batch_size, epoch=round(r.step / per_epoch, 4), lr=lr,
+                      grad_norm=norm, seconds=round(time.time() - clock, 2), **means)
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
                 r.sums, r.rows, clock = {}, 0, time.time()
 
             # 4) evaluate, keep the best weights, save the state
             if r.step % every == 0 or r.step == total:
-                metric = evaluate(r, loss)[o.select]
+                metric = evaluate(r)[o.select]
                 if r.best is None or metric < r.best:
                     r.best = metric
                     r.save_weights("best")
@@ -293,7 +266,6 @@ def loop(r, loss):
                 r.save_state()
                 say(f"stopped and saved at step {r.step}; the same command with --resume goes on")
                 sys.exit(130)
-    r.save_weights("last")
 
 
 # =============================================================================================
@@ -333,11 +305,12 @@ def eval_metrics(s, items, loss, o):
     """Means over the eval split: the loss and its parts, JSD, class mass, margins."""
     at = [EVAL_BRANCHES.index(b) for b in loss.branches]
     ref = None if s.ref is None else s.ref[:, at]
-    values, parts = loss.objective(
-        replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref), o)
-    rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
-    rows = {k: v.double().numpy() for k, v in rows.items()} | belief_metrics(s)
-    rows |= {} if s.ref is None else margins(s, items, o.beta)
+    own = replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref)
+    values, parts = loss.objective(own, o)
+    rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1), **belief_metrics(s)}
+    if s.ref is not None:
+        rows |= margins(s, items, o.beta)
+    rows = {k: np.asarray(v, np.float64) for k, v in rows.items()}
     rows = {k: v[~np.isnan(v)] for k, v in rows.items()}
     return {k: float(v.mean()) if len(v) else None for k, v in rows.items()}
 
@@ -439,11 +412,7 @@ def lock(path, wait=0):
 def stop_signals():
     """A list that Ctrl-C or SIGTERM adds to, for the loop to read. A second one stops at once."""
     asked = []
-
-    def ask(*_):
-        if asked:
-            sys.exit(130)
-        asked.append(1)
+    ask = lambda *_: sys.exit(130) if asked else asked.append(1)
     old = {sig: signal.signal(sig, ask) for sig in (signal.SIGINT, signal.SIGTERM)}
     yield asked
     for sig, handler in old.items():
@@ -477,40 +446,107 @@ def run_folder(o, loss):
     return f"out/{'-'.join(filter(None, parts))}-seed{o.seed}"
 
 
-def prepare(o):
-    """A Run before its first step: its rows in tokens, and the model that it starts from."""
-    device, loss = setup(o.device), LOSSES[o.loss]
-    if "data/toy" in o.data.split(","):                # the shipped world, made if it is missing
+# May change on --resume
+MACHINE = ("device", "micro_batch", "log_every", "compile", "checkpointing", "shard_optimizer")
+# A run shares these with the SFT run that it starts from
+SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
+          "vocab_size")
+
+
+class Run:
+    """What the loop works on. STATE, with model and optimizer, makes state.pt."""
+    STATE = ("ref", "step", "best", "sums", "rows")
+
+    def __init__(self, o):
+        self.o, self.out, self.loss = o, Path(o.out), LOSSES[o.loss]
+        device = setup(o.device)
+        if "data/toy" in o.data.split(","):            # the shipped world, made if it is missing
+            make_toy()
+        meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
+        o.form = meta["form"]          # saved with the run, which then needs no meta.json for it
+        sft = run_folder(o, "sft") if self.loss.reference and not o.init else ""
+        if sft:
+            train_sft_first(o, sft)
+            o.init = f"{sft}/best"
+        if o.init or o.model != "scratch":
+            self.model, self.tokenizer = load_checkpoint(o.init or o.model, device)
+        else:
+            self.model, self.tokenizer = scratch(o, rows["train"], device)
+        self.model.checkpointing = o.checkpointing
+        limit = min(o.max_length or self.model.cfg.n_ctx, self.model.cfg.n_ctx)
+        self.items = {split: encode_rows(rows[split], self.tokenizer, meta, limit, o.overlong,
+                                         f"{o.data}/{split}.jsonl") for split in rows}
+        self.config = asdict(o) | {                    # the rows of runs are compared as well
+            "hash_of_rows": hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]}
+        if sft:
+            check_same(sft, self.config, (*SHARED, "hash_of_rows"))
+        self.branches = {"train": self.loss.branches, "eval": EVAL_BRANCHES}
+        if self.loss.mismatch:
+            for split, items in self.items.items():
+                self.branches[split] += ("mismatch",)
+                mismatch(items, limit, o.seed)
+        self.classes = class_ids(self.tokenizer, meta["classes"])
+        self.optimizer = optimizer_of(o, self.model)
+        self.policy = torch.compile(self.model, dynamic=True) if o.compile else self.model
+        if dist.is_initialized():
+            self.policy = DDP(self.policy, gradient_as_bucket_view=True)
+        self.ref = {}                                  # {split: logps (B, S, 3) of the reference}
+        self.step, self.best = 0, None                 # steps done; lowest metric of --select
+        self.sums, self.rows = {}, 0                   # of the steps since the last logged line
+
+    def log(self, **values):
+        if rank_and_size()[0] == 0:
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def save_weights(self, name):
+        if rank_and_size()[0] == 0:
+            self.tokenizer.save(self.out / name)
+            save_model(self.model, self.out / name, self.tokenizer.eos)
+
+    def save_state(self):
+        """All that --resume needs, replaced in one rename."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
+            self.optimizer.consolidate_state_dict()
+        if rank_and_size()[0] == 0:
+            temporary = self.out / "state.pt.tmp"
+            state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer")}
+            try:
+                torch.save(state | {k: getattr(self, k) for k in self.STATE}, temporary)
+                os.replace(temporary, self.out / "state.pt")
+            finally:
+                temporary.unlink(missing_ok=True)      # a full disk left half of it
+
+    def load_state(self):
+        """Go on from state.pt, and forget what was logged after it was saved."""
+        with reading(self.out / "state.pt") as path:
+            state = torch.load(path, map_location="cpu", weights_only=True,
+                               mmap=os.name != "nt")   # Windows cannot replace a mapped file
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            vars(self).update({k: state[k] for k in self.STATE})
+        with reading(self.out / "metrics.jsonl") as path:
+            lines = path.read_text().split("\n")[:-1]  # a kill may have cut the last one
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= self.step]
+        if rank_and_size()[0] == 0:
+            write(path, "".join(kept))
+        say(f"{self.out}: resumed at step {self.step}")
+
+
+def make_toy():
+    with lock(Path("data/.lock"), wait=600):
         import synth
-        with lock(Path("data/.lock"), wait=600):
-            on_first_rank(lambda: Path("data/toy").exists()
-                          or synth.toy(synth.Toy(out="data/toy")))
-    meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
-    o.form = meta["form"]              # saved with the run, which then needs no meta.json for it
-    sft = run_folder(o, "sft") if loss.reference and not o.init else ""
-    o.init = f"{sft}/best" if sft else o.init
-    if sft and not on_first_rank(lambda: Path(sft, "last").is_dir()):
-        say(f"no finished SFT run in {sft}: training SFT first, with SFT's own defaults (the "
+        on_first_rank(lambda: Path("data/toy").exists() or synth.toy(synth.Toy(out="data/toy")))
+
+
+def train_sft_first(o, out):
+    """Train the SFT run that o starts from, unless it is there."""
+    if not on_first_rank(lambda: Path(out, "last").is_dir()):
+        say(f"no finished SFT run in {out}: training SFT first, with SFT's own defaults (the "
             f"--epochs, --lr and so on given here are for {o.loss})")
         given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
         # another process may be training it right now: this one waits until that is done
-        train(resolve(Config(loss="sft", resume=True, out=sft, **given)), wait=7 * 86400)
-    if o.init or o.model != "scratch":
-        model, tokenizer = load_checkpoint(o.init or o.model, device)
-    else:
-        model, tokenizer = scratch(o, rows["train"], device)
-    model.checkpointing = o.checkpointing
-    limit = min(o.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
-    items = {s: encode_rows(rows[s], tokenizer, meta, limit, o.overlong, f"{o.data}/{s}.jsonl")
-             for s in rows}
-    o.hash_of_rows = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
-    if sft:
-        check_same(sft, o, (*SHARED, "hash_of_rows"))
-    if loss.mismatch:
-        for split in items.values():
-            mismatch(split, limit, o.seed)
-    return Run(o, model, tokenizer, optimizer_of(o, model), items,
-               class_ids(tokenizer, meta["classes"]))
+        train(resolve(Config(loss="sft", resume=True, out=out, **given)), wait=7 * 86400)
 
 
 def scratch(o, rows, device):
@@ -534,80 +570,33 @@ def load_checkpoint(name, device):
 
 
 def optimizer_of(o, model):
-    kind, options = torch.optim.RMSprop, {"lr": o.lr}
+    kind, options = torch.optim.RMSprop, {}
     if o.optimizer == "adamw":
-        kind, options = torch.optim.AdamW, {"lr": o.lr, "betas": (0.9, 0.99), "weight_decay": 0.01}
-    if not o.shard_optimizer or not dist.is_initialized():
-        return kind(model.parameters(), **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer   # here: slow to import
-    return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
+        kind, options = torch.optim.AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.01}
+    if o.shard_optimizer and dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer   # here: slow to import
+        return ZeroRedundancyOptimizer(model.parameters(), kind, lr=o.lr, **options)
+    return kind(model.parameters(), lr=o.lr, **options)
 
 
-@dataclass
-class Run:
-    """What the loop works on. STATE, with model and optimizer, makes state.pt."""
-    o: Config
-    model: GPT
-    tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
-    items: dict                        # {"train": [...], "eval": [...]}
-    classes: list                      # token ids of the class labels
-    ref: dict = field(default_factory=dict)   # {split: logps (B, S, 3)} of the reference
-    step: int = 0                      # steps done
-    best: float = None                 # lowest eval metric so far, of --select
-    sums: dict = field(default_factory=dict)  # of the steps since the last logged line ...
-    rows: int = 0                      # ... over so many rows
-    STATE = ("ref", "step", "best", "sums", "rows")
-
-    def log(self, **values):
-        if rank_and_size()[0] == 0:
-            with open(Path(self.o.out, "metrics.jsonl"), "a") as f:
-                f.write(json.dumps({"step": self.step, **values}) + "\n")
-
-    def save_weights(self, name):
-        if rank_and_size()[0] == 0:
-            self.tokenizer.save(Path(self.o.out, name))
-            save_model(self.model, Path(self.o.out, name), self.tokenizer.eos)
-
-    def save_state(self):
-        """All that --resume needs, replaced in one rename."""
-        if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
-            self.optimizer.consolidate_state_dict()
-        if rank_and_size()[0] == 0:
-            temporary = Path(self.o.out, "state.pt.tmp")
-            state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer")}
-            try:
-                torch.save(state | {k: getattr(self, k) for k in self.STATE}, temporary)
-                os.replace(temporary, Path(self.o.out, "state.pt"))
-            finally:
-                temporary.unlink(missing_ok=True)      # a full disk left half of it
-
-    def load_state(self):
-        """Go on from state.pt, and forget what was logged after it was saved."""
-        path, log = Path(self.o.out, "state.pt"), Path(self.o.out, "metrics.jsonl")
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True,
-                               mmap=os.name != "nt")   # Windows cannot replace a mapped file
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            vars(self).update({k: saved[k] for k in self.STATE})
-            lines = log.read_text().split("\n")[:-1]   # a kill may have cut the last one
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        except Exception as e:                         # of many kinds, depending on the damage
-            raise ValueError(f"{path} or {log.name} is damaged or of another version: begin the "
-                             f"run again with --overwrite ({type(e).__name__})") from None
-        if rank_and_size()[0] == 0:
-            write(log, "".join(line + "\n" for line in kept))
+@contextmanager
+def reading(path):
+    """Any error in reading this file of a run becomes one line with a remedy."""
+    try:
+        yield path
+    except Exception as e:                             # of many kinds, depending on the damage
+        raise ValueError(f"{path} is missing, damaged or of another version ({type(e).__name__}): "
+                         "restore it, or begin that run again with --overwrite") from None
 
 
-def begin(o):
+def begin(r):
     """True if OUT holds a state to go on from; if not, OUT is made ready for a new run. ValueError
     if that would destroy another run, or go on with one that differs."""
-    out = Path(o.out)
+    o, out = r.o, r.out
     # a start that failed leaves no more than these
     made = sorted({path.name for path in out.glob("[!.]*")} - {"config.json", "state.pt.tmp"})
     if o.resume and "state.pt" in made:
-        check_same(out, o, vars(o).keys() - {*MACHINE, "out", "resume", "overwrite"})
+        check_same(out, r.config, r.config.keys() - {*MACHINE, "out", "resume", "overwrite"})
         return True
     # a run that was killed before its first state has nothing but a line of log to lose
     if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
@@ -616,15 +605,15 @@ def begin(o):
     for name in ("metrics.jsonl", "best", "last", "state.pt", "eval.json", "samples.jsonl"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write(out / "config.json", json.dumps(asdict(o), indent=1) + "\n")
+    write(out / "config.json", json.dumps(r.config, indent=1) + "\n")
     return False
 
 
-def check_same(out, o, names):
-    """ValueError if the run in `out` has other flags than o, or saw other rows."""
-    old = read_json(Path(out, "config.json"))
-    other = [f"{k} {old.get(k)} (here: {getattr(o, k)})" for k in names
-             if old.get(k) != getattr(o, k)]
+def check_same(out, config, names):
+    """ValueError if the run in `out` has other flags, or saw other rows."""
+    with reading(Path(out, "config.json")) as path:
+        old = read_json(path)
+    other = [f"{k} {old.get(k)} (here: {config[k]})" for k in names if old.get(k) != config[k]]
     if other:
         raise ValueError(f"the run in {out} differs from this one: {', '.join(sorted(other))}; "
                          "use the same flags and rows, or move that run away")
@@ -632,15 +621,16 @@ def check_same(out, o, names):
 
 def report(r):
     """Print what the method trains, before and after, and the shares of one question."""
-    o, item, decode = r.o, r.items["eval"][0], r.tokenizer.decode
-    s = score_rows(r.model, [item], ("chosen",), r.classes, o.dtype)      # on all processes
+    item, decode = r.items["eval"][0], r.tokenizer.decode
+    s = score_rows(r.model, [item], ("chosen",), r.classes, r.o.dtype)    # on all processes
     if rank_and_size()[0] > 0:
         return
-    log = map(json.loads, Path(o.out, "metrics.jsonl").read_text().splitlines())
+    log = map(json.loads, (r.out / "metrics.jsonl").read_text().splitlines())
     before, *_, after = (x["eval"] for x in log if "eval" in x)
-    kind = "given" if "given" in LOSSES[o.loss].branches else "joint"
-    of = {"given": "the answer given the belief", "joint": "belief and answer"}[kind]
-    print(f"\n{o.loss} on {o.data}, eval split{'before':>44}{'after':>9}")
+    kind, of = "joint", "belief and answer"
+    if "given" in r.loss.branches:
+        kind, of = "given", "the answer given the belief"
+    print(f"\n{r.o.loss} on {r.o.data}, eval split{'before':>44}{'after':>9}")
     for name, text in (("jsd", "JSD to the group's shares (0 to 0.833, lower is better)"),
                        (f"{kind}_majority", f"margin of {of}, majority"),
                        (f"{kind}_minority", f"margin of {of}, minority")):
@@ -648,9 +638,9 @@ def report(r):
             print(f"  {text:58}{before[name]:9.3f}{after[name]:9.3f}")
     print(f"\nFor example, the shares of the classes: {decode(item.prompt):.500}")
     print(" " * 10 + "".join(f"{decode([c]):>7}" for c in r.classes))
-    for name, shares in (("group", s.target[0]), ("model", s.class_logps[0].softmax(-1))):
-        print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares.tolist()))
-    print(f"\nnext: python evaluate.py {o.out}, or ask it: --ask \"YOUR QUESTION\"")
+    for name, shares in (("group", s.target), ("model", s.class_logps.softmax(-1))):
+        print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares[0].tolist()))
+    print(f"\nnext: python evaluate.py {r.o.out}, or ask it: --ask \"YOUR QUESTION\"")
 
 
 def main():

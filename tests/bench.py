@@ -12,11 +12,11 @@ logits only where a loss reads them, the reference's log-probs known:
     + 3 x 2 x C x V x positions that are scored   (KTO: and a third of it, forward alone, for z0).
 """
 import argparse
-import re
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -97,12 +97,10 @@ def our_step(model, items, name):
 
     def step():
         model.zero_grad(set_to_none=True)
-        between = None
-        if loss.mismatch:
-            with torch.no_grad():
-                between = scores(("mismatch",)).logps[:, 0].mean(0)
+        with torch.no_grad():
+            z0 = scores(("mismatch",)).logps[:, 0].mean(0) if loss.mismatch else None
         s = scores(loss.branches)
-        s.ref, s.mismatch = torch.zeros_like(s.logps), between
+        s.ref, s.mismatch = torch.zeros_like(s.logps), z0
         loss.objective(s, o)[0].mean().backward()
     return step
 
@@ -128,13 +126,6 @@ def seconds(step):
     return clock() - start
 
 
-def memory_peak():
-    """Most bytes that this process held: on the GPU, else of main memory."""
-    if CUDA:
-        return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def matmul_peak():
     """Operations a second of a large matrix product in the precision of a run."""
     n = 8192 if CUDA else 2048
@@ -153,28 +144,29 @@ def operations(o, cfg, task, name):
 
 
 def speed(o, cfg, task, name):
-    """Whole training steps (train.train_step), from rows to updated weights."""
-    batches = batches_of(o, cfg, task, name)
+    """Whole training steps (train.train_step), from rows to updated weights: ten after six."""
+    import resource                                    # here: Windows has none
+    batches, loss, model = batches_of(o, cfg, task, name), LOSSES[name], GPT(cfg).init_weights(0)
     items = [i for b in batches for i in b]
-    loss, raw = LOSSES[name], GPT(cfg).init_weights(0).to(DEVICE)
-    raw.checkpointing = o.checkpointing
-    model = torch.compile(raw, dynamic=True) if o.compile else raw
     t = train.resolve(train.Config(loss=name, device=DEVICE, micro_batch=o.micro_batch, lr=1e-6,
                                    optimizer="rmsprop"))
-    optimizer, ref = train.optimizer_of(t, raw), torch.zeros(len(items), len(loss.branches) + 1, 3)
-
-    def step(n):
-        train.train_step(model, raw, optimizer, loss, items, ref,
-                         range(n * o.rows, (n + 1) * o.rows), CLASSES, t)
-    for n in range(6):                                 # warm up
-        seconds(lambda: step(n))
-    peak = matmul_peak()
-    spent = sum(seconds(lambda: step(n)) for n in range(6, 16))
+    model.to(DEVICE).checkpointing = o.checkpointing
+    r = SimpleNamespace(
+        o=t, loss=loss, model=model, optimizer=train.optimizer_of(t, model), classes=CLASSES,
+        policy=torch.compile(model, dynamic=True) if o.compile else model, items={"train": items},
+        ref={"train": torch.zeros(len(items), len(loss.branches) + 1, 3)})
+    steps = [lambda n=n: train.train_step(r, range(n, n + o.rows))
+             for n in range(0, len(items), o.rows)]
+    for step in steps[:6]:
+        step()
+    peak, spent = matmul_peak(), sum(map(seconds, steps[6:]))
     work = sum(floor(b, loss, cfg) for b in batches[6:])
     tokens = sum(cost(i, loss.branches) for b in batches[6:] for i in b)
+    held = (torch.cuda.max_memory_allocated() if CUDA else
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return (f"{spent / 10:.3f} s a step, {tokens / spent:,.0f} tokens/s (a shared prompt once), "
             f"{work / spent / peak:.0%} of the {peak / 1e12:,.3g} TFLOP/s of a large {DTYPE} "
-            f"product, peak memory {memory_peak() / 1e9:.2f} GB")
+            f"product, peak memory {held / 1e9:.2f} GB")
 
 
 def memory(cfg, tokens, checkpointing):
@@ -197,16 +189,14 @@ def memory(cfg, tokens, checkpointing):
 
 def memory_table(o, cfg):
     print(f"{o.shape}: GB per process at its peak, rows of 2 x 512 tokens, bfloat16 autocast, "
-          f"RMSprop, {'with' if o.checkpointing else 'without'} --checkpointing\n")
+          f"RMSprop, {'with' if o.checkpointing else 'without'} --checkpointing\n\n--micro_batch"
+          + "".join(f"{k:>12}" for k in memory(cfg, 0, False)) + f"{'peak':>8}  fits on")
     for n in (1, 2, 4, 8, 16, 32):
-        need = memory(cfg, n * 1024, o.checkpointing)
-        *fixed, copies, activations, logits, update = need.values()
+        need = [x / 1e9 for x in memory(cfg, n * 1024, o.checkpointing).values()]
+        *fixed, copies, activations, logits, update = need
         peak = sum(fixed) + max(copies + activations + logits, update)
-        if n == 1:
-            print("--micro_batch" + "".join(f"{k:>12}" for k in need) + f"{'peak':>8}  fits on")
-        print(f"{n:13}" + "".join(f"{v / 1e9:12.2f}" for v in need.values())
-              + f"{peak / 1e9:8.2f}  "
-              + " ".join(str(card) for card in (24, 48, 80, 141) if peak < 0.94e9 * card))
+        print(f"{n:13}" + "".join(f"{x:12.2f}" for x in need) + f"{peak:8.2f}  "
+              + " ".join(str(card) for card in (24, 48, 80, 141) if peak < 0.94 * card))
 
 
 def sampling(o, cfg):
@@ -222,14 +212,11 @@ def sampling(o, cfg):
           f"{len(jobs) / spent:.2f} answers/s")
 
 
-STEPS = {"operations": operations, "speed": speed}
-WHOLE = {"memory": memory_table, "sampling": sampling}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="operations", choices=[*STEPS, *WHOLE])
+    parser.add_argument("what", nargs="?", default="operations",
+                        choices=["operations", "speed", "memory", "sampling"])
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--task", choices=TASKS, help="default: all")
     parser.add_argument("--loss", choices=METHODS, help="default: all")
@@ -240,13 +227,14 @@ def main():
     parser.add_argument("--prompts", type=int, default=1843 if CUDA else 16, help="sampling")
     o = parser.parse_args()
     cfg = SHAPES[o.shape]
-    if o.what in WHOLE:
-        return WHOLE[o.what](o, cfg)
+    if o.what in ("memory", "sampling"):
+        return {"memory": memory_table, "sampling": sampling}[o.what](o, cfg)
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     print(f"{o.shape}, {o.rows} pairs a step, {device}, torch {torch.__version__}")
+    measure = operations if o.what == "operations" else speed
     for task in [o.task] if o.task else TASKS:
         for name in [o.loss] if o.loss else METHODS:
-            print(f"{task:9} {name:9}{STEPS[o.what](o, cfg, task, name)}", flush=True)
+            print(f"{task:9} {name:9}{measure(o, cfg, task, name)}", flush=True)
 
 
 if __name__ == "__main__":

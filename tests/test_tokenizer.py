@@ -152,6 +152,7 @@ def test_learned_merges_survive_saving_and_broken_files_are_one_line(tmp_path):
     ({"model": {"type": "WordPiece", "vocab": {}}}, "model WordPiece"),
     ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer.*Metaspace"),
     ({"pre_tokenizer": None}, "pre_tokenizer"), (steps(split("(")), "Parsing|missing"),
+    (steps({"type": "Metaspace"}), "pre_tokenizer.*Metaspace"), (steps(), "pre_tokenizer"),
     ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
     ({"added_tokens": []}, "no end-of-text token")])
 def test_a_tokenizer_of_another_kind_is_one_line(tmp_path, parts, words):
