@@ -12,12 +12,11 @@ from conftest import SMALL, cli, golden
 
 import evaluate
 from data import class_ids, load_dataset, prompt_text
-from model import Tokenizer
 from evaluate import (answer_metrics, differences, expressed_opinion, group_shares, interval,
-                      ordinal_metrics, over_seeds, parse_answer, preference_metrics,
-                      reference_distributions, summary)
+                      mean_over_seeds, ordinal_metrics, parse_answer, preference_metrics,
+                      print_report, reference_distributions, summary)
 from losses import RESPONSE, Scores
-from model import load_model, save_model
+from model import Tokenizer, load_model, save_model
 from train import jsd
 
 BASELINES, SAMPLED = golden("11")
@@ -66,18 +65,14 @@ def test_reference_distributions_agree_with_golden_11():
     assert not names
 
 
-def test_w1_knows_the_order_of_the_classes_and_reads_only_those_on_the_scale():
+def test_w1_knows_the_order_of_the_classes_and_minority_mass_is_a_ratio_of_sums():
     p, q = np.eye(6)[[1, 1, 1]], np.eye(6)[[1, 2, 5]]
     assert ordinal_metrics(q, p, META)["w1"].tolist() == [0, 0.25, 1]
-    assert jsd(q, p)[1] == jsd(q, p)[2]
-    half = [[0.5, 0.5, 0, 0, 0, 0]]
+    half = [[0.5, 0.5, 0, 0, 0, 0]]                      # class 0 is off the scale
     assert ordinal_metrics(half, [[0.2, 0.8, 0, 0, 0, 0]], META)["w1"] == pytest.approx([0])
     assert np.isnan(ordinal_metrics(half, np.eye(6)[:1], META)["w1"])
     five = {"classes": list("12345"), "off_scale": None}
     assert ordinal_metrics(np.eye(5)[:1], np.eye(5)[4:], five)["w1"] == [1]
-
-
-def test_minority_mass_is_a_ratio_of_sums_over_the_smallest_shares_above_zero():
     pairs = ordinal_metrics([[0.05, 0, 0.35, 0, 0.6, 0], [0.9, 0, 0, 0, 0.1, 0]],
                             [[0.1, 0, 0.3, 0, 0.6, 0], [0.99, 0, 0, 0, 0.01, 0]], META)["minority"]
     np.testing.assert_allclose(pairs, [[0.05, 0.1], [0.1, 0.01]])
@@ -111,18 +106,17 @@ def test_sampled_beliefs_and_cbc_agree_with_golden_11():
     assert m["cbc"].mean() == pytest.approx(SAMPLED["cbc"])
 
 
-def test_a_perfect_sampler_has_the_floors_jsd_and_a_coverage_of_one():
+def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
     rng, p, floors = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0]), {}
-    meta, target = {"classes": META["classes"]}, np.tile(p, (2000, 1))
     for k in (8, 32):
-        answers = [[(str(c), None, "") for c in rng.choice(6, k, p=p)] for _ in target]
-        m = answer_metrics(answers, target, meta)
+        answers = [[(str(c), None, "") for c in rng.choice(6, k, p=p)] for _ in range(2000)]
+        m = answer_metrics(answers, np.tile(p, (2000, 1)), {"classes": META["classes"]})
         floors[k] = m["sampling_floor"].mean()
         assert m["sampled_jsd"].mean() == pytest.approx(floors[k], rel=0.02)
-        assert m["coverage"].mean() == pytest.approx(1, abs=0.01)
     assert floors[8] > floors[32] > 0
-    m = answer_metrics([[("0", None, "")] * 8], p[None], meta)
-    assert m["coverage"] == pytest.approx(1 / (1 - (1 - p) ** 8).sum())
+    answers = [[(None, None, "junk")] * 8]               # where no class is off the scale
+    m = answer_metrics(answers, np.full((1, 5), 0.2), {"classes": list("12345")})
+    assert m["sampled_jsd"] == pytest.approx(np.sqrt(np.log(2)))
 
 
 def test_the_opinion_rule_takes_the_first_stance_phrase():
@@ -142,18 +136,9 @@ def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     assert parse_answer(text, meta) == parsed
 
 
-@pytest.mark.parametrize("rest", [".\n\nMore.", ". Question: What?", ".\n \nx"])
-def test_a_few_shot_answer_ends_where_the_model_asks_itself_the_next_question(rest):
-    assert parse_answer(f"\n\n 4<a>Yes{rest}", META, few_shot=True) == ("4", "a", "Yes.")
-
-
-def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale():
-    """Junk on ratings: the distance is the largest there is, and the coverage that of nothing."""
-    meta = {"classes": list("12345"), "off_scale": None}
-    answers = [[(None, None, "junk")] * 8, [("1", None, "x")] + [(None, None, "junk")] * 7]
-    m = answer_metrics(answers, np.full((2, 5), 0.2), meta)
-    assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["sampled_jsd"][1] > 0.7
-    assert m["coverage"].tolist() == pytest.approx([0, 1 / (5 * (1 - 0.8 ** 8))])
+def test_a_few_shot_answer_ends_where_the_model_asks_itself_the_next_question():
+    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):
+        assert parse_answer(f"\n\n 4<a>Yes{rest}", META, few_shot=True) == ("4", "a", "Yes.")
 
 
 def test_the_bootstrap_resamples_questions_not_rows():
@@ -166,8 +151,6 @@ def test_the_bootstrap_resamples_questions_not_rows():
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(50), rel=0.15)
     assert interval(np.array([np.nan, np.nan]), np.array([1, 2])) is None
     assert interval(np.ones(19), np.arange(19)) == [1, None, None]
-    assert evaluate.cell([0.5, None, None]).split() == ["0.500", "*"]
-    assert evaluate.cell([0.5, 0.4, 0.6]) == "0.500 ±0.100" and evaluate.cell(None) == "-"
 
 
 def test_seen_and_unseen_questions_groups_and_the_worst_of_them_are_kept_apart():
@@ -181,15 +164,17 @@ def test_seen_and_unseen_questions_groups_and_the_worst_of_them_are_kept_apart()
     assert out["worst group"]["rs"] is None
 
 
-def test_seeds_are_averaged_and_the_larger_interval_stands():
-    result = lambda v, half: {"seen": {"rows": 1, "jsd": [v, v - half, v + half], "cbc": None}}
-    merged = over_seeds({"out/a-seed0": result(1., 0.1), "out/b": result(5., 1),
-                         "out/a-seed1": result(3., 0.1)})
-    assert [*merged] == ["out/a (2 seeds)", "out/b"] and merged["out/b"] == result(5., 1)
+def test_seeds_are_averaged_and_the_larger_interval_stands(capsys):
     sd = np.sqrt(2)
-    assert merged["out/a (2 seeds)"]["seen"]["jsd"] == pytest.approx([2, 2 - sd, 2 + sd])
-    merged = over_seeds({f"a-seed{n}": result(v, 4) for n, v in enumerate((1., 3.))})
-    assert merged["a (2 seeds)"]["seen"]["jsd"] == pytest.approx([2, -2, 6])
+    assert mean_over_seeds([[1, 0.9, 1.1], [3, 2.9, 3.1]]) == pytest.approx([2, 2 - sd, 2 + sd])
+    assert mean_over_seeds([[1, -3, 5], [3, None, None]]) == pytest.approx([2, -2, 6])
+    assert mean_over_seeds([[1, None, None]]) == [1, 1, 1]
+    assert mean_over_seeds([[1, 0, 2], None]) is None
+    result = lambda *jsd: {"seen": {"rows": 1, "questions": 1, "jsd": jsd, "cbc": None}}
+    print_report({"a-seed0": result(1., 0.9, 1.1), "b": result(5., None, None),
+                  "a-seed1": result(3., 2.9, 3.1)})
+    lines = [x.split() for x in capsys.readouterr().out.splitlines()]
+    assert ["a", "(2", "seeds)", "2.000", "±1.414"] in lines and ["b", "5.000", "*"] in lines
 
 
 def test_paired_differences_are_narrower_than_two_intervals():
@@ -238,17 +223,21 @@ def test_two_processes_evaluate_as_one_does(runs, call):
 
 
 def test_what_cannot_be_measured_is_left_out_with_a_line(copied, call):
-    """A failed start, a file, a broken config and another's folder beside a good run; ASCII."""
-    cwd, (sft, _) = copied
+    """A failed start, a file, a broken config and a diverged model beside a good run; ASCII."""
+    cwd, (sft, diverged) = copied
     for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
         (cwd / "out" / name).mkdir()
         (cwd / "out" / name / "config.json").write_text(text)
         (cwd / "out" / name / "metrics.jsonl").write_text("")
     (cwd / "out/answers.jsonl").write_text("")
-    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", sft, "--samples", 0,
-            cwd=cwd, PYTHONIOENCODING="ascii")
+    model = load_model(cwd / diverged / "best")
+    torch.nn.init.constant_(model.ln_f.bias, float("nan"))
+    save_model(model, cwd / diverged / "best", 0)
+    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", sft, diverged,
+            "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
     assert "left out: out/begun is no finished run" in p.stderr
     assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and sft in p.stdout
+    assert f"left out: {diverged}: " in p.stderr and diverged not in p.stdout
     assert "JSD ?" in p.stdout and p.stdout.isascii()
     p = call(evaluate, "out/odd", cwd=cwd, check=2)
     assert len(p.stderr.strip().splitlines()) == 1
@@ -262,15 +251,6 @@ def test_margins_need_the_checkpoint_that_the_run_began_with(copied, call):
     assert "given_majority" not in saved(cwd, gdpo)["seen"]
 
 
-def test_a_model_without_any_probability_for_the_classes_is_one_line(copied, call):
-    cwd, (sft, _) = copied
-    model = load_model(cwd / sft / "best")
-    torch.nn.init.constant_(model.ln_f.bias, float("nan"))
-    save_model(model, cwd / sft / "best", 0)
-    p = call(evaluate, sft, "--samples", 0, cwd=cwd, check=2)
-    assert "diverged" in p.stderr and len(p.stderr.strip().splitlines()) == 1
-
-
 @pytest.mark.parametrize("args, message", [
     (["nowhere"], "nowhere is no finished run of train.py"),
     ([], "the following arguments are required: OUT"),
@@ -281,6 +261,8 @@ def test_a_model_without_any_probability_for_the_classes_is_one_line(copied, cal
     (["x", "--against", "y"], "--against y is none of the runs"),
     (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
     (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
+    (["x", "--belief", "4", "--shares", "1,0", "--ask", "Why?"], "give one"),
+    (["x", "--ask", " "], "question is empty"),
     (["chat:gpt-4o", "--ask", "Why?"], "which chat:MODEL does not give"),
     (["chat:"], "as in chat:gpt-4o")])
 def test_bad_input_is_one_line_and_exit_2(args, message, call, tmp_path):
@@ -384,11 +366,10 @@ def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, c
 
 @pytest.mark.parametrize("flags, message", [
     *[([f"--shares={x}"], f"--shares {x} must be 6 numbers that sum to 1") for x in (
-        "1", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5", "-1,1,0,0,0,1")],
+        "1", "0,0,0,0,0,x", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5", "-1,1,0,0,0,1")],
     (["--belief", "9<Great>"], "--belief '9<Great>' must be one of the classes 0, 1, 2, 3, 4, 5"),
     (["--belief", "4<Good>yes"], "must be one of the classes"),
-    (["--belief", "4", "--shares", "1,0,0,0,0,0"], "give one"),
-    (["--group", "Atlantis"], "--group must be one that"), (["--ask", " "], "question is empty")])
+    (["--group", "Atlantis"], "--group must be one that")])
 def test_what_does_not_fit_is_one_line(ask, flags, message):
     err = ask(*flags, check=2)
     assert message in err and len(err.strip().splitlines()) == 1
