@@ -16,7 +16,7 @@ import textwrap
 import unicodedata
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -91,10 +91,9 @@ def ordinal_metrics(q, p, meta):
 
 def preference_metrics(s, items, beta):
     """Do preferences follow from beliefs? {name: (B,)}; NaN where both beliefs are of one class.
-    h_b: the accepted answer's score less the rejected one's, both after belief b. flip: h > 0
-    after the accepted belief and < 0 after the rejected one. vote: squared error of the vote share
-    sum_b pi(b|x) sigmoid(h_b); the group's is p_w / (p_w + p_l) (arXiv 2506.06298). Scores are
-    log-probs; flip_r and vote_r take rewards, beta times the log-ratio to the reference."""
+    h_b: the accepted answer's log-prob less the rejected one's after belief b, or, for flip_r and
+    vote_r, its reward. flip: h > 0 after the accepted belief, < 0 after the rejected one. vote: how
+    far sum_b pi(b|x) sigmoid(h_b) is from p_w / (p_w + p_l), squared (arXiv 2506.06298)."""
     pair, out = torch.tensor([[i.accept, i.reject] for i in items]), {}
     belief = s.class_logps.double().gather(1, pair).softmax(-1)                       # (B, 2)
     scores = {"": s.logps} | ({} if s.ref is None else {"_r": beta * (s.logps - s.ref)})
@@ -210,9 +209,8 @@ def judge(client, model, asked, desc="judging"):
 
 
 def belief_preference_consistency(answers, rows, client, model):
-    """BPC (B, k): whether an LLM finds the announced belief in the response, or the announced class
-    in a review; and a line on failures, which are NaN. An answer without a belief or a response is
-    inconsistent, without asking."""
+    """BPC (B, k), whether an LLM finds the announced belief (of reviews: class) in the response,
+    and a line on failures, which are NaN. No belief or no response: 0, without asking."""
     reviews, asked = not rows[0].get("accept_choice"), {}
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (label, belief, response) in enumerate(parsed):
@@ -243,9 +241,8 @@ def check_judge(rows, client, model, n):
 
 
 def response_similarity(answers, rows, encode):
-    """RS (B, k): cosine of each response to the dataset's for the announced belief on the question:
-    the row's own or the first. 0 where the question has no such belief or the response is empty;
-    NaN where the dataset has no such response."""
+    """RS (B, k): cosine of each response to the dataset's for the announced belief, the row's own
+    or the first. 0 without a belief of the question or a response; NaN if the dataset has none."""
     known, pairs, rs = {}, {}, np.zeros((len(answers), len(answers[0])))
     for row, side in product(rows, ("accept", "reject")):
         belief, text = row.get(f"{side}_choice"), row[f"{side}_response"]
@@ -263,18 +260,14 @@ def response_similarity(answers, rows, encode):
     return rs
 
 
-def encode(texts, o, client, device):
-    """Unit vectors (N, C) of texts by the model of --embeddings."""
-    if o.embeddings.startswith("api:"):
-        return embed(client, texts, o.embeddings[4:])
-    return sentence_vectors(texts, find_checkpoint(o.embeddings), device)
-
-
 @torch.no_grad()
-def sentence_vectors(texts, folder, device="cpu"):
-    """Unit vectors (N, C) of texts by all-MiniLM-L6-v2, a small BERT: the mean of the last layer
-    over a text's tokens. ValueError for another kind of model."""
-    c, vocab = (read_json(Path(folder) / f"{name}.json") for name in ("config", "tokenizer"))
+def encode(texts, name, client=None, device="cpu"):
+    """Unit vectors (N, C) of texts by a server's model, as api:NAME, or by all-MiniLM-L6-v2, a
+    small BERT, whose last layer is averaged over a text's tokens."""
+    if name.startswith("api:"):
+        return embed(client, texts, name[4:])
+    folder = find_checkpoint(name)
+    c, vocab = (read_json(folder / f"{file}.json") for file in ("config", "tokenizer"))
     if (c.get("model_type"), c.get("hidden_act")) != ("bert", "gelu"):
         raise ValueError(f"{folder} is no BERT with exact GELUs: all-MiniLM-L6-v2 is one")
     w = {k.removeprefix("bert."): v.float().to(device) for k, v in read_weights(folder).items()}
@@ -323,12 +316,12 @@ def wordpiece(text, vocab, most=256):
 # Runs, intervals and tables
 
 load_once = lru_cache(load_dataset)    # the runs of a study share their dataset
+SEED = re.compile(r"-seed\d+$")        # runs whose folders differ only in it are one method
 
 
 def read_run(out, o):
-    """A run's flags with, as more attributes, the folder of its `weights`, the fingerprint of those
-    it `began` with, `meta` and `splits` of its dataset or --data, and the rows it `trained` on. A
-    checkpoint that is no run has the flags' defaults."""
+    """A run's flags (their defaults for a checkpoint that is no run), the folder of its `weights`,
+    the fingerprint that it `began` with, `meta` and `splits` to measure, rows it `trained` on."""
     r = Flags(data=o.data, dtype="bfloat16" if device_of(o.device) == "cuda" else "float32")
     r.weights, r.began, r.splits = out, None, {}
     r.meta = {"classes": list("012345"), "form": FORM}     # the opinion task's
@@ -351,9 +344,9 @@ def read_run(out, o):
 
 
 def measure(out, r, o, client, device):
-    """Measure a run by all that needs no judge, and save it. New in r: `rows`; `metrics` {name:
-    (B,), or (B, 2) for a ratio of sums}; `answers` [[(label, belief, response), ...], ...]; `seen`
-    (B,), whether training rows ask the question; `about`, more of eval.json."""
+    """Measure a run by all that needs no judge, and save it. New: r.metrics {name: (B,), or (B, 2)
+    for a ratio of sums}; r.answers [[(label, belief, response), ...], ...]; r.seen (B,), whether
+    training rows ask the question; r.about, the rest of eval.json."""
     r.rows, r.metrics, data = r.splits[o.split], {}, o.data or r.data
     if out.startswith("chat:"):
         texts = on_first_rank(lambda: chat_answers(out[5:], r, o, client))
@@ -380,8 +373,7 @@ def measure(out, r, o, client, device):
 
 
 def chat_answers(model, r, o, client):
-    """A chat model's answer to each row at temperature 0, after its few-shot context (Appendix E);
-    empty where the server refuses the prompt."""
+    """A chat model's answers, after few-shot context (Appendix E); empty where it refuses."""
     if not all(row.get("context") for row in r.rows):
         raise ValueError("the rows have no few-shot context: make them with `synth.py icf`")
     prompts = ["".join(row["context"]) + prompt_text(row, r.meta["form"]) for row in r.rows]
@@ -442,8 +434,7 @@ METRICS = {  # name -> (header, whose arrow says what is better; what it is, for
 
 def interval(values, questions):
     """[value, low, high]: the mean of values (B,), or the ratio of sums of values (B, 2), and its
-    95% bootstrap interval over questions, each drawn with all its rows. No interval under 20
-    questions, where the bootstrap is too narrow. None if all values are NaN."""
+    95% bootstrap interval over questions, each drawn with all its rows; None if all are NaN."""
     pairs = values if values.ndim == 2 else np.stack([values, np.ones(len(values))], 1)
     good = ~np.isnan(pairs).any(1)
     if not good.any():
@@ -451,7 +442,7 @@ def interval(values, questions):
     _, index = np.unique(np.asarray(questions)[good], return_inverse=True)
     top, bottom = (np.bincount(index, x) for x in pairs[good].T)      # sums by question
     n, value = len(top), float(top.sum() / bottom.sum())
-    if n < 20:
+    if n < 20:                                         # the interval would be too narrow
         return [value, None, None]
     picks = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)     # (2000, n)
     return [value, *np.percentile((picks @ top) / (picks @ bottom), [2.5, 97.5]).tolist()]
@@ -486,11 +477,6 @@ def differences(r, base, name):
             if part in ("unseen", "seen")}
 
 
-def method_of(out):
-    """Runs whose folders differ only in -seedN are of one method."""
-    return re.sub(r"-seed\d+$", "", out)
-
-
 def mean_over_seeds(values):
     """The mean of [value, low, high] of each seed; None if one has none. Its interval is the larger
     of the values' standard deviation and the mean half-width of their intervals."""
@@ -505,12 +491,12 @@ def over_seeds(results):
     """The results by run, where those of a method with more than one seed become one."""
     methods, out = {}, {}
     for name, result in results.items():
-        methods.setdefault(method_of(name), {})[name] = result
+        methods.setdefault(SEED.sub("", name), {})[name] = result
     for method, runs in methods.items():
         first, *others = runs.values()
-        out |= runs if not others else {f"{method} ({len(runs)} seeds)": {part: first[part] | {
-            k: mean_over_seeds([r.get(part, {}).get(k) for r in runs.values()]) for k in METRICS}
-            for part in first}}
+        mean = lambda part, k: mean_over_seeds([r.get(part, {}).get(k) for r in runs.values()])
+        out |= runs if not others else {f"{method} ({len(runs)} seeds)": {
+            part: values | {k: mean(part, k) for k in METRICS} for part, values in first.items()}}
     return out
 
 
@@ -545,8 +531,8 @@ def print_report(results):
 def ask(outs, o):
     """Put the questions of --ask to each model; print bars and answers, or JSON."""
     models = {out: open_model(out, o) for out in outs}
-    lines = chain.from_iterable(sys.stdin if text == "-" else [text] for text in o.ask)
-    for question in filter(None, map(str.strip, lines)):
+    lines = (line.strip() for text in o.ask for line in (sys.stdin if text == "-" else [text]))
+    for question in filter(None, lines):
         found = {out: opinion_of(question, r, o) for out, r in models.items()}
         if o.json:
             print(json.dumps({"question": question, "group": o.group, "models": found}), flush=True)
@@ -596,19 +582,16 @@ def opinion_of(question, r, o):
 def beliefs_to_speak(likeliest, meta, o):
     """The belief of each answer to sample: each class's likeliest, or --belief, or the likeliest of
     classes drawn from --shares. likeliest: a belief for each class."""
-    classes = meta["classes"]
-    if o.belief:
-        label, text, more = parse_answer(o.belief, meta)
+    classes, belief = meta["classes"], o.belief.strip()
+    if belief:
+        label, text, more = parse_answer(belief, meta)
         if not label or more:
             raise ValueError(f"--belief {o.belief!r} must be one of the classes "
                              f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
-        return [o.belief if text else likeliest[classes.index(label)]] * o.samples
+        return [belief if text else likeliest[classes.index(label)]] * o.samples
     if not o.shares:
         return [belief for belief in likeliest for _ in range(o.samples)]
-    try:
-        p = np.array(o.shares.split(","), float)
-    except ValueError:
-        p = np.zeros(0)
+    p = np.genfromtxt([o.shares], delimiter=",", ndmin=1)              # NaN for what is no number
     if len(p) != len(classes) or min(p) < 0 or not abs(p.sum() - 1) < 0.01:
         raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, for "
                          f"the classes {', '.join(classes)}")
@@ -668,7 +651,7 @@ def try_servers(rows, o, client, device):
     if o.judge:
         client.check(llm=o.judge)
     if o.embeddings:
-        encode(["test"], o, client, device)
+        encode(["test"], o.embeddings, client, device)
     if o.judge_check:
         print(check_judge(rows, client, o.judge, o.judge_check))
 
@@ -676,7 +659,7 @@ def try_servers(rows, o, client, device):
 def finish(runs, o, client, device):
     """Add RS and BPC as far as they are asked for, and print all tables."""
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
-    vectors = lambda texts: encode(texts, o, client, device)
+    vectors = lambda texts: encode(texts, o.embeddings, client, device)
     try:
         for out, r in runs.items():
             if o.embeddings and all(row.get("accept_choice") for row in r.rows):

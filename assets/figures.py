@@ -17,7 +17,7 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Parser, run
-from evaluate import METRICS, mean_over_seeds, method_of
+from evaluate import METRICS, SEED, mean_over_seeds
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 COLUMNS = ("jsd", "opinion", "cbc", "bpc", "rs", "flip", "w1", "sampled_jsd")      # of Table 2
@@ -74,25 +74,23 @@ def draw_jsd(ax, title, methods):
 
 def draw_bars(ax, metric, values):
     """Figure 5: JSD, and how often the answer expresses its belief."""
-    ax.bar([*values], [mean for mean, _ in values.values()], color=COLOURS[0], width=0.7,
-           yerr=[half for _, half in values.values()], capsize=3)
+    mean, low, high = np.transpose([*values.values()])
+    ax.bar([*values], mean, yerr=(high - low) / 2, color=COLOURS[0], width=0.7, capsize=3)
     ax.tick_params(axis="x", labelrotation=60, labelsize=8)
     ax.set_title(METRICS[metric][0])
 
 
-def measured(methods, metric):
-    """{method: (mean, half of its interval)} on unseen questions or, if there are none, on seen."""
-    parts = {method: [(r.get("unseen") or r["seen"]).get(metric) for _, _, r, _ in runs if r]
-             for method, runs in methods.items()}
-    means = {method: mean_over_seeds(values) for method, values in parts.items()}
-    return {method: (v[0], (v[2] - v[1]) / 2) for method, v in means.items() if v}
+def measured(runs, metric):
+    """[mean, low, high] over a method's runs, on unseen questions if there are any, or None."""
+    results = [result.get("unseen") or result["seen"] for _, _, result, _ in runs if result]
+    return mean_over_seeds([result.get(metric) for result in results])
 
 
 def tables(methods, values):
     """Table 2, a row per method and a column per metric, and Table 3, answers; Markdown."""
     rows = [["Table 2", *(METRICS[k][0] for k in values)], ["---"] * (len(values) + 1)]
-    rows += [[m, *("{:.3f} ± {:.3f}".format(*v[m]) if m in v else "" for v in values.values())]
-             for m in methods]
+    cell = lambda v: f"{v[0]:.3f} ± {(v[2] - v[1]) / 2:.3f}" if v else ""
+    rows += [[m, *(cell(v.get(m)) for v in values.values())] for m in methods]
     for prompt in dict.fromkeys(prompt for runs in methods.values() for prompt in runs[0][3]):
         rows += [[], ["Table 3", prompt], ["---", "---"]]
         rows += [[method, runs[0][3].get(prompt, "")] for method, runs in methods.items()]
@@ -105,20 +103,20 @@ def main():
     parser.add_argument("OUT", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--to", default="figures", type=Path, help="folder to write")
     o, methods = parser.parse_args(), {}
-    pyplot.switch_backend("Agg")
     pyplot.rcParams.update({"axes.titlesize": 9, "legend.fontsize": 8})
     for out in filter(Path.is_dir, o.OUT):
         try:
             found = read_run(out)
-            methods.setdefault(method_of(out.name), []).append(found)
+            methods.setdefault(SEED.sub("", out.name), []).append(found)
         except (OSError, ValueError, KeyError) as e:
             print(f"left out, no finished run: {out}: {e!r}", file=sys.stderr)
     if not methods:
         raise ValueError("none of these folders holds a finished run")
     tuned = {m: runs for m, runs in methods.items() if "joint_majority" in runs[0][1][0]}
-    panels = {"from the SFT checkpoint": tuned,
-              "SFT": {m: runs for m, runs in methods.items() if m not in tuned}}
-    values = {k: v for k in COLUMNS if (v := measured(methods, k))}
+    others = {m: runs for m, runs in methods.items() if m not in tuned}
+    panels = {"from the SFT checkpoint": tuned, "SFT": others}
+    values = {k: {m: v for m, runs in methods.items() if (v := measured(runs, k))} for k in COLUMNS}
+    values = {k: v for k, v in values.items() if v}
     bars = {k: values[k] for k in ("jsd", "bpc", "opinion", "cbc") if k in values}
     o.to.mkdir(parents=True, exist_ok=True)
     for name, draw, shown, width, height in (

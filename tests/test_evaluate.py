@@ -33,13 +33,6 @@ def runs(world, tmp_path_factory):
     return cwd, [f"out/{world.name}-{loss}-seed0" for loss in ("sft", "gdpo")]
 
 
-@pytest.fixture
-def copied(runs, tmp_path):
-    """The same, to break."""
-    shutil.copytree(runs[0] / "out", tmp_path / "out")
-    return tmp_path, runs[1]
-
-
 def saved(cwd, out):
     return json.loads((cwd / out / "eval.json").read_text())
 
@@ -95,15 +88,18 @@ def test_vote_and_flip_are_read_from_four_branches():
     s.ref = ref                                          # rewards
     assert preference_metrics(s, items, 0.5)["vote_r"][0] == vote(1, -0.5)
     ref[..., RESPONSE] = logps[1, :, RESPONSE]
-    m = preference_metrics(s, items, 0.5)
-    assert m["flip"][0] == 1 and m["flip_r"][0] == 0
+    assert preference_metrics(s, items, 0.5)["flip_r"][0] == 0
 
 
-def test_sampled_beliefs_and_cbc_agree_with_golden_11():
+def test_sampled_beliefs_and_cbc_agree_with_golden_11_and_opinion_takes_the_first_stance():
     answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
     m = answer_metrics(answers, np.array(SAMPLED["probabilities"]), META)
     np.testing.assert_allclose(m["sampled_jsd"], SAMPLED["sampled_jsd"], atol=1e-9)
     assert m["cbc"].mean() == pytest.approx(SAMPLED["cbc"])
+    meta = META | {"stances": {"not at all": "1", "mostly": "4"}}
+    texts = ("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.", "Mostly")
+    answers = [[parse_answer(t, meta) for t in texts]]
+    assert expressed_opinion(answers, meta).tolist() == [[1, 0, 0, 0]]
 
 
 def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
@@ -119,13 +115,6 @@ def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
     assert m["sampled_jsd"] == pytest.approx(np.sqrt(np.log(2)))
 
 
-def test_the_opinion_rule_takes_the_first_stance_phrase():
-    meta = META | {"stances": {"not at all": "1", "mostly": "4"}}
-    texts = ("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.", "Mostly")
-    answers = [[parse_answer(t, meta) for t in texts]]
-    assert expressed_opinion(answers, meta).tolist() == [[1, 0, 0, 0]]
-
-
 @pytest.mark.parametrize("text, parsed", [
     ("Well<a>b", ("Well", "a", "b")), ("4<a > b>so <i>", ("4", "a > b", "so <i>")),
     ("4<who knows>x", ("4", "who knows", "x")), ("4 stars", ("4", None, " stars")),
@@ -134,11 +123,8 @@ def test_the_opinion_rule_takes_the_first_stance_phrase():
 def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     meta = {"classes": ["Well", "We", "4"], "belief_to_class": {"a > b": "4", "a": "We"}}
     assert parse_answer(text, meta) == parsed
-
-
-def test_a_few_shot_answer_ends_where_the_model_asks_itself_the_next_question():
-    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):
-        assert parse_answer(f"\n\n 4<a>Yes{rest}", META, few_shot=True) == ("4", "a", "Yes.")
+    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):      # of few-shot prompts
+        assert parse_answer(f"\n\n 4<a>Yes{rest}", meta, few_shot=True) == ("4", "a", "Yes.")
 
 
 def test_the_bootstrap_resamples_questions_not_rows():
@@ -209,22 +195,20 @@ def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
     assert len(answers) == 20 and len(answers[0]["answers"]) == 2
     call(evaluate, gdpo, *FAST, cwd=cwd)
     assert saved(cwd, gdpo) == result
+    # two processes
+    texts = (cwd / gdpo / "samples.jsonl").read_text()
+    p = cli("evaluate.py", gdpo, *FAST, cwd=cwd, nproc=2)
+    assert (cwd / gdpo / "samples.jsonl").read_text() == texts and p.stdout.count("±: half") == 1
+    for k, v in saved(cwd, gdpo)["seen"].items():
+        assert result["seen"][k] == (pytest.approx(v, abs=1e-5) if isinstance(v, int) else
+                                     v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
 
 
-def test_two_processes_evaluate_as_one_does(runs, call):
-    cwd, (_, out) = runs
-    call(evaluate, out, *FAST, cwd=cwd)
-    one, texts = saved(cwd, out), (cwd / out / "samples.jsonl").read_text()
-    p = cli("evaluate.py", out, *FAST, cwd=cwd, nproc=2)
-    assert (cwd / out / "samples.jsonl").read_text() == texts and p.stdout.count("±: half") == 1
-    for k, v in saved(cwd, out)["seen"].items():
-        assert one["seen"][k] == (pytest.approx(v, abs=1e-5) if isinstance(v, int) else
-                                  v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
-
-
-def test_what_cannot_be_measured_is_left_out_with_a_line(copied, call):
-    """A failed start, a file, a broken config and a diverged model beside a good run; ASCII."""
-    cwd, (sft, diverged) = copied
+def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, tmp_path):
+    """A failed start, a file, a broken config and a diverged model beside a good run whose first
+    checkpoint was trained again; in ASCII."""
+    cwd, (diverged, gdpo) = tmp_path, runs[1]
+    shutil.copytree(runs[0] / "out", cwd / "out")
     for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
         (cwd / "out" / name).mkdir()
         (cwd / "out" / name / "config.json").write_text(text)
@@ -233,22 +217,15 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(copied, call):
     model = load_model(cwd / diverged / "best")
     torch.nn.init.constant_(model.ln_f.bias, float("nan"))
     save_model(model, cwd / diverged / "best", 0)
-    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", sft, diverged,
+    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", gdpo, diverged,
             "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
     assert "left out: out/begun is no finished run" in p.stderr
-    assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and sft in p.stdout
+    assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and gdpo in p.stdout
+    assert "no reference, no margins" in p.stderr and "given maj" not in p.stdout
     assert f"left out: {diverged}: " in p.stderr and diverged not in p.stdout
     assert "JSD ?" in p.stdout and p.stdout.isascii()
     p = call(evaluate, "out/odd", cwd=cwd, check=2)
     assert len(p.stderr.strip().splitlines()) == 1
-
-
-def test_margins_need_the_checkpoint_that_the_run_began_with(copied, call):
-    cwd, (sft, gdpo) = copied
-    shutil.copytree(cwd / gdpo / "best", cwd / sft / "best", dirs_exist_ok=True)
-    p = call(evaluate, gdpo, "--samples", 0, cwd=cwd)
-    assert "no reference, no margins" in p.stderr
-    assert "given_majority" not in saved(cwd, gdpo)["seen"]
 
 
 @pytest.mark.parametrize("args, message", [
@@ -283,13 +260,9 @@ def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path)
     for out in outs:
         assert f"| {out[4:-6]} | {saved(cwd, out)['unseen']['jsd'][0]:.3f} ±" in text
     assert text.count("Table 3") == 3 and (tmp_path / "f/jsd.png").stat().st_size > 10_000
-
-
-def test_a_missing_matplotlib_is_one_line(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     p = cli("assets/figures.py", "x", cwd=tmp_path, check=1, PYTHONPATH=str(tmp_path))
-    assert p.stderr.strip() == (
-        "figures.py: error: the figures need matplotlib: pip install matplotlib")
+    assert p.stderr == "figures.py: error: the figures need matplotlib: pip install matplotlib\n"
 
 
 # --ask
@@ -355,13 +328,14 @@ def test_it_is_shown_in_80_columns_of_plain_text(runs, call, world):
 
 
 def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, call, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("How is tea?\nHow is rum?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How is tea?\n\nHow is rum?\n"))
     checkpoint = f"{runs[1][0]}/best"
-    p = call(evaluate, checkpoint, "--json", "--ask", cwd=runs[0])
+    shutil.copytree(runs[0] / checkpoint, runs[0] / "bare", dirs_exist_ok=True)
+    p = call(evaluate, checkpoint, "bare", "--json", "--ask", cwd=runs[0])
     found = [json.loads(x) for x in p.stdout.splitlines()]
     assert [x["question"] for x in found] == ["How is tea?", "How is rum?"]
-    assert found[0]["models"][checkpoint]["classes"] == list("012345")
-    assert found[0]["models"][checkpoint]["group_shares"] is None
+    one, other = found[0]["models"].values()
+    assert one == other and one["classes"] == list("012345") and one["group_shares"] is None
 
 
 @pytest.mark.parametrize("flags, message", [

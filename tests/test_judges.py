@@ -14,8 +14,8 @@ from test_evaluate import FAST, saved
 
 import evaluate
 import synth
-from evaluate import (belief_preference_consistency, check_judge, judge, response_similarity,
-                      sentence_vectors, wordpiece)
+from evaluate import (belief_preference_consistency, check_judge, encode, judge,
+                      response_similarity, wordpiece)
 
 client, runs = test_client.client, test_evaluate.runs
 ROWS = [{"prompt": "How is it?", "options": ["Good", "Bad"], "question_id": "q",
@@ -39,13 +39,10 @@ def test_bpc_asks_appendix_h_and_counts_failures_as_null(server, client):
     assert prompt(server.requests[0]).startswith(
         "For the following QA pair, does the answer express the opinion of the selection: Good\n\n"
         "Question: How is it?\n\nAnswer: ")
-
-
-def test_reviews_are_judged_in_three_classes(server, client):
+    # reviews, in three classes
     server.answer = lambda r: (200, completion(prompt(r).split("comment: ")[1]))
-    row = {"prompt": "Film", "options": list("12345")}
     answers = [[(label, None, said) for label, said in zip([*"12354", None], "112311")]]
-    bpc, _ = belief_preference_consistency(answers, [row], client(), "j")
+    bpc, _ = belief_preference_consistency(answers, [{"prompt": "Film"}], client(), "j")
     np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, 0]])
 
 
@@ -86,19 +83,19 @@ def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
     assert line == ("k: 1 of 5 judgements failed (one: 'no idea'), more than 5%: no mean is given")
 
 
-def test_rows_without_ratings_are_refused_before_anything_is_measured(runs, call, server):
-    server.answer = lambda r: (200, completion("yes"))
-    p = call(evaluate, runs[1][0], "--judge", "j", "--judge_check", 5, "--base_url", server.url,
-             cwd=runs[0], check=2)
-    assert "--judge_check is for reviews" in p.stderr and len(server.requests) <= 1
-
-
 def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(runs, call, server, monkeypatch):
-    """A wrong key before anything is measured; a server that is lost midway after all is kept."""
+    """A wrong key or rows without ratings before anything is measured; a server that is lost midway
+    after all is kept."""
     cwd, (_, out) = runs
     monkeypatch.setattr(evaluate, "sample_rows", lambda model, items, *rest: [
         ["4<Approve>Mostly."] * 2 for _ in items])
     (cwd / out / "eval.json").unlink(missing_ok=True)
+    server.answer = lambda r: (200, completion("yes"))
+    p = call(evaluate, out, *FAST, "--judge", "j", "--judge_check", 5, "--base_url", server.url,
+             cwd=cwd, check=2)
+    assert "--judge_check is for reviews" in p.stderr and not (cwd / out / "eval.json").exists()
+    server.requests.clear()
+    (cwd / "out/answers.jsonl").unlink()
     words = {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}
     for good in (0, 2):
         server.answer = lambda r: (
@@ -132,7 +129,7 @@ def bert(tmp_path_factory):
     return folder, model
 
 
-def test_the_sentence_encoder_agrees_with_transformers(bert):
+def test_the_sentence_encoder_agrees_with_transformers(bert, tmp_path):
     from tokenizers import Tokenizer
     folder, theirs = bert
     rng, alphabet = random.Random(0), (
@@ -143,18 +140,15 @@ def test_the_sentence_encoder_agrees_with_transformers(bert):
     vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert [t for t in texts if wordpiece(t, vocab, 10 ** 6) != oracle.encode(t).ids] == []
     texts = [t for t in texts if t.strip()][:7] + ["the film", "a " * 200]
-    for text, vector in zip(texts, sentence_vectors(texts, folder)):
+    for text, vector in zip(texts, encode(texts, str(folder))):
         with torch.no_grad():
             mean = theirs(torch.tensor([wordpiece(text, vocab)])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(torch.from_numpy(vector), mean / mean.norm(), rtol=1e-4,
                                    atol=1e-5)
-
-
-def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_act": "relu"}')
     with pytest.raises(ValueError, match="is no BERT with exact GELUs"):
-        sentence_vectors(["x"], tmp_path)
+        encode(["x"], str(tmp_path))
 
 
 def test_rs_compares_with_a_response_of_the_announced_belief():
