@@ -5,19 +5,19 @@
     python evaluate.py out/* --judge gpt-4o-mini --embeddings sentence-transformers/all-MiniLM-L6-v2
     python evaluate.py gpt2-large chat:gpt-4o --data data/usa-icf     # few-shot prompting
 
-Fifth in reading order. Prints tables, and writes the same numbers to OUT/eval.json and the sampled
-answers to OUT/samples.jsonl; works under torchrun. A new metric is an array over the rows and a
-name in METRICS. Letters: B rows, K belief classes, k answers to a row. NaN: not for this row.
+Fifth in reading order. Prints tables; OUT/eval.json holds the same numbers, OUT/samples.jsonl the
+sampled answers. Works under torchrun. A new metric is an array over the rows and a name in METRICS.
+Letters: B rows, K belief classes, k answers to a row. NaN: not for this row.
 """
 import json
 import re
 import sys
 import textwrap
 import unicodedata
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 from data import (FORM, SPLITS, Parser, add_flags, class_ids, dataset_name, encode_rows,
@@ -46,8 +46,7 @@ class Config:
     ask: list = None             # questions to ask; without one: the lines of standard input
 
 
-SERVER = ("base_url", "concurrency", "timeout", "max_tokens", "extra", "usd_in", "usd_out",
-          "max_usd")
+SERVER = [field.name for field in fields(Chat) if field.name not in ("llm", "temperature")]
 
 
 def flags():
@@ -70,8 +69,8 @@ import torch.nn.functional as F
 
 from losses import RESPONSE
 from model import fingerprint, read_weights
-from train import (autocast, belief_metrics, device_of, gather, jsd, leave, load_checkpoint,
-                   margins, on_first_rank, rank_and_size, say, score_rows, setup)
+from train import (Config as Flags, autocast, belief_metrics, device_of, gather, jsd, leave,
+                   load_checkpoint, margins, on_first_rank, rank_and_size, say, score_rows, setup)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,10 +91,9 @@ def ordinal_metrics(q, p, meta):
 
 def preference_metrics(s, items, beta):
     """Do preferences follow from beliefs? {name: (B,)}; NaN where both beliefs are of one class.
-    h_b: the accepted answer's score less the rejected one's, both after belief b. flip: h > 0
-    after the accepted belief and < 0 after the rejected one. vote: squared error of the vote share
-    sum_b pi(b|x) sigmoid(h_b); the group's is p_w / (p_w + p_l) (arXiv 2506.06298). Scores are
-    log-probs; flip_r and vote_r take rewards, beta times the log-ratio to the reference."""
+    h_b: the accepted answer's log-prob less the rejected one's after belief b, or, for flip_r and
+    vote_r, its reward. flip: h > 0 after the accepted belief, < 0 after the rejected one. vote: how
+    far sum_b pi(b|x) sigmoid(h_b) is from p_w / (p_w + p_l), squared (arXiv 2506.06298)."""
     pair, out = torch.tensor([[i.accept, i.reject] for i in items]), {}
     belief = s.class_logps.double().gather(1, pair).softmax(-1)                       # (B, 2)
     scores = {"": s.logps} | ({} if s.ref is None else {"_r": beta * (s.logps - s.ref)})
@@ -126,20 +124,20 @@ def sample_rows(model, items, tokenizer, o, dtype):
     list of lists of texts. The randomness of an answer depends only on the seed, row and number."""
     rank, size = rank_and_size()
     order = sorted(range(len(items)), key=lambda i: len(items[i].prompt))[rank::size]
-    jobs, new = [(i, k) for i in order for k in range(o.samples)], {}
+    jobs, texts = [(i, k) for i in order for k in range(o.samples)], {}
     # Keys and values may take half of the GPU's free memory, or 4 GB of a CPU's.
     room = torch.cuda.mem_get_info()[0] / 2 if model.head.is_cuda else 4e9
-    tokens = min(max(len(i.prompt) for i in items) + o.max_new_tokens, model.cfg.n_ctx)
-    row = 2 * model.cfg.n_layer * model.cfg.n_embd * tokens * (2 if dtype == "bfloat16" else 4)
-    batch = max(1, min(512, int(room / row)) // o.samples) * o.samples     # a row's share a prefill
+    longest = max(len(i.prompt) for i in items) + o.max_new_tokens
+    batch = int(room / (8 * model.cfg.n_layer * model.cfg.n_embd * longest))
+    batch = max(1, min(512, batch) // o.samples) * o.samples           # a row's share a prefill
     for start in progress(range(0, len(jobs), batch), desc="sampling", disable=rank > 0, delay=1):
         part = jobs[start:start + batch]
         with autocast(model.head.device, dtype):
             ids = model.generate([items[i].prompt for i, _ in part], o.max_new_tokens, 1.0,
                                  tokenizer.eos, [(o.seed, items[i].row, k) for i, k in part],
                                  tokenizer.n_tokens)
-        new |= zip(part, map(tokenizer.decode, ids))
-    texts = dict(gather([*new.items()]))
+        texts |= zip(part, map(tokenizer.decode, ids))
+    texts = dict(gather([*texts.items()]))
     return [[texts[i, k] for k in range(o.samples)] for i in range(len(items))]
 
 
@@ -167,17 +165,14 @@ def expressed_opinion(answers, meta):
 
 
 def answer_metrics(answers, target, meta):
-    """{name: (B,)} of parsed answers [[(label, belief, response), ...], ...]; target (B, K). cbc
-    (section 5.1.1): how often the belief belongs to the class before it. coverage: of the group's
-    classes, as a ratio to a perfect model's, whose sampled JSD is sampling_floor."""
+    """{name: (B,)} of parsed answers [[(label, belief, response), ...], ...]; target (B, K)."""
     k, p, rng = len(answers[0]), target / target.sum(-1, keepdims=True), np.random.default_rng(0)
     # Without a label an answer is off the scale. Where no class is, it is of one that nobody holds.
     labels = [[label or meta.get("off_scale") for label, _, _ in x] for x in answers]
-    counts = np.array([[x.count(c) for c in (*meta["classes"], None)] for x in labels], float)
+    counts = np.array([[x.count(c) for c in (*meta["classes"], None)] for x in labels])
     out = {"sampled_jsd": jsd(counts, np.pad(p, ((0, 0), (0, 1)))),
-           "sampling_floor": np.mean([jsd(rng.multinomial(k, p), p) for _ in range(64)], axis=0),
-           "coverage": ((counts[:, :-1] > 0) & (p > 0)).sum(-1) / (1 - (1 - p) ** k).sum(-1)}
-    if to_class := meta.get("belief_to_class"):
+           "sampling_floor": np.mean([jsd(rng.multinomial(k, p), p) for _ in range(64)], axis=0)}
+    if to_class := meta.get("belief_to_class"):        # CBC, section 5.1.1
         out["cbc"] = np.array([np.mean([str(to_class.get(belief, "")) == label
                                         for label, belief, _ in x]) for x in answers])
     if meta.get("stances"):
@@ -189,113 +184,112 @@ def answer_metrics(answers, target, meta):
 # Judges of the responses: an LLM (BPC), a sentence encoder (RS)
 
 YES_OR_NO = re.compile(r"(?i)[\W_]*(?:answer[\W_]+)?(yes|no)\b(?![\s,]*(/|or\b|and\b|yes\b|no\b))")
-THREE = {"1": 1, "2": 1, "3": 2, "4": 3, "5": 3}       # Appendix H: ratings in three classes
+THREE = dict(zip("12345", "11233"))    # Appendix H: ratings in three classes
 
 
 def judge(client, model, asked, desc="judging"):
-    """Ask an LLM about [(question, belief or None, answer), ...] with the prompts of Appendix H ->
-    (values (n,), a line on failures). A value is 1.0 or 0.0, whether the answer expresses the
-    belief; without beliefs a review's rating, 1.0 to 3.0. NaN: failed, or more than 5% did."""
-    name, values = ("expresses", {"Yes": 1.0, "No": 0.0}) if asked and asked[0][1] else (
-        "rating", {"1": 1.0, "2": 2.0, "3": 3.0})
+    """Ask an LLM about [(question, belief, answer), ...] with the prompts of Appendix H: whether
+    the answer expresses the belief or, if that is None, the rating that a review gives. Returns a
+    list of labels, None where the judge failed, all None if more than 5% are; and a line on it."""
+    name, labels = ("expresses", ["Yes", "No"]) if asked and asked[0][1] else ("rating", [*"123"])
     prompts = [PROMPTS[name].format(question=q, belief=b, answer=a) for q, b, a in asked]
-    replies = chat(client, prompts, desc, closed(answer={"enum": [*values]}), llm=model,
+    replies = chat(client, prompts, desc, closed(answer={"enum": labels}), llm=model,
                    temperature=0.0, max_tokens=64)
-    found, unread = np.full(len(asked), np.nan), ""
-    for n, (text, ended) in enumerate(replies):
+    found, unread = [], ""
+    for text, ended in replies:
         words = YES_OR_NO.match(text)
-        label = read_label(text, [*values]) or words and words[1].title()
-        if ended != "refused":                         # chat() has shown the refused prompts
-            found[n] = values.get(label, np.nan)
-            unread = f" (one: {text!r:.80})" if np.isnan(found[n]) else unread
-    failed = int(np.isnan(found).sum())
-    line = f"{model}: {failed} of {len(found)} judgements failed{unread}"
-    if failed <= 0.05 * len(found):
-        return found, line
-    return np.full(len(found), np.nan), f"{line}, more than 5%: no mean is given"
+        label = read_label(text, labels) or words and words[1].title()
+        found.append(label if label in labels and ended != "refused" else None)
+        if not found[-1] and ended != "refused":       # chat() has shown the refused prompts
+            unread = f" (one: {text!r:.80})"
+    line = f"{model}: {found.count(None)} of {len(found)} judgements failed{unread}"
+    if found.count(None) > 0.05 * len(found):
+        return [None] * len(found), f"{line}, more than 5%: no mean is given"
+    return found, line
 
 
 def belief_preference_consistency(answers, rows, client, model):
-    """(BPC (B, k): whether an LLM finds the announced belief in the response, a line on failures).
-    An answer without a belief or a response is inconsistent, without asking."""
-    texts, bpc = bool(rows[0].get("accept_choice")), np.zeros((len(answers), len(answers[0])))
-    asked = {(i, k): (row["prompt"], belief if texts else None, response)
-             for i, (row, parsed) in enumerate(zip(rows, answers))
-             for k, (label, belief, response) in enumerate(parsed)
-             if (belief if texts else label) and response.strip()}
-    values, line = judge(client, model, [*asked.values()])
-    if asked and np.isnan(values).all():
-        return np.full_like(bpc, np.nan), line
-    for (i, k), value in zip(asked, values):           # a review's rating must be the class's
-        bpc[i, k] = value if texts or np.isnan(value) else value == THREE.get(answers[i][k][0])
+    """BPC (B, k), whether an LLM finds the announced belief (of reviews: class) in the response,
+    and a line on failures, which are NaN. No belief or no response: 0, without asking."""
+    reviews, asked = not rows[0].get("accept_choice"), {}
+    for i, (row, parsed) in enumerate(zip(rows, answers)):
+        for k, (label, belief, response) in enumerate(parsed):
+            if (label if reviews else belief) and response.strip():
+                asked[i, k] = row["prompt"], None if reviews else belief, response
+    found, line = judge(client, model, [*asked.values()])
+    bpc = np.full((len(answers), len(answers[0])), np.nan if {*found} == {None} else 0.0)
+    for (i, k), label in zip(asked, found):
+        expected = THREE.get(answers[i][k][0]) if reviews else "Yes"
+        bpc[i, k] = label == expected if label else np.nan
     return bpc, line
 
 
 def check_judge(rows, client, model, n):
     """How well the judge tells the ratings of n labelled reviews (Appendix H): a line to print."""
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:n]]
-    truth = np.array([THREE.get(str(r["accept_choice_id"]), 0) for r in rows])
-    if 0 in truth or rows[0].get("accept_choice"):
+    truth = [THREE.get(str(row["accept_choice_id"])) for row in rows]
+    if None in truth or rows[0].get("accept_choice"):
         raise ValueError("--judge_check is for reviews, whose classes are the ratings 1 to 5")
     found, line = judge(client, model, [("", None, r["accept_response"]) for r in rows], "checking")
-    found, truth, f1 = found[~np.isnan(found)], truth[~np.isnan(found)], 0.0
-    if not len(found):
+    pairs, f1 = np.array([pair for pair in zip(found, truth) if pair[0]]), 0.0
+    if not len(pairs):
         return line
-    for c in (1, 2, 3):                                # weighted by how often a class is true
-        hits, both = ((found == c) & (truth == c)).sum(), (found == c).sum() + (truth == c).sum()
-        f1 += 2 * hits / max(1, both) * (truth == c).mean()
-    return f"{line}; in 3 classes accuracy {(found == truth).mean():.3f}, weighted F1 {f1:.3f}"
+    for told, true in ((pairs == c).T for c in "123"):   # weighted by how often a class is true
+        f1 += true.mean() * 2 * (told & true).sum() / max(1, told.sum() + true.sum())
+    hits = (pairs[:, 0] == pairs[:, 1]).mean()
+    return f"{line}; in 3 classes accuracy {hits:.3f}, weighted F1 {f1:.3f}"
 
 
 def response_similarity(answers, rows, encode):
-    """RS (B, k): cosine of each response to the dataset's for the announced belief on the question:
-    the row's own or the first. 0 where the question has no such belief or the response is empty;
-    NaN where the dataset has no such response."""
-    known, pairs, out = {}, {}, np.zeros((len(answers), len(answers[0])))
-    for row in rows:
-        for side in ("accept", "reject"):
-            same = known.setdefault((question_of(row), row.get(f"{side}_choice")), {})
-            same.setdefault(row["prompt"], row[f"{side}_response"])
+    """RS (B, k): cosine of each response to the dataset's for the announced belief, the row's own
+    or the first. 0 without a belief of the question or a response; NaN if the dataset has none."""
+    known, pairs, rs = {}, {}, np.zeros((len(answers), len(answers[0])))
+    for row, side in product(rows, ("accept", "reject")):
+        belief, text = row.get(f"{side}_choice"), row[f"{side}_response"]
+        known.setdefault((row["prompt"], belief), text)
+        known.setdefault((question_of(row), belief), text)             # in any wording
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (_, belief, response) in enumerate(parsed):
             if belief in row["options"] and response.strip():
-                same = known.get((question_of(row), belief), {"": ""})
-                pairs[i, k] = response, same.get(row["prompt"], next(iter(same.values())))
+                first = known.get((question_of(row), belief))
+                pairs[i, k] = response, known.get((row["prompt"], belief), first)
     texts = list(dict.fromkeys(text for pair in pairs.values() for text in pair if text))
     vectors = dict(zip(texts, encode(texts))) if texts else {}
-    for (i, k), (a, b) in pairs.items():
-        out[i, k] = vectors[a] @ vectors[b] if b else np.nan
-    return out
+    for at, (response, theirs) in pairs.items():
+        rs[at] = vectors[response] @ vectors[theirs] if theirs else np.nan
+    return rs
 
 
-def sentence_encoder(folder, device="cpu"):
-    """all-MiniLM-L6-v2, a small BERT -> a function from texts to unit vectors (N, C), the mean of
-    the last layer over a text's tokens. ValueError for another kind of model."""
-    c, vocab = (read_json(Path(folder) / f"{name}.json") for name in ("config", "tokenizer"))
+@torch.no_grad()
+def encode(texts, name, client=None, device="cpu"):
+    """Unit vectors (N, C) of texts by a server's model, as api:NAME, or by all-MiniLM-L6-v2, a
+    small BERT, whose last layer is averaged over a text's tokens."""
+    if name.startswith("api:"):
+        return embed(client, texts, name[4:])
+    folder = find_checkpoint(name)
+    c, vocab = (read_json(folder / f"{file}.json") for file in ("config", "tokenizer"))
     if (c.get("model_type"), c.get("hidden_act")) != ("bert", "gelu"):
         raise ValueError(f"{folder} is no BERT with exact GELUs: all-MiniLM-L6-v2 is one")
-    weights = {k.removeprefix("bert."): v.float().to(device)
-               for k, v in read_weights(Path(folder)).items()}
-    w = lambda name: (weights[f"{name}.weight"], weights[f"{name}.bias"])
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], *w(name), c["layer_norm_eps"])
-
-    @torch.no_grad()
-    def vector(text):                                  # one by one: nothing is padded
+    w = {k.removeprefix("bert."): v.float().to(device) for k, v in read_weights(folder).items()}
+    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"],
+                                        c["layer_norm_eps"])
+    heads = lambda x: x.unflatten(1, (c["num_attention_heads"], -1)).transpose(0, 1)  # (H, T, D)
+    table = lambda name: w[f"embeddings.{name}_embeddings.weight"]
+    vectors = []
+    for text in texts:                                 # one by one: nothing is padded
         ids = torch.tensor(wordpiece(text, vocab["model"]["vocab"]), device=device)
-        words, places, kinds = (weights[f"embeddings.{x}_embeddings.weight"]
-                                for x in ("word", "position", "token_type"))
-        x = norm(words[ids] + places[:len(ids)] + kinds[0], "embeddings.LayerNorm")   # (T, C)
+        x = table("word")[ids] + table("position")[:len(ids)] + table("token_type")[0]    # (T, C)
+        x = norm(x, "embeddings.LayerNorm")
         for at in (f"encoder.layer.{i}" for i in range(c["num_hidden_layers"])):
-            q, k, v = (F.linear(x, *w(f"{at}.attention.self.{name}")).unflatten(
-                1, (c["num_attention_heads"], -1)).transpose(0, 1)
-                       for name in ("query", "key", "value"))                         # (H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
-            y = F.linear(y, *w(f"{at}.attention.output.dense"))
+            qkv = (heads(linear(x, f"{at}.attention.self.{k}")) for k in ("query", "key", "value"))
+            y = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)
+            y = linear(y, f"{at}.attention.output.dense")
             x = norm(x + y, f"{at}.attention.output.LayerNorm")
-            y = F.gelu(F.linear(x, *w(f"{at}.intermediate.dense")))
-            x = norm(x + F.linear(y, *w(f"{at}.output.dense")), f"{at}.output.LayerNorm")
-        return F.normalize(x.mean(0), dim=0).cpu()
-    return lambda texts: torch.stack([vector(text) for text in texts]).numpy()
+            y = F.gelu(linear(x, f"{at}.intermediate.dense"))
+            x = norm(x + linear(y, f"{at}.output.dense"), f"{at}.output.LayerNorm")
+        vectors.append(F.normalize(x.mean(0), dim=0).cpu())
+    return torch.stack(vectors).numpy()
 
 
 MARK = r"[\p{P}$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]"
@@ -308,107 +302,109 @@ def wordpiece(text, vocab, most=256):
     text = regex.sub(r"(?V1)\p{Mn}|[\p{C}--[\t\n\r]]|\ufffd", "", text)   # accents, controls
     ids = [vocab["[CLS]"]]
     for word in regex.findall(rf"{MARK}|(?:(?!{MARK})\S)+", text):
-        pieces, start = [], 0
-        while start < len(word) <= 100:
-            ends = (e for e in range(len(word), start, -1)
-                    if "##" * (start > 0) + word[start:e] in vocab)
-            end = next(ends, 101)
-            pieces.append(vocab.get("##" * (start > 0) + word[start:end]))
-            start = end
-        ids += pieces if pieces and None not in pieces else [vocab["[UNK]"]]
+        pieces, prefix = [None] if len(word) > 100 else [], ""
+        while word and None not in pieces:
+            ends = (n for n in range(len(word), 0, -1) if prefix + word[:n] in vocab)
+            end = next(ends, 1)
+            pieces.append(vocab.get(prefix + word[:end]))
+            word, prefix = word[end:], "##"
+        ids += [vocab["[UNK]"]] if None in pieces else pieces
     return ids[:most - 1] + [vocab["[SEP]"]]
 
 
 # ---------------------------------------------------------------------------------------------
 # Runs, intervals and tables
 
+load_once = lru_cache(load_dataset)    # the runs of a study share their dataset
+SEED = re.compile(r"-seed\d+$")        # runs whose folders differ only in it are one method
+
+
 def read_run(out, o):
-    """What must be known of a run: some of its flags, "weights", the folder to load, and "began",
-    the fingerprint of the weights it began with. A checkpoint that is no run gets defaults."""
-    plain = {"loss": "", "form": "", "init": "", "beta": 1.0, "max_length": 0, "overlong": "error",
-             "dtype": "bfloat16" if device_of(o.device) == "cuda" else "float32", "data": o.data}
-    log, weights = Path(out, "metrics.jsonl"), Path(out, o.checkpoint)
+    """A run's flags (their defaults for a checkpoint that is no run), the folder of its `weights`,
+    the fingerprint that it `began` with, `meta` and `splits` to measure, rows it `trained` on."""
+    r = Flags(data=o.data, dtype="bfloat16" if device_of(o.device) == "cuda" else "float32")
+    r.weights, r.began, r.splits = out, None, {}
+    r.meta = {"classes": list("012345"), "form": FORM}     # the opinion task's
+    folder, weights = Path(out), Path(out, o.checkpoint)
     if o.ask and not o.data and Path(out, "../metrics.jsonl").is_file():          # OUT/best
-        log, weights = Path(out, "../metrics.jsonl"), out
-    if not log.is_file() and (o.data or o.ask):
-        return plain | {"weights": out}
-    try:
-        read_json(Path(weights, "config.json"))
-        config, began = read_json(log.with_name("config.json")), read_text(log).split("\n")[0]
-        config |= {"weights": weights, "began": json.loads(began)["init"]}
-        return {k: config[k] for k in (*plain, "weights", "began")}
-    except (LookupError, TypeError, ValueError, OSError) as e:
-        raise ValueError(f"{out} is no finished run of train.py ({e!r}): finish it with --resume; "
-                         "a checkpoint or chat:MODEL needs --data") from None
+        folder, weights = Path(out, ".."), Path(out)
+    if Path(folder, "metrics.jsonl").is_file() or not (o.data or o.ask):
+        try:
+            read_json(weights / "config.json")
+            began = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])["init"]
+            vars(r).update(read_json(folder / "config.json"), weights=weights, began=began)
+        except (LookupError, TypeError, ValueError, OSError) as e:
+            raise ValueError(f"{out} is no finished run of train.py ({e!r}): finish it with "
+                             "--resume; a checkpoint or chat:MODEL needs --data") from None
+    if o.data or r.data:
+        splits = SPLITS if o.ask else ("train", "eval", o.split)
+        r.meta, r.splits = load_once(o.data or r.data, splits, r.form)
+        r.trained = load_once(r.data, splits, r.form)[1]["train"]
+    return r
 
 
-def measure(out, o, device, client):
-    """All that needs no judge: rows, metrics {name: (B,), or (B, 2) for a ratio of sums}, answers
-    [[(label, belief, response), ...], ...], seen (B,), whether training rows ask the question, and
-    `about`, which goes to eval.json as it is."""
-    config = read_run(out, o)
-    data = o.data or config["data"]
-    meta, splits = load_dataset(data, {"train", "eval", o.split}, config["form"])
-    rows, trained = splits[o.split], splits["train"]
-    if data != config["data"]:
-        trained = load_dataset(config["data"], ("train",), config["form"])[1]["train"]
+def measure(out, r, o, client, device):
+    """Measure a run by all that needs no judge, and save it. New: r.metrics {name: (B,), or (B, 2)
+    for a ratio of sums}; r.answers [[(label, belief, response), ...], ...]; r.seen (B,), whether
+    training rows ask the question; r.about, the rest of eval.json."""
+    r.rows, r.metrics, data = r.splits[o.split], {}, o.data or r.data
     if out.startswith("chat:"):
-        metrics, texts = {}, on_first_rank(lambda: chat_answers(out[5:], rows, meta, o, client))
+        texts = on_first_rank(lambda: chat_answers(out[5:], r, o, client))
     else:
-        metrics, rows, texts = measure_weights(out, rows, meta, config, o, device)
-    answers = [[parse_answer(text, meta, few_shot=bool(row.get("context"))) for text in k]
-               for row, k in zip(rows, texts)]
-    target, known = (np.array([row["probabilities"] for row in x]) for x in (rows, splits["eval"]))
-    if answers:
-        metrics |= answer_metrics(answers, target, meta)
+        texts = measure_weights(out, r, o, device)
+    r.answers = [[parse_answer(text, r.meta, few_shot=bool(row.get("context"))) for text in k]
+                 for row, k in zip(r.rows, texts)]
+    target, known = (np.array([row["probabilities"] for row in rows])
+                     for rows in (r.rows, r.splits["eval"]))
+    if r.answers:
+        r.metrics |= answer_metrics(r.answers, target, r.meta)
     wordings = lambda row: {question_of(row), normal(row["prompt"])}
-    trained = set().union(*map(wordings, trained))
-    seen = np.array([bool(wordings(row) & trained) for row in rows])
-    folder = Path(out) if config["loss"] else Path(
-        "out", f"{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}")
-    about = {"split": o.split, "checkpoint": o.checkpoint, "data": data, "reference_jsd": {
+    trained = set().union(*map(wordings, r.trained))
+    r.seen = np.array([bool(wordings(row) & trained) for row in r.rows])
+    name = f"out/{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
+    r.folder = Path(out if r.began else name)
+    r.about = {"split": o.split, "checkpoint": o.checkpoint, "data": data, "reference_jsd": {
         k: float(jsd(q, known).mean()) for k, q in reference_distributions(known).items()}}
-    r = SimpleNamespace(folder=folder, rows=rows, metrics=metrics, answers=answers, seen=seen,
-                        about=about)
     if rank_and_size()[0] == 0:
-        lines = [{"prompt": row["prompt"], "answers": k} for row, k in zip(rows, texts)]
-        write(folder / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        lines = [{"prompt": row["prompt"], "answers": k} for row, k in zip(r.rows, texts)]
+        write(r.folder / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
         save(r)
     return r
 
 
-def chat_answers(model, rows, meta, o, client):
-    """A chat model's answer to each row at temperature 0, after its few-shot context (Appendix E);
-    empty where the server refuses the prompt."""
-    if not all(row.get("context") for row in rows):
+def chat_answers(model, r, o, client):
+    """A chat model's answers, after few-shot context (Appendix E); empty where it refuses."""
+    if not all(row.get("context") for row in r.rows):
         raise ValueError("the rows have no few-shot context: make them with `synth.py icf`")
-    prompts = ["".join(row["context"]) + prompt_text(row, meta["form"]) for row in rows]
+    prompts = ["".join(row["context"]) + prompt_text(row, r.meta["form"]) for row in r.rows]
     replies = chat(client, prompts, model, llm=model, temperature=0.0, max_tokens=o.max_new_tokens)
     return [["" if ended == "refused" else text] for text, ended in replies]
 
 
-def measure_weights(out, rows, meta, config, o, device):
-    """(metrics, rows that fit the context, sampled texts) of a run, or of a checkpoint as it is."""
-    model, tokenizer = load_checkpoint(config["weights"], device)
-    limit = min(config["max_length"] or model.cfg.n_ctx, model.cfg.n_ctx)
-    items = encode_rows(rows, tokenizer, meta, limit, config["overlong"], f"{out}, {o.split} rows")
+def measure_weights(out, r, o, device):
+    """Measure the probabilities of a model on the rows that fit its context, which become r.rows;
+    returns the answers that it samples, as texts."""
+    model, tokenizer = load_checkpoint(r.weights, device)
+    limit = min(r.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
+    items = encode_rows(r.rows, tokenizer, r.meta, limit, r.overlong, f"{out}, {o.split} rows")
+    r.rows = [r.rows[i.row] for i in items]
     score = lambda model: score_rows(model, items, ("chosen", "own", "given", "flip"),
-                                     class_ids(tokenizer, meta["classes"]), config["dtype"])
+                                     class_ids(tokenizer, r.meta["classes"]), r.dtype)
     s = score(model)
-    q, target = s.class_logps.double().exp().numpy(), s.target.numpy()
-    metrics = belief_metrics(s) | ordinal_metrics(q, target, meta)
-    texts = sample_rows(model, items, tokenizer, o, config["dtype"]) if o.samples else []
-    if config["init"]:
+    q = s.class_logps.double().exp().numpy()
+    r.metrics = belief_metrics(s) | ordinal_metrics(q, s.target.numpy(), r.meta)
+    texts = sample_rows(model, items, tokenizer, o, r.dtype) if o.samples else []
+    if r.init:
         try:
-            reference, _ = load_checkpoint(config["init"], device)
-            if fingerprint(reference) != config["began"]:
-                raise ValueError(f"{config['init']} was trained again since")
+            reference, _ = load_checkpoint(r.init, device)
+            if fingerprint(reference) != r.began:
+                raise ValueError(f"{r.init} was trained again since")
             s.ref = score(reference).logps
-            metrics |= margins(s, items, config["beta"])
+            r.metrics |= margins(s, items, r.beta)
         except (ValueError, OSError) as e:
             say(f"{out}: no reference, no margins: {e}")
-    metrics |= preference_metrics(s, items, config["beta"])
-    return metrics, [rows[i.row] for i in items], texts
+    r.metrics |= preference_metrics(s, items, r.beta)
+    return texts
 
 
 def save(r):
@@ -430,7 +426,6 @@ METRICS = {  # name -> (header, whose arrow says what is better; what it is, for
     "class_mass": ("mass ↑", "probability of all class tokens together"),
     "sampled_jsd": ("sampled ↓", "JSD of the sampled classes"),
     "sampling_floor": ("its floor", "the sampled JSD of a perfect model"),
-    "coverage": ("coverage →1", "the group's classes among the samples, over a perfect model's"),
     "given_majority": ("given maj ↑", "margin (nats) given the majority's belief; GDPO trains it"),
     "given_minority": ("given min ↑", "the same given the belief of the smallest part"),
     "joint_majority": ("joint maj", "margin of the majority's belief and answer; DPO trains it"),
@@ -439,8 +434,7 @@ METRICS = {  # name -> (header, whose arrow says what is better; what it is, for
 
 def interval(values, questions):
     """[value, low, high]: the mean of values (B,), or the ratio of sums of values (B, 2), and its
-    95% bootstrap interval over questions, each drawn with all its rows. No interval under 20
-    questions, where the bootstrap is too narrow. None if all values are NaN."""
+    95% bootstrap interval over questions, each drawn with all its rows; None if all are NaN."""
     pairs = values if values.ndim == 2 else np.stack([values, np.ones(len(values))], 1)
     good = ~np.isnan(pairs).any(1)
     if not good.any():
@@ -448,7 +442,7 @@ def interval(values, questions):
     _, index = np.unique(np.asarray(questions)[good], return_inverse=True)
     top, bottom = (np.bincount(index, x) for x in pairs[good].T)      # sums by question
     n, value = len(top), float(top.sum() / bottom.sum())
-    if n < 20:
+    if n < 20:                                         # the interval would be too narrow
         return [value, None, None]
     picks = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)     # (2000, n)
     return [value, *np.percentile((picks @ top) / (picks @ bottom), [2.5, 97.5]).tolist()]
@@ -472,36 +466,47 @@ def summary(r, metrics):
     return out
 
 
-def over_seeds(results):
-    """Runs whose folders differ only in -seedN -> one method: the mean over seeds; its interval is
-    the larger of their standard deviation and the mean half-width of their intervals."""
-    def merged(values):
-        halves = [(high - low) / 2 for _, low, high in values if low is not None]
-        mean, sd = np.mean([v[0] for v in values]), np.std([v[0] for v in values], ddof=1)
-        half = max(sd, np.mean(halves or [0]))
-        return [mean, mean - half, mean + half]
+def differences(r, base, name):
+    """A run's paired differences to another one on the same rows, as more parts of its tables."""
+    if base is None or base is r or base.rows != r.rows:
+        return {}
+    # Of a ratio of sums, the numerators' difference over the same denominator.
+    metrics = {k: v - base.metrics[k] * (1 if v.ndim == 1 else [1, 0])
+               for k, v in r.metrics.items() if k in base.metrics}
+    return {f"{part}, difference to {name}": v for part, v in summary(r, metrics).items()
+            if part in ("unseen", "seen")}
 
+
+def mean_over_seeds(values):
+    """The mean of [value, low, high] of each seed; None if one has none. Its interval is the larger
+    of the values' standard deviation and the mean half-width of their intervals."""
+    if not values or not all(values):
+        return None
+    means, halves = [v[0] for v in values], [(v[2] - v[1]) / 2 for v in values if v[1] is not None]
+    half = max(np.std(means, ddof=int(len(means) > 1)), np.mean(halves or [0]))
+    return [np.mean(means), np.mean(means) - half, np.mean(means) + half]
+
+
+def over_seeds(results):
+    """The results by run, where those of a method with more than one seed become one."""
     methods, out = {}, {}
     for name, result in results.items():
-        methods.setdefault(re.sub(r"-seed\d+$", "", name), {})[name] = result
+        methods.setdefault(SEED.sub("", name), {})[name] = result
     for method, runs in methods.items():
         first, *others = runs.values()
-        out |= runs if not others else {f"{method} ({len(runs)} seeds)": {part: first[part] | {
-            k: merged([r[part][k] for r in runs.values()]) for k in METRICS
-            if all(r.get(part, {}).get(k) for r in runs.values())} for part in first}}
+        mean = lambda part, k: mean_over_seeds([r.get(part, {}).get(k) for r in runs.values()])
+        out |= runs if not others else {f"{method} ({len(runs)} seeds)": {
+            part: values | {k: mean(part, k) for k in METRICS} for part, values in first.items()}}
     return out
-
-
-def cell(v):
-    if not v:
-        return "-"
-    return f"{v[0]:.3f} " + (f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}")
 
 
 def print_report(results):
     """For each part a line per run, in blocks of 100 characters, and what the columns mean."""
     results, shown = over_seeds(results), {}
     width = min(30, max(map(len, results)))
+    per_block = (100 - width) // 14
+    half = lambda v: f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}"
+    cell = lambda v: f"{v[0]:.3f} {half(v)}" if v else "-"
     for part in dict.fromkeys(part for r in results.values() for part in r):
         runs = {name: r[part] for name, r in results.items() if part in r}
         columns = [k for k in METRICS if any(r.get(k) for r in runs.values())]
@@ -509,8 +514,7 @@ def print_report(results):
         first = next(iter(runs.values()))              # the worst group has no rows of its own
         size = f": {first['rows']} rows, {first['questions']} questions" if "rows" in first else ""
         print(f"\n{part}{size}")
-        for start in range(0, len(columns), (100 - width) // 14):
-            block = columns[start:start + (100 - width) // 14]
+        for block in (columns[n:n + per_block] for n in range(0, len(columns), per_block)):
             print("\n" + " " * width + "".join(f" {METRICS[k][0]:>13}" for k in block))
             for name, r in runs.items():
                 print(f"{name[-width:]:{width}}" + "".join(f" {cell(r.get(k)):>13}" for k in block))
@@ -527,9 +531,9 @@ def print_report(results):
 def ask(outs, o):
     """Put the questions of --ask to each model; print bars and answers, or JSON."""
     models = {out: open_model(out, o) for out in outs}
-    lines = (filter(str.strip, sys.stdin) if text == "-" else [text] for text in o.ask)
-    for question in map(str.strip, chain.from_iterable(lines)):
-        found = {out: opinion_of(question, *model, o) for out, model in models.items()}
+    lines = (line.strip() for text in o.ask for line in (sys.stdin if text == "-" else [text]))
+    for question in filter(None, lines):
+        found = {out: opinion_of(question, r, o) for out, r in models.items()}
         if o.json:
             print(json.dumps({"question": question, "group": o.group, "models": found}), flush=True)
         else:
@@ -537,47 +541,22 @@ def ask(outs, o):
 
 
 def open_model(out, o):
-    """(model, tokenizer, meta, rows) of a run, or of a checkpoint, as if for the opinion task."""
-    config, meta, rows = read_run(out, o), {"classes": list("012345"), "form": FORM}, []
-    if data := o.data or config["data"]:
-        meta, splits = load_dataset(data, SPLITS, config["form"])
-        rows = sum(splits.values(), [])
-    groups = {r["group"] for r in rows if r.get("group")}
-    if (o.group or "{group}" in meta["form"]) and o.group not in groups:
+    """A run, or a checkpoint as if for the opinion task, with its `model` and `tokenizer`."""
+    r = read_run(out, o)
+    r.rows = sum(r.splits.values(), [])
+    groups = {row["group"] for row in r.rows if row.get("group")}
+    if (o.group or "{group}" in r.meta["form"]) and o.group not in groups:
         raise ValueError(f"--group must be one that {out} was trained for: "
                          f"{', '.join(sorted(groups)) or 'there is none'}")
-    return *load_checkpoint(config["weights"], device_of(o.device)), meta, rows
-
-
-def beliefs_to_speak(likeliest, o):
-    """The belief of each answer to sample: each class's likeliest, or --belief, or the likeliest of
-    classes drawn from --shares. likeliest: {class: belief that begins with it}."""
-    classes, drawn = [*likeliest], np.repeat(np.arange(len(likeliest)), o.samples)
-    if o.belief:
-        label, _, text = o.belief.strip().partition("<")
-        if label not in classes or text and not text.endswith(">"):
-            raise ValueError(f"--belief {o.belief!r} must be one of the classes "
-                             f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
-        return [o.belief.strip() if text else likeliest[label]] * o.samples
-    if o.shares:
-        try:
-            p = np.array(o.shares.split(","), float)
-        except ValueError:
-            p = np.full(1, np.nan)
-        if len(p) != len(classes) or min(p) < 0 or not abs(p.sum() - 1) < 0.01:
-            raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, "
-                             f"for the classes {', '.join(classes)}")
-        drawn = np.random.default_rng(o.seed).choice(len(p), len(drawn), p=p / p.sum())
-    return [likeliest[classes[i]] for i in sorted(drawn)]
+    r.model, r.tokenizer = load_checkpoint(r.weights, device_of(o.device))
+    return r
 
 
 @torch.no_grad()
-def opinion_of(question, model, tokenizer, meta, rows, o):
+def opinion_of(question, r, o):
     """What a model believes about a question, read in float32, and what it says: a dict."""
-    if not question:
-        raise ValueError("--ask: a question is empty")
-    prompt = tokenizer.encode(prompt_text({"prompt": question, "group": o.group}, meta["form"]))
-    classes = meta["classes"]
+    model, tokenizer, classes = r.model, r.tokenizer, r.meta["classes"]
+    prompt = tokenizer.encode(prompt_text({"prompt": question, "group": o.group}, r.meta["form"]))
 
     def generate(starts, temperature):
         ids = model.generate([prompt + tokenizer.encode(x) for x in starts], o.max_new_tokens,
@@ -591,23 +570,42 @@ def opinion_of(question, model, tokenizer, meta, rows, o):
     if not torch.isfinite(logps).all():
         raise FloatingPointError("the model's log-probs are not finite: its training diverged")
     # The likeliest text of a belief is what the model writes greedily after the class.
-    texts = [parse_answer(c + x, meta)[1] for c, x in zip(classes, generate(classes, 0))]
-    starts = beliefs_to_speak({c: f"{c}<{x}>" if x else c for c, x in zip(classes, texts)}, o)
-    shares, group = logps.softmax(-1).tolist(), group_shares(question, rows, o.group)
+    texts = [parse_answer(c + x, r.meta)[1] for c, x in zip(classes, generate(classes, 0))]
+    beliefs = [f"{c}<{x}>" if x else c for c, x in zip(classes, texts)]
+    starts = beliefs_to_speak(beliefs, r.meta, o)
+    shares, group = logps.softmax(-1).tolist(), group_shares(question, r.rows, o.group)
     return {"classes": classes, "beliefs": texts, "shares": shares, "group_shares": group,
             "class_mass": float(logps.exp().sum()), "jsd": group and float(jsd(shares, group)),
             "answers": [*zip(starts, generate(starts, 1.0))]}
 
 
+def beliefs_to_speak(likeliest, meta, o):
+    """The belief of each answer to sample: each class's likeliest, or --belief, or the likeliest of
+    classes drawn from --shares. likeliest: a belief for each class."""
+    classes, belief = meta["classes"], o.belief.strip()
+    if belief:
+        label, text, more = parse_answer(belief, meta)
+        if not label or more:
+            raise ValueError(f"--belief {o.belief!r} must be one of the classes "
+                             f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
+        return [belief if text else likeliest[classes.index(label)]] * o.samples
+    if not o.shares:
+        return [belief for belief in likeliest for _ in range(o.samples)]
+    p = np.genfromtxt([o.shares], delimiter=",", ndmin=1)              # NaN for what is no number
+    if len(p) != len(classes) or min(p) < 0 or not abs(p.sum() - 1) < 0.01:
+        raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, for "
+                         f"the classes {', '.join(classes)}")
+    drawn = np.random.default_rng(o.seed).choice(len(p), len(p) * o.samples, p=p / p.sum())
+    return [likeliest[i] for i in sorted(drawn)]
+
+
 def group_shares(question, rows, group):
-    """The group's shares of the question that has these words or, whatever is said before and
-    after it, one of these sentences. None if the dataset has no such question, or several."""
-    prompts = [(f" {normal(row['prompt'])} ", tuple(row["probabilities"])) for row in rows
-               if group in ("", row.get("group"))]
-    for text in map(normal, (question, *re.split("[.:?!]+", question))):
-        fit = {shares for prompt, shares in prompts if f" {text} " in prompt}
-        if len(fit) == 1 and text.count(" ") > 1:
-            return [*fit.pop()]
+    """The group's shares of the one question of the dataset that has these words, whatever is said
+    before and after them. None if there is no such question, or more than one."""
+    words = f" {normal(question)} "
+    fit = {tuple(row["probabilities"]) for row in rows
+           if group in ("", row.get("group")) and words in f" {normal(row['prompt'])} "}
+    return [*fit.pop()] if len(fit) == 1 and len(words.split()) > 2 else None
 
 
 def print_opinions(question, found):
@@ -616,59 +614,56 @@ def print_opinions(question, found):
         raise ValueError("these models have different classes: ask them one by one")
     clean = lambda text: "".join(c if c.isprintable() else " " for c in text)
     bar = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
-    columns = {}                                       # models of one group: its line once
-    for out, f in found.items():
-        if f["group_shares"]:
-            columns["the group", *f["group_shares"]] = [""] * len(f["classes"])
-        columns[str(Path(*Path(out).parts[-2:])), *f["shares"]] = f["beliefs"]
     print("\n" + textwrap.fill(clean(question), 80))
-    for i, label in enumerate(f["classes"]):
-        for (name, *shares), texts in columns.items():
-            print(f"{label:6.6} {name[-20:]:20} {shares[i]:.2f} {bar * round(20 * shares[i]):20} "
-                  f"{clean(texts[i] or ''):.26}".rstrip())
+    for i, label in enumerate(next(iter(found.values()))["classes"]):
+        lines = {}                                     # models of one group: its line once
+        for out, f in found.items():
+            if f["group_shares"]:
+                lines["the group", f["group_shares"][i]] = ""
+            lines[str(Path(*Path(out).parts[-2:]))[-20:], f["shares"][i]] = f["beliefs"][i] or ""
+        for (name, share), text in lines.items():
+            print(f"{label:6.6} {name:20} {share:.2f} {bar * round(20 * share):20} "
+                  f"{clean(text):.26}".rstrip())
             label = ""
     for out, f in found.items():
         print(f"\n{out}" + (f", JSD to the group {f['jsd']:.3f}:" if f["group_shares"] else ":"))
         for answer in f["answers"]:
-            print(textwrap.fill(clean(" ".join(answer)), 80, initial_indent="  ",
-                                subsequent_indent="      "))
+            print(textwrap.fill("  " + clean(" ".join(answer)), 80, subsequent_indent=" " * 6))
 
 
-def measure_all(outs, o, client, device):
-    """Measure the runs, then print all tables. What cannot be measured is left out with a line."""
-    runs, problems, encoder = {}, [], []
-    on_first_rank(lambda: encoder.append(try_servers(o, client, device)))
+def each(action, outs):
+    """{out: action(out)}. A run that cannot be measured is left out with a line."""
+    done, problems = {}, []
     for out in outs:
         try:
-            runs[out] = measure(out, o, device, client)
+            done[out] = action(out)
         except (ValueError, OSError, FloatingPointError) as e:
             problems.append(str(e) if out in str(e) else f"{out}: {e}")
-    if not runs:
+    if not done:
         raise ValueError(problems[0])
     for problem in problems:
         say("left out:", problem)
-    on_first_rank(lambda: finish(runs, o, client, *encoder))
+    return done
 
 
-def try_servers(o, client, device):
-    """Try judge and encoder before hours of other work; the function from texts to vectors."""
+def try_servers(rows, o, client, device):
+    """Find out whether judge and encoder work, before hours of other work."""
     if o.judge:
         client.check(llm=o.judge)
-    if o.embeddings.startswith("api:"):
-        embed(client, ["test"], o.embeddings[4:])
-        return lambda texts: embed(client, texts, o.embeddings[4:])
-    return sentence_encoder(find_checkpoint(o.embeddings), device) if o.embeddings else None
+    if o.embeddings:
+        encode(["test"], o.embeddings, client, device)
+    if o.judge_check:
+        print(check_judge(rows, client, o.judge, o.judge_check))
 
 
-def finish(runs, o, client, encode):
+def finish(runs, o, client, device):
     """Add RS and BPC as far as they are asked for, and print all tables."""
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
+    vectors = lambda texts: encode(texts, o.embeddings, client, device)
     try:
-        if o.judge_check:
-            print(check_judge(next(iter(runs.values())).rows, client, o.judge, o.judge_check))
         for out, r in runs.items():
-            if encode and all(row.get("accept_choice") for row in r.rows):
-                r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, encode))
+            if o.embeddings and all(row.get("accept_choice") for row in r.rows):
+                r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, vectors))
             if o.judge:
                 bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
                 r.metrics["bpc"], r.about["judged"] = mean(bpc), line
@@ -677,17 +672,6 @@ def finish(runs, o, client, encode):
     finally:                                           # even if a judge fails
         print_report({out: summary(r, r.metrics) | differences(r, runs.get(o.against), o.against)
                       for out, r in runs.items()})
-
-
-def differences(r, base, name):
-    """A run's paired differences to another one on the same rows, as more parts of its tables."""
-    if base is None or base is r or base.rows != r.rows:
-        return {}
-    # Of a ratio of sums, the numerators' difference over the same denominator.
-    metrics = {k: v - base.metrics[k] * (1 if v.ndim == 1 else [1, 0])
-               for k, v in r.metrics.items() if k in base.metrics}
-    return {f"{part}, difference to {name}": v for part, v in summary(r, metrics).items()
-            if part in ("unseen", "seen")}
 
 
 def main():
@@ -703,6 +687,7 @@ def main():
             ((o.judge or o.embeddings) and not o.samples, "--judge, --embeddings need --samples"),
             (o.judge_check and not o.judge, "--judge_check needs a --judge"),
             (o.against and o.against not in outs, f"--against {o.against} is none of the runs"),
+            ("" in map(str.strip, o.ask or ()), "--ask: a question is empty"),
             ((o.belief or o.shares or o.group or o.json) and not o.ask,
              "--belief, --shares, --group and --json need --ask"),
             (o.belief and o.shares, "--belief holds a belief, --shares draws it: give one"),
@@ -712,8 +697,13 @@ def main():
             raise ValueError(words)
     if o.ask:
         return ask(outs, o)
+    device = setup(device_of(o.device))
     client = Client(server, Path(outs[0]).parent / "answers.jsonl")
-    measure_all(outs, o, client, setup(device_of(o.device)))
+    runs = each(lambda out: read_run(out, o), outs)
+    rows = next(iter(runs.values())).splits[o.split]
+    on_first_rank(lambda: try_servers(rows, o, client, device))
+    runs = each(lambda out: measure(out, runs[out], o, client, device), runs)
+    on_first_rank(lambda: finish(runs, o, client, device))
     leave()
 
 

@@ -4,17 +4,23 @@
 
 Runs whose folders differ only in -seedN are one method: the mean over seeds, and their spread.
 """
-import argparse
 import json
-import re
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+try:
+    from matplotlib import pyplot
+except ImportError:
+    sys.exit("figures.py: error: the figures need matplotlib: pip install matplotlib")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Parser, run
+from evaluate import METRICS, SEED, mean_over_seeds
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
-METRICS = {"jsd": "JSD ↓", "opinion": "opinion ↑", "cbc": "CBC ↑", "bpc": "BPC ↑", "rs": "RS ↑",
-           "flip": "flip ↑", "w1": "W1 ↓", "sampled_jsd": "sampled ↓", "coverage": "coverage →1"}
+COLUMNS = ("jsd", "opinion", "cbc", "bpc", "rs", "flip", "w1", "sampled_jsd")      # of Table 2
 
 
 def read_run(out):
@@ -39,60 +45,52 @@ def plot_curve(ax, runs, metric, **style):
     ax.set_xlabel("training examples")
 
 
-def draw_margins(methods, axes):
-    """Figures 2 and 3: a panel per method, majority against minority, of the margin it trains."""
-    for ax, (method, runs) in zip(axes, methods.items()):
-        kind, words = ("given", "answer given the belief") if "gdpo" in runs[0][0] else (
-            "joint", "belief and answer")
-        for side, colour, dash in zip(("majority", "minority"), COLOURS, "-:"):
-            plot_curve(ax, runs, f"{kind}_{side}", color=colour, linestyle=dash, label=side)
-        ax.axhline(0, color="0.6", linewidth=0.8)
-        ax.set_title(f"{method}: {words}", fontsize=9)
-    axes[0].set_ylabel("reward margin (nats)")
-    axes[0].legend(fontsize=8)
+def draw_margins(ax, method, runs):
+    """Figures 2 and 3: majority against minority, of the margin that the method trains."""
+    given = "gdpo" in runs[0][0]
+    for side, colour, dash in zip(("majority", "minority"), COLOURS, "-:"):
+        plot_curve(ax, runs, f"{'given' if given else 'joint'}_{side}", color=colour,
+                   linestyle=dash, label=side)
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set_title(f"{method}: {'answer given the belief' if given else 'belief and answer'}")
+    ax.set_ylabel("reward margin (nats)")
+    ax.legend()
 
 
-def draw_jsd(panels, axes):
+def draw_jsd(ax, title, methods):
     """Figure 4: JSD over training; dashed: what a model without training would have, if it fits."""
-    for ax, (title, methods) in zip(axes, panels.items()):
-        for n, (method, runs) in enumerate(methods.items()):
-            plot_curve(ax, runs, "jsd", color=COLOURS[n % 8], marker="osD^v<>*"[n % 8],
-                       linestyle=["-", "--", "-."][n // 8 % 3], markersize=4, label=method)
-        top = 1.05 * ax.get_ylim()[1]
-        found = next((r[2] for runs in methods.values() for r in runs if r[2]), {})
-        for name, value in found.get("reference_jsd", {}).items():
-            if value < top:
-                ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
-                ax.text(1.01, value / top, name, transform=ax.transAxes, fontsize=8, va="center")
-        ax.set(ylim=(0, top), ylabel="mean Jensen-Shannon distance (eval split)")
-        ax.set_title(title, fontsize=9)
-        ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    for n, (method, runs) in enumerate(methods.items()):
+        plot_curve(ax, runs, "jsd", color=COLOURS[n % 8], marker="osD^v<>*"[n % 8],
+                   linestyle=["-", "--", "-."][n // 8 % 3], markersize=4, label=method)
+    top = 1.05 * ax.get_ylim()[1]
+    found = [result for runs in methods.values() for _, _, result, _ in runs if result]
+    for name, value in found[0]["reference_jsd"].items() if found else ():
+        if value < top:
+            ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
+            ax.text(1.01, value / top, name, transform=ax.transAxes, fontsize=8, va="center")
+    ax.set(ylim=(0, top), ylabel="mean Jensen-Shannon distance (eval split)", title=title)
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+
+
+def draw_bars(ax, metric, values):
+    """Figure 5: JSD, and how often the answer expresses its belief."""
+    mean, low, high = np.transpose([*values.values()])
+    ax.bar([*values], mean, yerr=(high - low) / 2, color=COLOURS[0], width=0.7, capsize=3)
+    ax.tick_params(axis="x", labelrotation=60, labelsize=8)
+    ax.set_title(METRICS[metric][0])
 
 
 def measured(runs, metric):
-    """(mean, half of its interval) on unseen questions if there are any; of seeds, their standard
-    deviation if that is larger. None where it is missing."""
-    found = [(r[2].get("unseen") or r[2]["seen"]).get(metric) for r in runs if r[2]]
-    if not found or not all(found):
-        return None
-    means, halves = [v[0] for v in found], [(v[2] - v[1]) / 2 for v in found if v[1] is not None]
-    return np.mean(means), max(np.mean(halves or [0]), np.std(means, ddof=int(len(means) > 1)))
-
-
-def draw_bars(bars, axes):
-    """Figure 5: JSD, and how often the answer expresses its belief."""
-    for ax, (metric, values) in zip(axes, bars.items()):
-        means, halves = zip(*values.values())
-        ax.bar([*values], means, yerr=halves, color=COLOURS[0], width=0.7, capsize=3)
-        ax.tick_params(axis="x", labelrotation=60, labelsize=8)
-        ax.set_title(METRICS[metric], fontsize=9)
+    """[mean, low, high] over a method's runs, on unseen questions if there are any, or None."""
+    results = [result.get("unseen") or result["seen"] for _, _, result, _ in runs if result]
+    return mean_over_seeds([result.get(metric) for result in results])
 
 
 def tables(methods, values):
     """Table 2, a row per method and a column per metric, and Table 3, answers; Markdown."""
-    rows = [["Table 2", *(METRICS[k] for k in values)], ["---"] * (len(values) + 1)]
-    rows += [[m, *("{:.3f} ± {:.3f}".format(*v[m]) if m in v else "" for v in values.values())]
-             for m in methods]
+    rows = [["Table 2", *(METRICS[k][0] for k in values)], ["---"] * (len(values) + 1)]
+    cell = lambda v: f"{v[0]:.3f} ± {(v[2] - v[1]) / 2:.3f}" if v else ""
+    rows += [[m, *(cell(v.get(m)) for v in values.values())] for m in methods]
     for prompt in dict.fromkeys(prompt for runs in methods.values() for prompt in runs[0][3]):
         rows += [[], ["Table 3", prompt], ["---", "---"]]
         rows += [[method, runs[0][3].get(prompt, "")] for method, runs in methods.items()]
@@ -101,46 +99,41 @@ def tables(methods, values):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("OUT", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--to", default="figures", type=Path, help="folder to write")
     o, methods = parser.parse_args(), {}
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        sys.exit("figures.py: error: the figures need matplotlib: pip install matplotlib")
-    pyplot.switch_backend("Agg")
+    pyplot.rcParams.update({"axes.titlesize": 9, "legend.fontsize": 8})
     for out in filter(Path.is_dir, o.OUT):
         try:
-            run = read_run(out)
-            methods.setdefault(re.sub(r"-seed\d+$", "", out.name), []).append(run)
+            found = read_run(out)
+            methods.setdefault(SEED.sub("", out.name), []).append(found)
         except (OSError, ValueError, KeyError) as e:
             print(f"left out, no finished run: {out}: {e!r}", file=sys.stderr)
     if not methods:
-        sys.exit("figures.py: error: none of these folders holds a finished run")
+        raise ValueError("none of these folders holds a finished run")
     tuned = {m: runs for m, runs in methods.items() if "joint_majority" in runs[0][1][0]}
-    panels = {"from the SFT checkpoint": tuned,
-              "SFT": {m: runs for m, runs in methods.items() if m not in tuned}}
-    panels = {title: shown for title, shown in panels.items() if shown}
-    values = {k: {m: v for m, runs in methods.items() if (v := measured(runs, k))} for k in METRICS}
+    others = {m: runs for m, runs in methods.items() if m not in tuned}
+    panels = {"from the SFT checkpoint": tuned, "SFT": others}
+    values = {k: {m: v for m, runs in methods.items() if (v := measured(runs, k))} for k in COLUMNS}
     values = {k: v for k, v in values.items() if v}
     bars = {k: values[k] for k in ("jsd", "bpc", "opinion", "cbc") if k in values}
     o.to.mkdir(parents=True, exist_ok=True)
-    for name, draw, shown, size in (("margins", draw_margins, tuned, (3.6, 2.8)),
-                                    ("jsd", draw_jsd, panels, (5.5, 4.5)),
-                                    ("bars", draw_bars, bars, (3.4, 3.2))):
-        if shown:
-            columns, rows = min(3, len(shown)), -(-len(shown) // 3)
-            figure, axes = pyplot.subplots(rows, columns, sharey=name == "margins", squeeze=False,
-                                           layout="constrained",
-                                           figsize=(size[0] * columns, size[1] * rows))
-            draw(shown, axes.flat)
-            for ax in axes.flat[len(shown):]:
-                ax.remove()
-            figure.savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
+    for name, draw, shown, width, height in (
+            ("margins", draw_margins, tuned, 3.6, 2.8), ("bars", draw_bars, bars, 3.4, 3.2),
+            ("jsd", draw_jsd, {k: v for k, v in panels.items() if v}, 5.5, 4.5)):
+        if not shown:
+            continue
+        columns, rows = min(3, len(shown)), -(-len(shown) // 3)
+        figure, axes = pyplot.subplots(rows, columns, sharey=name == "margins", squeeze=False,
+                                       figsize=(width * columns, height * rows),
+                                       layout="constrained")
+        for ax, panel in zip_longest(axes.flat, shown.items()):
+            draw(ax, *panel) if panel else ax.remove()
+        figure.savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
     (o.to / "tables.md").write_text(tables(methods, values), encoding="utf-8")
     print(f"{o.to}: " + ", ".join(sorted(x.name for x in o.to.iterdir())))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,12 +12,11 @@ from conftest import SMALL, cli, golden
 
 import evaluate
 from data import class_ids, load_dataset, prompt_text
-from model import Tokenizer
 from evaluate import (answer_metrics, differences, expressed_opinion, group_shares, interval,
-                      ordinal_metrics, over_seeds, parse_answer, preference_metrics,
-                      reference_distributions, summary)
+                      mean_over_seeds, ordinal_metrics, parse_answer, preference_metrics,
+                      print_report, reference_distributions, summary)
 from losses import RESPONSE, Scores
-from model import load_model, save_model
+from model import Tokenizer, load_model, save_model
 from train import jsd
 
 BASELINES, SAMPLED = golden("11")
@@ -32,13 +31,6 @@ def runs(world, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("runs")
     cli("train.py", "--data", world, "--loss", "gdpo", "--epochs", 1, *SMALL, cwd=cwd)
     return cwd, [f"out/{world.name}-{loss}-seed0" for loss in ("sft", "gdpo")]
-
-
-@pytest.fixture
-def copied(runs, tmp_path):
-    """The same, to break."""
-    shutil.copytree(runs[0] / "out", tmp_path / "out")
-    return tmp_path, runs[1]
 
 
 def saved(cwd, out):
@@ -66,18 +58,14 @@ def test_reference_distributions_agree_with_golden_11():
     assert not names
 
 
-def test_w1_knows_the_order_of_the_classes_and_reads_only_those_on_the_scale():
+def test_w1_knows_the_order_of_the_classes_and_minority_mass_is_a_ratio_of_sums():
     p, q = np.eye(6)[[1, 1, 1]], np.eye(6)[[1, 2, 5]]
     assert ordinal_metrics(q, p, META)["w1"].tolist() == [0, 0.25, 1]
-    assert jsd(q, p)[1] == jsd(q, p)[2]
-    half = [[0.5, 0.5, 0, 0, 0, 0]]
+    half = [[0.5, 0.5, 0, 0, 0, 0]]                      # class 0 is off the scale
     assert ordinal_metrics(half, [[0.2, 0.8, 0, 0, 0, 0]], META)["w1"] == pytest.approx([0])
     assert np.isnan(ordinal_metrics(half, np.eye(6)[:1], META)["w1"])
     five = {"classes": list("12345"), "off_scale": None}
     assert ordinal_metrics(np.eye(5)[:1], np.eye(5)[4:], five)["w1"] == [1]
-
-
-def test_minority_mass_is_a_ratio_of_sums_over_the_smallest_shares_above_zero():
     pairs = ordinal_metrics([[0.05, 0, 0.35, 0, 0.6, 0], [0.9, 0, 0, 0, 0.1, 0]],
                             [[0.1, 0, 0.3, 0, 0.6, 0], [0.99, 0, 0, 0, 0.01, 0]], META)["minority"]
     np.testing.assert_allclose(pairs, [[0.05, 0.1], [0.1, 0.01]])
@@ -100,36 +88,31 @@ def test_vote_and_flip_are_read_from_four_branches():
     s.ref = ref                                          # rewards
     assert preference_metrics(s, items, 0.5)["vote_r"][0] == vote(1, -0.5)
     ref[..., RESPONSE] = logps[1, :, RESPONSE]
-    m = preference_metrics(s, items, 0.5)
-    assert m["flip"][0] == 1 and m["flip_r"][0] == 0
+    assert preference_metrics(s, items, 0.5)["flip_r"][0] == 0
 
 
-def test_sampled_beliefs_and_cbc_agree_with_golden_11():
+def test_sampled_beliefs_and_cbc_agree_with_golden_11_and_opinion_takes_the_first_stance():
     answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
     m = answer_metrics(answers, np.array(SAMPLED["probabilities"]), META)
     np.testing.assert_allclose(m["sampled_jsd"], SAMPLED["sampled_jsd"], atol=1e-9)
     assert m["cbc"].mean() == pytest.approx(SAMPLED["cbc"])
-
-
-def test_a_perfect_sampler_has_the_floors_jsd_and_a_coverage_of_one():
-    rng, p, floors = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0]), {}
-    meta, target = {"classes": META["classes"]}, np.tile(p, (2000, 1))
-    for k in (8, 32):
-        answers = [[(str(c), None, "") for c in rng.choice(6, k, p=p)] for _ in target]
-        m = answer_metrics(answers, target, meta)
-        floors[k] = m["sampling_floor"].mean()
-        assert m["sampled_jsd"].mean() == pytest.approx(floors[k], rel=0.02)
-        assert m["coverage"].mean() == pytest.approx(1, abs=0.01)
-    assert floors[8] > floors[32] > 0
-    m = answer_metrics([[("0", None, "")] * 8], p[None], meta)
-    assert m["coverage"] == pytest.approx(1 / (1 - (1 - p) ** 8).sum())
-
-
-def test_the_opinion_rule_takes_the_first_stance_phrase():
     meta = META | {"stances": {"not at all": "1", "mostly": "4"}}
     texts = ("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.", "Mostly")
     answers = [[parse_answer(t, meta) for t in texts]]
     assert expressed_opinion(answers, meta).tolist() == [[1, 0, 0, 0]]
+
+
+def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
+    rng, p, floors = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0]), {}
+    for k in (8, 32):
+        answers = [[(str(c), None, "") for c in rng.choice(6, k, p=p)] for _ in range(2000)]
+        m = answer_metrics(answers, np.tile(p, (2000, 1)), {"classes": META["classes"]})
+        floors[k] = m["sampling_floor"].mean()
+        assert m["sampled_jsd"].mean() == pytest.approx(floors[k], rel=0.02)
+    assert floors[8] > floors[32] > 0
+    answers = [[(None, None, "junk")] * 8]               # where no class is off the scale
+    m = answer_metrics(answers, np.full((1, 5), 0.2), {"classes": list("12345")})
+    assert m["sampled_jsd"] == pytest.approx(np.sqrt(np.log(2)))
 
 
 @pytest.mark.parametrize("text, parsed", [
@@ -140,20 +123,8 @@ def test_the_opinion_rule_takes_the_first_stance_phrase():
 def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     meta = {"classes": ["Well", "We", "4"], "belief_to_class": {"a > b": "4", "a": "We"}}
     assert parse_answer(text, meta) == parsed
-
-
-@pytest.mark.parametrize("rest", [".\n\nMore.", ". Question: What?", ".\n \nx"])
-def test_a_few_shot_answer_ends_where_the_model_asks_itself_the_next_question(rest):
-    assert parse_answer(f"\n\n 4<a>Yes{rest}", META, few_shot=True) == ("4", "a", "Yes.")
-
-
-def test_answers_without_a_class_are_no_good_answers_where_none_is_off_the_scale():
-    """Junk on ratings: the distance is the largest there is, and the coverage that of nothing."""
-    meta = {"classes": list("12345"), "off_scale": None}
-    answers = [[(None, None, "junk")] * 8, [("1", None, "x")] + [(None, None, "junk")] * 7]
-    m = answer_metrics(answers, np.full((2, 5), 0.2), meta)
-    assert m["sampled_jsd"][0] == pytest.approx(np.sqrt(np.log(2))) and m["sampled_jsd"][1] > 0.7
-    assert m["coverage"].tolist() == pytest.approx([0, 1 / (5 * (1 - 0.8 ** 8))])
+    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):      # of few-shot prompts
+        assert parse_answer(f"\n\n 4<a>Yes{rest}", meta, few_shot=True) == ("4", "a", "Yes.")
 
 
 def test_the_bootstrap_resamples_questions_not_rows():
@@ -166,8 +137,6 @@ def test_the_bootstrap_resamples_questions_not_rows():
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(50), rel=0.15)
     assert interval(np.array([np.nan, np.nan]), np.array([1, 2])) is None
     assert interval(np.ones(19), np.arange(19)) == [1, None, None]
-    assert evaluate.cell([0.5, None, None]).split() == ["0.500", "*"]
-    assert evaluate.cell([0.5, 0.4, 0.6]) == "0.500 ±0.100" and evaluate.cell(None) == "-"
 
 
 def test_seen_and_unseen_questions_groups_and_the_worst_of_them_are_kept_apart():
@@ -181,15 +150,17 @@ def test_seen_and_unseen_questions_groups_and_the_worst_of_them_are_kept_apart()
     assert out["worst group"]["rs"] is None
 
 
-def test_seeds_are_averaged_and_the_larger_interval_stands():
-    result = lambda v, half: {"seen": {"rows": 1, "jsd": [v, v - half, v + half], "cbc": None}}
-    merged = over_seeds({"out/a-seed0": result(1., 0.1), "out/b": result(5., 1),
-                         "out/a-seed1": result(3., 0.1)})
-    assert [*merged] == ["out/a (2 seeds)", "out/b"] and merged["out/b"] == result(5., 1)
+def test_seeds_are_averaged_and_the_larger_interval_stands(capsys):
     sd = np.sqrt(2)
-    assert merged["out/a (2 seeds)"]["seen"]["jsd"] == pytest.approx([2, 2 - sd, 2 + sd])
-    merged = over_seeds({f"a-seed{n}": result(v, 4) for n, v in enumerate((1., 3.))})
-    assert merged["a (2 seeds)"]["seen"]["jsd"] == pytest.approx([2, -2, 6])
+    assert mean_over_seeds([[1, 0.9, 1.1], [3, 2.9, 3.1]]) == pytest.approx([2, 2 - sd, 2 + sd])
+    assert mean_over_seeds([[1, -3, 5], [3, None, None]]) == pytest.approx([2, -2, 6])
+    assert mean_over_seeds([[1, None, None]]) == [1, 1, 1]
+    assert mean_over_seeds([[1, 0, 2], None]) is None
+    result = lambda *jsd: {"seen": {"rows": 1, "questions": 1, "jsd": jsd, "cbc": None}}
+    print_report({"a-seed0": result(1., 0.9, 1.1), "b": result(5., None, None),
+                  "a-seed1": result(3., 2.9, 3.1)})
+    lines = [x.split() for x in capsys.readouterr().out.splitlines()]
+    assert ["a", "(2", "seeds)", "2.000", "±1.414"] in lines and ["b", "5.000", "*"] in lines
 
 
 def test_paired_differences_are_narrower_than_two_intervals():
@@ -224,51 +195,37 @@ def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
     assert len(answers) == 20 and len(answers[0]["answers"]) == 2
     call(evaluate, gdpo, *FAST, cwd=cwd)
     assert saved(cwd, gdpo) == result
+    # two processes
+    texts = (cwd / gdpo / "samples.jsonl").read_text()
+    p = cli("evaluate.py", gdpo, *FAST, cwd=cwd, nproc=2)
+    assert (cwd / gdpo / "samples.jsonl").read_text() == texts and p.stdout.count("±: half") == 1
+    for k, v in saved(cwd, gdpo)["seen"].items():
+        assert result["seen"][k] == (pytest.approx(v, abs=1e-5) if isinstance(v, int) else
+                                     v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
 
 
-def test_two_processes_evaluate_as_one_does(runs, call):
-    cwd, (_, out) = runs
-    call(evaluate, out, *FAST, cwd=cwd)
-    one, texts = saved(cwd, out), (cwd / out / "samples.jsonl").read_text()
-    p = cli("evaluate.py", out, *FAST, cwd=cwd, nproc=2)
-    assert (cwd / out / "samples.jsonl").read_text() == texts and p.stdout.count("±: half") == 1
-    for k, v in saved(cwd, out)["seen"].items():
-        assert one["seen"][k] == (pytest.approx(v, abs=1e-5) if isinstance(v, int) else
-                                  v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
-
-
-def test_what_cannot_be_measured_is_left_out_with_a_line(copied, call):
-    """A failed start, a file, a broken config and another's folder beside a good run; ASCII."""
-    cwd, (sft, _) = copied
+def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, tmp_path):
+    """A failed start, a file, a broken config and a diverged model beside a good run whose first
+    checkpoint was trained again; in ASCII."""
+    cwd, (diverged, gdpo) = tmp_path, runs[1]
+    shutil.copytree(runs[0] / "out", cwd / "out")
     for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
         (cwd / "out" / name).mkdir()
         (cwd / "out" / name / "config.json").write_text(text)
         (cwd / "out" / name / "metrics.jsonl").write_text("")
     (cwd / "out/answers.jsonl").write_text("")
-    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", sft, "--samples", 0,
-            cwd=cwd, PYTHONIOENCODING="ascii")
+    model = load_model(cwd / diverged / "best")
+    torch.nn.init.constant_(model.ln_f.bias, float("nan"))
+    save_model(model, cwd / diverged / "best", 0)
+    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", gdpo, diverged,
+            "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
     assert "left out: out/begun is no finished run" in p.stderr
-    assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and sft in p.stdout
+    assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and gdpo in p.stdout
+    assert "no reference, no margins" in p.stderr and "given maj" not in p.stdout
+    assert f"left out: {diverged}: " in p.stderr and diverged not in p.stdout
     assert "JSD ?" in p.stdout and p.stdout.isascii()
     p = call(evaluate, "out/odd", cwd=cwd, check=2)
     assert len(p.stderr.strip().splitlines()) == 1
-
-
-def test_margins_need_the_checkpoint_that_the_run_began_with(copied, call):
-    cwd, (sft, gdpo) = copied
-    shutil.copytree(cwd / gdpo / "best", cwd / sft / "best", dirs_exist_ok=True)
-    p = call(evaluate, gdpo, "--samples", 0, cwd=cwd)
-    assert "no reference, no margins" in p.stderr
-    assert "given_majority" not in saved(cwd, gdpo)["seen"]
-
-
-def test_a_model_without_any_probability_for_the_classes_is_one_line(copied, call):
-    cwd, (sft, _) = copied
-    model = load_model(cwd / sft / "best")
-    torch.nn.init.constant_(model.ln_f.bias, float("nan"))
-    save_model(model, cwd / sft / "best", 0)
-    p = call(evaluate, sft, "--samples", 0, cwd=cwd, check=2)
-    assert "diverged" in p.stderr and len(p.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("args, message", [
@@ -281,6 +238,8 @@ def test_a_model_without_any_probability_for_the_classes_is_one_line(copied, cal
     (["x", "--against", "y"], "--against y is none of the runs"),
     (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
     (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
+    (["x", "--belief", "4", "--shares", "1,0", "--ask", "Why?"], "give one"),
+    (["x", "--ask", " "], "question is empty"),
     (["chat:gpt-4o", "--ask", "Why?"], "which chat:MODEL does not give"),
     (["chat:"], "as in chat:gpt-4o")])
 def test_bad_input_is_one_line_and_exit_2(args, message, call, tmp_path):
@@ -301,13 +260,9 @@ def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path)
     for out in outs:
         assert f"| {out[4:-6]} | {saved(cwd, out)['unseen']['jsd'][0]:.3f} ±" in text
     assert text.count("Table 3") == 3 and (tmp_path / "f/jsd.png").stat().st_size > 10_000
-
-
-def test_a_missing_matplotlib_is_one_line(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     p = cli("assets/figures.py", "x", cwd=tmp_path, check=1, PYTHONPATH=str(tmp_path))
-    assert p.stderr.strip() == (
-        "figures.py: error: the figures need matplotlib: pip install matplotlib")
+    assert p.stderr == "figures.py: error: the figures need matplotlib: pip install matplotlib\n"
 
 
 # --ask
@@ -373,22 +328,22 @@ def test_it_is_shown_in_80_columns_of_plain_text(runs, call, world):
 
 
 def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, call, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("How is tea?\nHow is rum?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How is tea?\n\nHow is rum?\n"))
     checkpoint = f"{runs[1][0]}/best"
-    p = call(evaluate, checkpoint, "--json", "--ask", cwd=runs[0])
+    shutil.copytree(runs[0] / checkpoint, runs[0] / "bare", dirs_exist_ok=True)
+    p = call(evaluate, checkpoint, "bare", "--json", "--ask", cwd=runs[0])
     found = [json.loads(x) for x in p.stdout.splitlines()]
     assert [x["question"] for x in found] == ["How is tea?", "How is rum?"]
-    assert found[0]["models"][checkpoint]["classes"] == list("012345")
-    assert found[0]["models"][checkpoint]["group_shares"] is None
+    one, other = found[0]["models"].values()
+    assert one == other and one["classes"] == list("012345") and one["group_shares"] is None
 
 
 @pytest.mark.parametrize("flags, message", [
     *[([f"--shares={x}"], f"--shares {x} must be 6 numbers that sum to 1") for x in (
-        "1", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5", "-1,1,0,0,0,1")],
+        "1", "0,0,0,0,0,x", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5", "-1,1,0,0,0,1")],
     (["--belief", "9<Great>"], "--belief '9<Great>' must be one of the classes 0, 1, 2, 3, 4, 5"),
     (["--belief", "4<Good>yes"], "must be one of the classes"),
-    (["--belief", "4", "--shares", "1,0,0,0,0,0"], "give one"),
-    (["--group", "Atlantis"], "--group must be one that"), (["--ask", " "], "question is empty")])
+    (["--group", "Atlantis"], "--group must be one that")])
 def test_what_does_not_fit_is_one_line(ask, flags, message):
     err = ask(*flags, check=2)
     assert message in err and len(err.strip().splitlines()) == 1

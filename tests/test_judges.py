@@ -14,8 +14,8 @@ from test_evaluate import FAST, saved
 
 import evaluate
 import synth
-from evaluate import (belief_preference_consistency, check_judge, judge, response_similarity,
-                      sentence_encoder, wordpiece)
+from evaluate import (belief_preference_consistency, check_judge, encode, judge,
+                      response_similarity, wordpiece)
 
 client, runs = test_client.client, test_evaluate.runs
 ROWS = [{"prompt": "How is it?", "options": ["Good", "Bad"], "question_id": "q",
@@ -39,29 +39,26 @@ def test_bpc_asks_appendix_h_and_counts_failures_as_null(server, client):
     assert prompt(server.requests[0]).startswith(
         "For the following QA pair, does the answer express the opinion of the selection: Good\n\n"
         "Question: How is it?\n\nAnswer: ")
-
-
-def test_reviews_are_judged_in_three_classes(server, client):
+    # reviews, in three classes
     server.answer = lambda r: (200, completion(prompt(r).split("comment: ")[1]))
-    row = {"prompt": "Film", "options": list("12345")}
     answers = [[(label, None, said) for label, said in zip([*"12354", None], "112311")]]
-    bpc, _ = belief_preference_consistency(answers, [row], client(), "j")
+    bpc, _ = belief_preference_consistency(answers, [{"prompt": "Film"}], client(), "j")
     np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, 0]])
 
 
-@pytest.mark.parametrize("belief, reply, value", [
-    *(("Good", *case) for case in (
-        ("Yes", 1), ("**Yes**\nIt does.", 1), ("no. It does not", 0), ("No, never", 0),
-        ('{"answer": "No"}', 0), ('{ "answer" : "Yes" }', 1), ("Yes or No\nNo", None),
-        ("Yes/No", None), ("Yes and no.", None), ("Maybe yes", None), ("Yesterday", None))),
-    *((None, *case) for case in (
-        ("3", 3), (" 2. ", 2), ("The rating is 3.", 3), ("Rating: 2", 2), ("3/3", 3), ("3.0", 3),
-        ('{"answer": "1"}', 1), ("-1", None), ("4", None), ("1 or 2", None), ("3 stars", None),
-        ("1. The film is good", None)))])
-def test_a_judgement_is_never_guessed(server, client, belief, reply, value):
-    server.answer = lambda r: (200, completion(reply))
-    (found,), line = judge(client(), "j", [("q", belief, "a")])
-    assert found == value or value is None and np.isnan(found) and "no mean is given" in line
+@pytest.mark.parametrize("belief, label, replies", [
+    ("Good", "Yes", ["Yes", "**Yes**\nIt does.", '{ "answer" : "Yes" }']),
+    ("Good", "No", ["no. It does not", "No, never", '{"answer": "No"}']),
+    ("Good", None, ["Yes or No\nNo", "Yes/No", "Yes and no.", "Maybe yes", "Yesterday"]),
+    (None, "3", ["3", "The rating is 3.", "3/3", "3.0"]),
+    (None, "2", [" 2. ", "Rating: 2", '{"answer": "2"}']),
+    (None, None, ["-1", "4", "1 or 2", "3 stars", "1. The film is good", "Yes"])])
+def test_a_judgement_is_never_guessed(server, client, belief, label, replies):
+    for reply in replies:
+        server.answer = lambda r: (200, completion(reply))
+        found, line = judge(client(), "j", [("q", belief, reply)])
+        assert found == [label], reply
+        assert ("no mean is given" in line) == (label is None)
 
 
 def test_a_refusal_is_a_failure_and_is_shown_once(server, client, capsys):
@@ -69,7 +66,7 @@ def test_a_refusal_is_a_failure_and_is_shown_once(server, client, capsys):
     answer["choices"][0]["message"]["refusal"] = "Yes, but I can't."
     server.answer = lambda r: (200, answer if "Answer: 1" in prompt(r) else completion("Yes"))
     found, line = judge(client(), "j", [("q", "Good", "a"), ("q", "Good", "1")])
-    assert np.isnan(found).all() and "1 of 2 judgements failed, more than 5%" in line
+    assert found == [None, None] and "1 of 2 judgements failed, more than 5%" in line
     assert (line + capsys.readouterr().err).count("I can't") == 1
 
 
@@ -84,16 +81,21 @@ def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
     server.answer = lambda r: (200, completion("no idea" if prompt(r)[-1] == "0" else "1"))
     line = check_judge(rows, client(), "k", 5)
     assert line == ("k: 1 of 5 judgements failed (one: 'no idea'), more than 5%: no mean is given")
-    with pytest.raises(ValueError, match="--judge_check is for reviews"):
-        check_judge([r | {"accept_choice_id": "0"} for r in rows], client(), "k", 5)
 
 
 def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(runs, call, server, monkeypatch):
-    """A wrong key before anything is measured; a server that is lost midway after all is kept."""
+    """A wrong key or rows without ratings before anything is measured; a server that is lost midway
+    after all is kept."""
     cwd, (_, out) = runs
     monkeypatch.setattr(evaluate, "sample_rows", lambda model, items, *rest: [
         ["4<Approve>Mostly."] * 2 for _ in items])
     (cwd / out / "eval.json").unlink(missing_ok=True)
+    server.answer = lambda r: (200, completion("yes"))
+    p = call(evaluate, out, *FAST, "--judge", "j", "--judge_check", 5, "--base_url", server.url,
+             cwd=cwd, check=2)
+    assert "--judge_check is for reviews" in p.stderr and not (cwd / out / "eval.json").exists()
+    server.requests.clear()
+    (cwd / "out/answers.jsonl").unlink()
     words = {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}
     for good in (0, 2):
         server.answer = lambda r: (
@@ -127,7 +129,7 @@ def bert(tmp_path_factory):
     return folder, model
 
 
-def test_the_sentence_encoder_agrees_with_transformers(bert):
+def test_the_sentence_encoder_agrees_with_transformers(bert, tmp_path):
     from tokenizers import Tokenizer
     folder, theirs = bert
     rng, alphabet = random.Random(0), (
@@ -138,18 +140,15 @@ def test_the_sentence_encoder_agrees_with_transformers(bert):
     vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert [t for t in texts if wordpiece(t, vocab, 10 ** 6) != oracle.encode(t).ids] == []
     texts = [t for t in texts if t.strip()][:7] + ["the film", "a " * 200]
-    for text, vector in zip(texts, sentence_encoder(folder)(texts)):
+    for text, vector in zip(texts, encode(texts, str(folder))):
         with torch.no_grad():
             mean = theirs(torch.tensor([wordpiece(text, vocab)])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(torch.from_numpy(vector), mean / mean.norm(), rtol=1e-4,
                                    atol=1e-5)
-
-
-def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_act": "relu"}')
     with pytest.raises(ValueError, match="is no BERT with exact GELUs"):
-        sentence_encoder(tmp_path)
+        encode(["x"], str(tmp_path))
 
 
 def test_rs_compares_with_a_response_of_the_announced_belief():
@@ -195,6 +194,6 @@ def test_a_chat_model_is_prompted_with_shots_and_measured(runs, call, server, wo
     result = saved(tmp_path, "out/icf-chat-gpt-4o")
     assert result["seen"]["sampled_jsd"] and "jsd" not in result["seen"]
     p = measure(runs[0] / runs[1][0] / "best", tmp_path / "icf", *FAST)
-    assert "coverage" in p.stdout
+    assert "mass ↑" in p.stdout
     p = measure("chat:gpt-4o", world, "--base_url", server.url, check=2)
     assert "have no few-shot context: make them with `synth.py icf`" in p.stderr
