@@ -690,7 +690,7 @@ def read_label(text, labels):
         [text] = map(str, json.loads(text).values())
     either = "|".join(map(re.escape, labels))
     named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|\"?[:=])[\W_]*)?(?<!-)({either})"
-                         rf"(?:\.0+|\s*/\s*{re.escape(labels[-1])})?[\W_]*", text, re.I)
+                         rf"(?:\.0+|\s*/\s*(?=\d){re.escape(labels[-1])})?[\W_]*", text, re.I)
     return next((s for s in labels if named and s.lower() == named[1].lower()), None)
 
 
