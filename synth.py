@@ -1037,8 +1037,7 @@ def film_prompt(film):
 
 def review_rows(title, prompt, shares, part, train, rng):
     """Yield a row for each review in a part, which it accepts. The rejected review has another
-    rating and comes from the same part, so that no text is in two splits; if the part has none,
-    from train."""
+    rating. It comes from the same part, so that no text is in two splits, or else from train."""
     for side in part:
         others = [x for x in part if x[0] != side[0]] or [x for x in train if x[0] != side[0]]
         if others:
