@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, class_ids, collate,
-                  cost, encode_rows, epoch_batches, kind_of, load_dataset, load_meta, load_rows,
-                  longest, problem_of, question_of)
+from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, class_ids, collate, cost, encode_rows,
+                  epoch_batches, kind_of, load_dataset, load_meta, load_rows, problem_of,
+                  question_of)
 from losses import score
 from model import Tokenizer, load_model, train_bpe
 from train import to_tensors
@@ -109,12 +109,17 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
         assert s.logps[0, 0, :RESPONSE].sum().item() == pytest.approx(total, rel=1e-5)
 
 
-def test_rows_that_look_like_mistakes_are_reported_with_their_number(tmp_path, capsys):
-    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"},        # none is refused
-            ROW | {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "meta.json").write_text(json.dumps({"classes": CLASSES}))
-    load_dataset(str(tmp_path), ("train",))
+def save(folder, *rows, **meta):
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "meta.json").write_text(json.dumps({"classes": CLASSES} | meta))
+    return str(folder)
+
+
+def test_rows_that_look_like_mistakes_are_counted(tmp_path, capsys):
+    same = {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}
+    odd = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"}, ROW | same]
+    load_dataset(save(tmp_path / "a", *odd), ("train",))           # none is refused
     said = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in said] == [
         "1 rows with a belief that is not an option",
@@ -122,10 +127,31 @@ def test_rows_that_look_like_mistakes_are_reported_with_their_number(tmp_path, c
         "2 groups, but the prompts do not say which"]
 
 
+@pytest.mark.parametrize("meta, problem", [
+    ({"belief_to_class": {"No": "2"}}, None), ({"off_scale": "0"}, "off_scale is not the first"),
+    ({"belief_to_class": {"Yes": "5"}}, "belief_to_class contradicts")])
+def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path, meta, problem):
+    names = [save(tmp_path / "a", ROW, belief_to_class={"Yes": "4"}),
+             save(tmp_path / "b", LONG, **meta)]
+    if problem:
+        with pytest.raises(ValueError, match=problem):
+            load_dataset(",".join(names), ("train",))
+    else:
+        mixed, rows = load_dataset(",".join(names), ("train",))
+        assert rows == {"train": [ROW, LONG]}
+        assert mixed["belief_to_class"] == {"Yes": "4", "No": "2"}
+
+
+def test_a_question_is_known_by_its_id_or_by_its_words():
+    assert question_of(ROW) == question_of(ROW | {"prompt": "is it Fair"}) == "is it fair"
+    assert question_of(ROW | {"question_id": "7"}) == "7"
+
+
 def test_majority_minority_and_ties():
-    assert [kind_of([0.1, 0, 0.3, 0.6], k) for k in (0, 2, 3)] == ["minority", "other", "majority"]
-    assert [kind_of([0.4, 0.4, 0.2], k) for k in (0, 1, 2)] == ["other", "other", "minority"]
-    assert kind_of([1.0, 0.0], 0) == kind_of([0.5, 0.5], 1) == "other"
+    for target, kinds in (([0.1, 0.3, 0.6], ["minority", "other", "majority"]),
+                          ([0.4, 0.4, 0.2], ["other", "other", "minority"]),
+                          ([0, 1.0], ["other", "other"]), ([0.5, 0.5], ["other", "other"])):
+        assert [kind_of(target, k) for k in range(len(target))] == kinds
 
 
 def test_a_class_must_be_one_token_also_before_a_belief():
@@ -136,27 +162,14 @@ def test_a_class_must_be_one_token_also_before_a_belief():
         class_ids(fused, ["<"])
 
 
-@pytest.mark.parametrize("max_length", range(9, 60, 4))
-def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
-    row = ROW | {"prompt": "Is it fair that " + "x" * 30 + "?"}
-    if max_length < 13:                                  # no room for a response
-        with pytest.raises(ValueError, match="no row fits"):
-            encode(row, max_length=max_length, overlong="trim")
-        assert "1 of 1 rows dropped" in capsys.readouterr().err
-        return
-    [item], [full] = encode(row, max_length=max_length, overlong="trim"), encode(row)
-    assert longest(item) <= max_length and decode(item.beliefs[0]) == "4<Yes>"
-    assert decode(item.prompt).startswith("<Q>") and decode(item.prompt).endswith("<A>")
-    for whole, cut in zip(full.responses, item.responses):
-        assert cut and cut == whole[:len(cut)]           # a cut response has no end of text
-
-
-def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
+def test_rows_too_long_stop_the_run_or_are_left_out_and_counted(capsys):
     long = ROW | {"prompt": "x" * 200}
-    with pytest.raises(ValueError, match="data, row 2: its 230 .* raise --max_length, .*trim"):
+    with pytest.raises(ValueError, match="data, row 2: its 230 .* raise --max_length, .*drop"):
         encode(ROW, long)
     assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
     assert "1 of 3 rows dropped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no row fits 96 tokens"):
+        encode(long, overlong="drop")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
@@ -188,7 +201,7 @@ def test_packing_and_shared_pieces_change_no_number(family, branches):
     ({"probabilities": [float("nan")] + [0.2] * 5}, "sum to 1"),
     ({"probabilities": [True, 0, 0, 0, 0, 0]}, "sum to 1"),
     ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
-    ({"reject_response": " "}, "reject_response is empty"),
+    ({"reject_response": " "}, "'reject_response' is missing or empty"),
     ({"reject_choice": None}, "give both belief texts or neither"),
     ({"accept_choice": False}, "'accept_choice' has the wrong type"),
     ({"context": 5}, "'context' has the wrong type"), ({"context": [5]}, "'context' must be text"),
@@ -217,16 +230,9 @@ def test_a_broken_line_is_named_with_its_number(tmp_path, lines, where):
     ('{"classes": ["0", "1"], "belief_to_class": {"Yes": 4}}', "'belief_to_class' must map"),
     ('{"classes": ["0", "1"], "form": "{group}"}', "must hold {prompt} once")])
 def test_a_broken_meta_json_is_named(tmp_path, meta, message):
-    with pytest.raises(FileNotFoundError, match="no dataset in"):
-        load_meta(tmp_path)
     (tmp_path / "meta.json").write_text(meta)
     with pytest.raises(ValueError, match=f"meta.json.*{message}"):
         load_meta(tmp_path)
-
-
-def test_a_question_is_known_by_its_id_or_by_its_words():
-    assert question_of(ROW) == question_of(ROW | {"prompt": "is it Fair"}) == "is it fair"
-    assert question_of(ROW | {"question_id": "7"}) == "7"
 
 
 def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
@@ -235,9 +241,7 @@ def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
     assert a == b != epoch_batches(lengths, 8, seed=1, epoch=3)
     assert sorted(sum(a, [])) == list(range(203))
     assert sorted(map(len, a)) == [3] + [8] * 25
-    padding = lambda batches: sum(max(lengths[x]) * len(x) - sum(lengths[x]) for x in batches)
-    plain = np.random.default_rng(0).permutation(203)
-    assert padding(a) < 0.3 * padding([plain[i:i + 8] for i in range(0, 203, 8)])
+    assert np.mean([np.ptp(lengths[batch]) for batch in a]) < 10       # rows of like length
 
 
 @real_data
