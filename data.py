@@ -448,7 +448,7 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
     check_address(url)
     host, shown, seen = url.split("/")[2], url.partition("?")[0], Counter()
     pause = pause or (lambda seconds, problem: time.sleep(seconds))
-    # Without a byte for 30 s it is a timeout. An auth of ours, or ~/.netrc would replace the key.
+    # A timeout is 30 s without a byte. Without an auth, ~/.netrc would override the headers.
     kwargs = {"timeout": (10, 30), "auth": lambda r: r} | kwargs
     for attempt in range(1, TRIES + 1):
         wait, most = min(60, PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5), TRIES
@@ -591,14 +591,16 @@ def fetch(url, folder, file):
         if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
             raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
         start = have - 1 if answer.status_code == 206 else 0
-        size = told.get("x-linked-size") or start + int(answer.headers.get("content-length", 0))
-        bar = progress(desc=file, total=int(size), initial=start, unit="B", unit_scale=True)
-        part.touch()
+        rest = int(answer.headers.get("content-length", 0))
+        size = int(told.get("x-linked-size") or start + rest)
+        bar = progress(desc=file, total=size, initial=start, unit="B", unit_scale=True)
+        if not have:                   # else it is there, unless another process has completed it
+            part.touch()
         with answer, bar, open(part, "r+b") as f, suppress(requests.RequestException):
             f.seek(start)
             for chunk in answer.iter_content(1 << 16):
                 bar.update(f.write(chunk))
-        if part.stat().st_size >= int(size):
+        if part.stat().st_size >= size:
             break
         time.sleep(PAUSE * 2 ** attempt)
     else:
@@ -689,7 +691,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as e:
-        own = isinstance(e, (RuntimeError, MemoryError))           # from torch, in one process
+        own = isinstance(e, (RuntimeError, MemoryError))           # by torch, in one process
         words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         if getattr(e, "errno", None) == errno.ENOSPC:
             words += ": free some space; --resume, or the same command, goes on"

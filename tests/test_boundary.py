@@ -17,13 +17,12 @@ from losses import LOSSES
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-16-le"])
 def test_text_is_utf8_with_or_without_a_mark_and_anything_else_is_one_line(tmp_path, encoding):
-    path = tmp_path / "t.csv"
-    path.write_bytes("Qué?\r\nx\n".encode(encoding))
+    (tmp_path / "t.csv").write_bytes("Qué?\r\nx\n".encode(encoding))
     if encoding.startswith("utf-8"):
-        assert read_text(path) == "Qué?\r\nx\n"
+        assert read_text(tmp_path / "t.csv") == "Qué?\r\nx\n"
     else:
         with pytest.raises(ValueError, match="t.csv is not UTF-8 text"):
-            read_text(path)
+            read_text(tmp_path / "t.csv")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

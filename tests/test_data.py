@@ -35,6 +35,8 @@ def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its
     """A belief that an earlier branch went through is scored there alone."""
     [item] = encode(ROW)
     assert (item.n_options, item.kind, item.question) == (3, "majority", "is it fair")
+    assert question_of(ROW | {"prompt": "is it Fair"}) == item.question
+    assert question_of(ROW | {"question_id": "7"}) == "7"
     b = collate([item], ("chosen", "own", "given", "flip"), CLASS_IDS)
     assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18], [0, 0, 6]]
     assert np.bincount(b["slot"], minlength=12).tolist() == b["counts"].reshape(-1).tolist()
@@ -127,31 +129,20 @@ def test_rows_that_look_like_mistakes_are_counted(tmp_path, capsys):
         "2 groups, but the prompts do not say which"]
 
 
-@pytest.mark.parametrize("meta, problem", [
-    ({"belief_to_class": {"No": "2"}}, None), ({"off_scale": "0"}, "off_scale is not the first"),
-    ({"belief_to_class": {"Yes": "5"}}, "belief_to_class contradicts")])
-def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path, meta, problem):
-    names = [save(tmp_path / "a", ROW, belief_to_class={"Yes": "4"}),
-             save(tmp_path / "b", LONG, **meta)]
-    if problem:
-        with pytest.raises(ValueError, match=problem):
-            load_dataset(",".join(names), ("train",))
-    else:
-        mixed, rows = load_dataset(",".join(names), ("train",))
-        assert rows == {"train": [ROW, LONG]}
-        assert mixed["belief_to_class"] == {"Yes": "4", "No": "2"}
-
-
-def test_a_question_is_known_by_its_id_or_by_its_words():
-    assert question_of(ROW) == question_of(ROW | {"prompt": "is it Fair"}) == "is it fair"
-    assert question_of(ROW | {"question_id": "7"}) == "7"
+def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path):
+    a = save(tmp_path / "a", ROW, belief_to_class={"Yes": "4"})
+    b = save(tmp_path / "b", LONG, belief_to_class={"No": "2"})
+    meta, rows = load_dataset(f"{a},{b}", ("train",))
+    assert rows == {"train": [ROW, LONG]} and meta["belief_to_class"] == {"Yes": "4", "No": "2"}
+    for key, value in ("off_scale", "0"), ("belief_to_class", {"Yes": "5"}):
+        with pytest.raises(ValueError, match=f"{key} (is not the first|contradicts an earlier)"):
+            load_dataset(f"{a},{save(tmp_path / key, ROW, **{key: value})}", ("train",))
 
 
 def test_majority_minority_and_ties():
-    for target, kinds in (([0.1, 0.3, 0.6], ["minority", "other", "majority"]),
-                          ([0.4, 0.4, 0.2], ["other", "other", "minority"]),
-                          ([0, 1.0], ["other", "other"]), ([0.5, 0.5], ["other", "other"])):
-        assert [kind_of(target, k) for k in range(len(target))] == kinds
+    assert [kind_of([0.1, 0, 0.3, 0.6], k) for k in (0, 2, 3)] == ["minority", "other", "majority"]
+    assert [kind_of([0.4, 0.4, 0.2], k) for k in (0, 1, 2)] == ["other", "other", "minority"]
+    assert kind_of([1.0, 0.0], 0) == kind_of([0.5, 0.5], 1) == "other"
 
 
 def test_a_class_must_be_one_token_also_before_a_belief():
@@ -195,44 +186,35 @@ def test_packing_and_shared_pieces_change_no_number(family, branches):
 
 @pytest.mark.parametrize("change, message", [
     ({"prompt": None}, "'prompt' is missing"), ({"prompt": 5}, "'prompt' has the wrong type"),
-    ({"probabilities": [0.5, 0.5]}, "2 entries for the classes"),
-    ({"probabilities": [0.5, 0, 0, 0, 0, 0.4]}, "sum to 1"),
-    ({"probabilities": [1.5, 0, 0, 0, 0, -0.5]}, "sum to 1"),
-    ({"probabilities": [float("nan")] + [0.2] * 5}, "sum to 1"),
-    ({"probabilities": [True, 0, 0, 0, 0, 0]}, "sum to 1"),
-    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
     ({"reject_response": " "}, "'reject_response' is missing or empty"),
-    ({"reject_choice": None}, "give both belief texts or neither"),
     ({"accept_choice": False}, "'accept_choice' has the wrong type"),
+    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
     ({"context": 5}, "'context' has the wrong type"), ({"context": [5]}, "'context' must be text"),
-    ({"options": ["Yes"]}, "options must be two or more"),
-    ({"options": ["Yes", "Yes"]}, "options must be two or more"),
-    ({"options": ["Yes", 5]}, "options must be two or more different texts")])
+    *[({"options": x}, "options must be two") for x in (["Yes"], ["Yes", "Yes"], ["Yes", 5])],
+    ({"probabilities": [0.5, 0.5]}, "2 entries for the classes"),
+    *[({"probabilities": [x, 0, 0, 0, 0, y]}, "sum to 1") for x, y in (
+        (0.5, 0.4), (1.5, -0.5), (float("nan"), 1), (True, 0), ("1", 0))],
+    ({"reject_choice": None}, "give both belief texts or neither")], ids=str)
 def test_what_is_wrong_with_a_row_is_named(change, message):
     assert message in problem_of(ROW | change, CLASSES)
     assert problem_of(ROW, CLASSES) is None
 
 
-@pytest.mark.parametrize("lines, where", [
-    (json.dumps(ROW) + "\n\n" + json.dumps(ROW)[:40], ", line 3: "), ("{}", ", line 1: .*missing"),
-    ("5", ", line 1: the line is not a JSON object"), ("[" * 200000, ", line 1: "),
-    (json.dumps(ROW | {"prompt": "\ud800"}), ", line 1: "), ("\n", " has no rows")])
-def test_a_broken_line_is_named_with_its_number(tmp_path, lines, where):
-    (tmp_path / "rows.jsonl").write_text(lines)
-    with pytest.raises(ValueError, match=f"rows.jsonl{where}"):
-        load_rows(tmp_path / "rows.jsonl", CLASSES)
-
-
-@pytest.mark.parametrize("meta, message", [
-    ("[1]", "must hold a JSON dict"), ("{", "is not JSON"), ("{}", "'classes' must list"),
-    ('{"classes": ["0", "0", "1"]}', "'classes' must list two or more different labels"),
-    ('{"classes": ["0", "1"], "off_scale": "7"}', "'off_scale' '7' is not one of"),
-    ('{"classes": ["0", "1"], "belief_to_class": {"Yes": 4}}', "'belief_to_class' must map"),
-    ('{"classes": ["0", "1"], "form": "{group}"}', "must hold {prompt} once")])
-def test_a_broken_meta_json_is_named(tmp_path, meta, message):
-    (tmp_path / "meta.json").write_text(meta)
-    with pytest.raises(ValueError, match=f"meta.json.*{message}"):
-        load_meta(tmp_path)
+@pytest.mark.parametrize("file, text, problem", [
+    ("rows.jsonl", f"{json.dumps(ROW)}\n\n{json.dumps(ROW)[:40]}", ", line 3: "),
+    ("rows.jsonl", "{}", ", line 1: .*missing"), ("rows.jsonl", "[" * 200000, ", line 1: "),
+    ("rows.jsonl", "5", ", line 1: the line is not a JSON object"), ("rows.jsonl", "\n", " has no"),
+    ("rows.jsonl", json.dumps(ROW | {"prompt": "\ud800"}), ", line 1: "),
+    ("meta.json", "[1]", " must hold a JSON dict"), ("meta.json", "{", " is not JSON"),
+    ("meta.json", "{}", ": 'classes' must list"),
+    ("meta.json", '{"classes": ["0", "0", "1"]}', ": 'classes' must list two or more different"),
+    ("meta.json", '{"classes": ["0", "1"], "off_scale": "7"}', ": 'off_scale' '7' is not one of"),
+    ("meta.json", '{"classes": ["0", "1"], "stances": {"Yes": 4}}', ": 'stances' must map texts"),
+    ("meta.json", '{"classes": ["0", "1"], "form": "{group}"}', ": .*must hold {prompt} once")])
+def test_a_broken_file_is_named_with_its_problem(tmp_path, file, text, problem):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}{problem}"):
+        load_meta(tmp_path) if file == "meta.json" else load_rows(tmp_path / file, CLASSES)
 
 
 def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
