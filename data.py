@@ -515,7 +515,7 @@ def key_from(*names):
 def check_address(url, where="the address"):
     """ValueError for no http address, or for one with a password, which would be stored."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
-        raise ValueError(f"{where} is no http(s) address, or holds user:password@ (set API_KEY)")
+        raise ValueError(f"{where} is no http(s) address, or holds user:password@: leave that out")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -580,7 +580,6 @@ def fetch(url, folder, file):
     """Fetch a file of the hub into its cache -> its path. What came before a break is kept, and the
     next try goes on from there. The sha256 is checked where the hub names it."""
     part = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.incomplete"
-    folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(TRIES):
         have = part.stat().st_size if part.is_file() else 0
         ranged = {"Range": f"bytes={have - 1}-"} if have else {}   # past the end it is refused
@@ -595,6 +594,7 @@ def fetch(url, folder, file):
         size = int(told.get("x-linked-size") or start + rest)
         bar = progress(desc=file, total=size, initial=start, unit="B", unit_scale=True)
         if not have:                   # else it is there, unless another process has completed it
+            folder.mkdir(parents=True, exist_ok=True)
             part.touch()
         with answer, bar, open(part, "r+b") as f, suppress(requests.RequestException):
             f.seek(start)

@@ -102,9 +102,8 @@ def test_the_preference_counts_the_tokens_of_golden_05(case):
 
 @pytest.mark.parametrize("case", golden("04"), ids=lambda c: c["name"])
 def test_the_belief_likelihood_agrees_with_golden_04(case):
-    rows = zip(*(case[k] for k in (
-        "logits", "labels", "belief_logp_avg", "belief_logp_sum_including_gt")))
-    for logits, labels, average, total in rows:
+    for logits, labels, average, total in zip(*(case[k] for k in (
+            "logits", "labels", "belief_logp_avg", "belief_logp_sum_including_gt"))):
         b = to_tensors(collated(labels, labels), "cpu")
         s = score(lambda *packed: torch.tensor(logits), torch.eye(32), b)
         assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(average, rel=1e-5)
