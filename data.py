@@ -21,8 +21,9 @@ import sys
 import time
 import typing
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -102,8 +103,7 @@ def class_ids(tokenizer, classes):
     ids = [tokenizer.encode(c) for c in classes]
     for c, i in zip(classes, ids):
         if len(i) != 1 or tokenizer.encode(f"{c}<")[:1] != i:
-            raise ValueError(f"class {c!r} is not one token of its own: rename the classes in "
-                             "meta.json, to 0..9 for example")
+            raise ValueError(f"class {c!r} is not one token of its own: rename it in meta.json")
     return [i[0] for i in ids]
 
 
@@ -127,47 +127,31 @@ def longest(item):
 
 def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"):
     """Rows -> Items of at most max_length tokens. Few-shot context loses shots until the row fits.
-    A row that is still too long is an error, dropped or trimmed: reported under `name`."""
+    A row that is still too long is an error or left out: reported under `name`."""
     encode = lru_cache(200_000)(tokenizer.encode)      # texts repeat
     answer = lru_cache(200_000)(lambda text: tokenizer.encode(text) + [tokenizer.eos])
     class_ids(tokenizer, meta["classes"])              # fails early if a class is not one token
-    items, changed = [], Counter()
+    items, fewer = [], 0
     for n, row in enumerate(rows):
         shots, prompt = row.get("context") or "", prompt_text(row, meta.get("form", FORM))
         shots = [shots] if isinstance(shots, str) else shots
         item = make_item(n, row, meta, encode("".join(shots) + prompt), encode, answer)
-        changed["given fewer shots"] += longest(item) > max_length and len(shots) > 1
+        fewer += longest(item) > max_length and len(shots) > 1
         while longest(item) > max_length and len(shots) > 1:
             shots = [shots[0], *shots[2:]] if len(shots) > 2 else []  # no shot left: no instruction
             item.prompt = encode("".join(shots) + prompt)
-        if longest(item) > max_length:
-            if overlong == "error":
-                raise ValueError(f"{name}, row {n + 1}: its {longest(item)} tokens do not fit the "
-                                 f"context of {max_length}: raise --max_length, or say --overlong "
-                                 "trim or --overlong drop")
-            if overlong == "drop" or not trim(item, max_length):
-                continue
-            changed["trimmed"] += 1
-        items.append(item)
-    changed["dropped"] = len(rows) - len(items)
-    for what in filter(changed.get, changed):
-        print(f"{name}: {changed[what]} of {len(rows)} rows {what}, longer than {max_length} "
-              "tokens", file=sys.stderr)
+        if longest(item) <= max_length:
+            items.append(item)
+        elif overlong == "error":
+            raise ValueError(f"{name}, row {n + 1}: its {longest(item)} tokens do not fit the "
+                             f"context of {max_length}: raise --max_length, or say --overlong drop")
+    for count, what in (fewer, "given fewer shots"), (len(rows) - len(items), "dropped"):
+        if count:
+            print(f"{name}: {count} of {len(rows)} rows {what}, longer than {max_length} tokens",
+                  file=sys.stderr)
     if not items:
         raise ValueError(f"{name}: no row fits {max_length} tokens: raise --max_length")
     return items
-
-
-def trim(item, max_length):
-    """Cut an Item to max_length tokens in place: first the middle of its prompt, down to half of
-    max_length, then the responses' ends and with them EOS. False if no response token is left."""
-    over = longest(item) - max_length
-    keep = max(len(item.prompt) - over, min(len(item.prompt), max_length // 2))
-    head, tail = (keep + 1) // 2, keep // 2
-    item.prompt = item.prompt[:head] + item.prompt[len(item.prompt) - tail:]
-    room = max_length - len(item.prompt) - max(map(len, item.beliefs))
-    item.responses = tuple(r[:max(room, 0)] for r in item.responses)
-    return room > 0
 
 
 def mismatch(items, max_length, seed):
@@ -283,26 +267,25 @@ def cost(item, branches):
 
 
 # =============================================================================================
-# Plumbing: dataset folders, text files, HTTP and the hub, flags and one-line errors
-
-# ---------------------------------------------------------------------------------------------
-# Dataset folders, checked
+# Plumbing: dataset folders and text files; then HTTP, the hub, flags and one-line errors
 
 KINDS = FIELDS | dict.fromkeys(TEXTS, (str, type(None))) | {"context": (str, list, type(None))}
 
 
 def problem_of(row, classes):
-    """The first thing that is wrong with a row and how to mend it, or None."""
+    """The first thing that is wrong with a row, in words that say how to fix it, or None."""
     if not isinstance(row, dict):
         return "the line is not a JSON object"
     for name, kind in KINDS.items():
         value = row.get(name)
-        if name in FIELDS and value is None:
-            return f"field {name!r} is missing; the row has {sorted(row)}"
+        if name in FIELDS and (value is None or not str(value).strip()):
+            return f"field {name!r} is missing or empty; the row has {sorted(row)}"
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"field {name!r} has the wrong type: {value!r}"
+        if name.endswith("choice_id") and str(value) not in classes:
+            return f"{name} {value!r} is not one of {classes}"
     options, shares = row["options"], row["probabilities"]
-    if isinstance(row.get("context"), list) and {*map(type, row["context"])} - {str}:
+    if {*map(type, row.get("context") or "")} - {str}:
         return f"field 'context' must be text or a list of texts, got {row['context']}"
     if {*map(type, options)} != {str} or not 1 < len(options) == len({*options}):
         return f"options must be two or more different texts, got {options}"
@@ -310,12 +293,6 @@ def problem_of(row, classes):
         return f"probabilities has {len(shares)} entries for the classes {classes} of meta.json"
     if {*map(type, shares)} - {int, float} or min(shares) < 0 or not abs(sum(shares) - 1) <= 0.02:
         return f"probabilities must be shares that sum to 1 (within 0.02), got {shares}"
-    for name in ("accept_choice_id", "reject_choice_id"):
-        if str(row[name]) not in classes:
-            return f"{name} {row[name]!r} is not one of {classes}"
-    for name in ("prompt", "accept_response", "reject_response"):
-        if not row[name].strip():
-            return f"{name} is empty: leave the row out"
     if bool(row.get("accept_choice")) != bool(row.get("reject_choice")):
         return "accept_choice and reject_choice: give both belief texts or neither"
 
@@ -327,14 +304,13 @@ def load_rows(path, classes):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()           # half a surrogate pair fails
-            problem = problem_of(row, classes)
+            rows.append(json.loads(line))
+            json.dumps(rows[-1], ensure_ascii=False).encode()      # half a surrogate pair fails
+            problem = problem_of(rows[-1], classes)
         except (ValueError, RecursionError) as e:
             problem = e
         if problem:
-            raise ValueError(f"{path}, line {number}: {problem}: mend or remove it")
-        rows.append(row)
+            raise ValueError(f"{path}, line {number}: {problem}: correct or remove it")
     if not rows:
         raise ValueError(f"{path} has no rows: make it again with synth.py")
     return rows
@@ -345,38 +321,36 @@ def load_meta(folder, form=""):
     the given one), and maps of belief texts and of stances to classes."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with synth.py "
-                                "(`python synth.py --help`), or correct --data")
+        raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with synth.py, or "
+                                "correct --data")
     meta = {"form": FORM, "belief_to_class": {}, "stances": {}} | read_json(path)
-    classes, form = meta.get("classes"), str(form or meta["form"])
+    meta["form"] = str(form or meta["form"])
+    classes, names = meta.get("classes"), re.findall(r"\{(\w+)\}", meta["form"])
     if not isinstance(classes, list) or {*map(type, classes)} != {str} or (
-            not 1 < len({*classes}) == len(classes)):
+            not 1 < len(classes) == len({*classes})):
         raise ValueError(f"{path}: 'classes' must list two or more different labels as strings")
     if meta.get("off_scale") not in (None, *classes):
         raise ValueError(f"{path}: 'off_scale' {meta['off_scale']!r} is not one of {classes}")
     for name in ("belief_to_class", "stances"):
         if not isinstance(meta[name], dict) or {*map(str, meta[name].values())} - {*classes}:
             raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
-    names = sorted(re.findall(r"\{(\w+)\}", form))
-    if names.count("prompt") != 1 or set(names) - {"prompt", "group"}:
-        raise ValueError(f"{path}: the form {form!r} must hold {{prompt}} once, and only {{group}} "
-                         "besides")
-    return meta | {"form": form}
+    if names.count("prompt") != 1 or {*names} - {"prompt", "group"}:
+        raise ValueError(f"{path}: form {meta['form']!r} must hold {{prompt}} once, else {{group}}")
+    return meta
 
 
 def load_dataset(names, splits, form=""):
     """(meta, {split: rows}) of one dataset folder, or of a mix of them with commas between.
     form replaces the datasets' own form of the prompt."""
     folders = [Path(name) for name in names.split(",")]
-    if len(set(folders)) < len(folders) or "" in names.split(","):
+    if len({*folders}) < len(folders) or "" in names.split(","):
         raise ValueError(f"--data {names!r} names a dataset twice or has an empty name")
     meta, *others = (load_meta(folder, form) for folder in folders)
     for folder, other in zip(folders[1:], others):
         mix(meta, other, folder)
-    rows = {split: [row for folder in folders
-                    for row in load_rows(folder / f"{split}.jsonl", meta["classes"])]
-            for split in splits}
-    warn_about([row for part in rows.values() for row in part], meta["form"], names)
+    rows = {split: sum((load_rows(folder / f"{split}.jsonl", meta["classes"])
+                        for folder in folders), []) for split in splits}
+    warn_about(sum(rows.values(), []), meta["form"], names)
     return meta, rows
 
 
@@ -387,30 +361,26 @@ def mix(meta, other, folder):
             raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's, "
                              f"{meta.get(key)!r}: they cannot be mixed (--form sets one form)")
     for key in ("belief_to_class", "stances"):
-        both = meta[key] | other[key]
-        if both != other[key] | meta[key]:             # some text has another class there
+        if any(meta[key].get(text, label) != label for text, label in other[key].items()):
             raise ValueError(f"{folder}: its {key} contradicts an earlier dataset's: correct one")
-        meta[key] = both
+        meta[key] |= other[key]
 
 
 def warn_about(rows, form, names):
-    """Report rows that pass the checks but look like mistakes, and groups that nothing tells
-    apart. ValueError if the form needs a group and a row has none."""
-    odd = Counter()
-    for row in rows:
-        beliefs = {row.get("accept_choice"), row.get("reject_choice")} - {None, ""}
-        odd["a belief that is not an option"] += not beliefs <= {*row["options"]}
-        odd["the same answer accepted and rejected"] += all(
-            row[f"accept_{k}"] == row[f"reject_{k}"] for k in ("choice_id", "response"))
-    for what in filter(odd.get, odd):
-        print(f"{names}: {odd[what]} rows with {what}: look at them", file=sys.stderr)
-    groups = {row.get("group") or "" for row in rows}
+    """Report what passes the checks but looks like a mistake. ValueError for a missing group."""
+    groups, odd = {row.get("group") or "" for row in rows}, Counter()
     if "{group}" in form and "" in groups:
         raise ValueError(f"{names}: the form {form!r} needs a group in every row: add it, or give "
                          "another --form")
+    for row in rows:
+        beliefs = {row.get("accept_choice"), row.get("reject_choice")} - {None, ""}
+        odd["rows with a belief that is not an option"] += not beliefs <= {*row["options"]}
+        odd["rows with the same answer accepted and rejected"] += all(
+            row[f"accept_{k}"] == row[f"reject_{k}"] for k in ("choice_id", "response"))
     if "{group}" not in form and len(groups) > 1:
-        print(f"{names}: {len(groups)} groups, but the prompts do not say which: "
-              f"--form \"<G>{{group}}{FORM}\" does", file=sys.stderr)
+        odd["groups, but the prompts do not say which: see --form"] = len(groups)
+    for what in filter(odd.get, odd):
+        print(f"{names}: {odd[what]} {what}", file=sys.stderr)
 
 
 def dataset_name(names):
@@ -418,16 +388,10 @@ def dataset_name(names):
     return "+".join(Path(name).name for name in names.split(","))
 
 
-# ---------------------------------------------------------------------------------------------
-# Text files
-
 def read_text(path):
     """The text of a UTF-8 file, without the byte-order mark that it may begin with."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:                                   # UTF-16 has zeros
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    if re.search("[\0\udc80-\udcff]", text):           # zeros of UTF-16, bytes that are not UTF-8
         raise ValueError(f"{path} is not UTF-8 text: save it with that encoding")
     return text
 
@@ -460,7 +424,7 @@ def write(path, text):
 # ---------------------------------------------------------------------------------------------
 # HTTP: one session, retries, and keys that no message shows
 
-TIMEOUT, PAUSE, TRIES = 30, 1.0, 8     # seconds without a byte; first wait; attempts
+PAUSE, TRIES = 1.0, 8                  # seconds before the second attempt; attempts
 SESSION = requests.Session()           # keeps connections open: a new one costs 20 ms over TLS
 for scheme in ("http://", "https://"):
     SESSION.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=1000))
@@ -486,12 +450,13 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
     raises Refused. pause(seconds, problem) may return True to give up."""
     check_address(url)
     host, shown, seen = url.split("/")[2], url.partition("?")[0], Counter()
+    pause = pause or (lambda seconds, problem: time.sleep(seconds))
+    # A timeout is 30 s without a byte. Without an auth, ~/.netrc would override the headers.
+    kwargs = {"timeout": (10, 30), "auth": lambda r: r} | kwargs
     for attempt in range(1, TRIES + 1):
         wait, most = min(60, PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5), TRIES
         try:
-            answer = SESSION.request(method, url, headers=headers,
-                                     auth=lambda r: r,  # else ~/.netrc overrides the headers
-                                     **{"timeout": (10, TIMEOUT)} | kwargs)
+            answer = SESSION.request(method, url, headers=headers, **kwargs)
             ANSWERED.add(host)
             if answer.status_code < 300:
                 return read(answer) if read else answer
@@ -514,23 +479,17 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
         seen[problem] += 1
         if seen[problem] >= most or attempt == TRIES:
             raise ConnectionError(f"{shown}: {problem}" + f", {attempt} times" * (attempt > 1))
-        if pause is None:
-            time.sleep(wait)
-        elif pause(wait, problem):
+        if pause(wait, problem):
             raise ConnectionAbortedError(shown)
 
 
 def wait_of(answer):
-    """Seconds that a busy server asks to wait, 0 if it names none: Retry-After (a number or a
-    date), the hub's `ratelimit: "api";r=0;t=40`, Gemini's retryDelay."""
+    """Seconds that a busy server asks to wait, at most 600; 0 if it names none."""
     after, hub = (answer.headers.get(name, "") for name in ("Retry-After", "ratelimit"))
-    named = re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub) or re.search(
-        r'"retryDelay": *"(\d+\.?\d*)s"', answer.text)
-    try:
-        seconds = (float(named[1]) if named else
-                   parsedate_to_datetime(after).timestamp() - time.time())
-    except (ValueError, TypeError):
-        seconds = 0
+    named = (re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub)
+             or re.search(r'"retryDelay": *"(\d+\.?\d*)s"', answer.text))      # Gemini's
+    date = parsedate_tz(after)                         # the other form of Retry-After
+    seconds = float(named[1]) if named else mktime_tz(date) - time.time() if date else 0
     return max(0, min(600, seconds))
 
 
@@ -559,14 +518,15 @@ def key_from(*names):
 def check_address(url, where="the address"):
     """ValueError for no http address, or for one with a password, which would be stored."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
-        raise ValueError(f"{where} holds user:password@ or is no http(s) address: give the plain "
-                         "address, and a key by the environment")
+        raise ValueError(f"{where} is no http(s) address, or holds user:password@: leave that out")
 
 
 # ---------------------------------------------------------------------------------------------
-# The hub: plain HTTP, into Hugging Face's own cache folder
+# The hub: plain HTTP, into Hugging Face's own cache folder. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME,
+# HF_HUB_CACHE and HF_HUB_OFFLINE.
 
-CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
+HF_HOME = Path(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
+CHECKPOINT = [  # the files of a checkpoint; of each line, the first that is there
     ["tokenizer_config.json", "config.json"], ["config.json"],
     ["tokenizer.json", "vocab.json"], ["merges.txt", "tokenizer.json"],
     ["model.safetensors", "model.safetensors.index.json"]]
@@ -574,21 +534,19 @@ CHECKPOINT = [  # files of a checkpoint: of each line, the first that is there
 
 def find_checkpoint(name):
     """A checkpoint folder: a local one, or a model on the hub ("gpt2", "EleutherAI/pythia-70m"),
-    whose missing files are fetched, all of one commit. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME,
-    HF_HUB_CACHE and HF_HUB_OFFLINE."""
+    whose missing files are fetched, all of one commit."""
     path = Path(name)
     if name and (path / "metrics.jsonl").is_file():
         raise ValueError(f"{name} is a run: give one of its checkpoints, such as {name}/best")
     if name and path.is_dir():
         return path
-    if path.exists() or path.parent != Path() and path.parent.is_dir() or not re.fullmatch(
-            r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
+    local = path.exists() or "/" in name and path.parent.is_dir()
+    if local or not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
         raise FileNotFoundError(f"no folder {name} (and no name on the hub: gpt2, ORG/MODEL)")
     for choices in CHECKPOINT:
         path = hub_file(name, *choices)
     if path.name.endswith(".index.json"):
-        names = re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(path))
-        for shard in sorted(set(names)):
+        for shard in {*re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(path))}:
             hub_file(name, shard)
     return path.parent
 
@@ -596,7 +554,7 @@ def find_checkpoint(name):
 def hub_file(repo, *files):
     """Path of the first of these files that a hub repository ("datasets/ORG/NAME" for a dataset)
     has: from the cache, or fetched into it. FileNotFoundError if it has none."""
-    cache = Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or HF_HOME / "hub")
     folder = cache / (repo if repo.startswith("datasets/") else f"models/{repo}").replace("/", "--")
     main = folder / "refs/main"                        # holds the commit that was fetched last
     commit = read_text(main).strip() if main.is_file() else "main"
@@ -609,24 +567,15 @@ def hub_file(repo, *files):
     for file in files:
         try:
             return fetch(f"{endpoint}/{repo}/resolve/{commit}/{file}", folder, file)
-        except FileNotFoundError:                      # another process has completed it
-            path = next(folder.glob(f"snapshots/*/{file}"), None)
-            if path is None:
-                raise
-            return path
         except Refused as e:
             if e.status != 404:
                 raise ValueError(f"{e} (no such repository, or it wants an HF_TOKEN)") from None
     raise FileNotFoundError(f"{repo} on the hub has no {' or '.join(files)}")
 
 
-def hub_home():
-    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-
-
 def hub_headers():
     """The hub's key as a header: HF_TOKEN, or what `hf auth login` wrote."""
-    token = key_from("HF_TOKEN", hub_home() / "token")
+    token = key_from("HF_TOKEN", HF_HOME / "token")
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
@@ -638,43 +587,36 @@ def fetch(url, folder, file):
         have = part.stat().st_size if part.is_file() else 0
         ranged = {"Range": f"bytes={have - 1}-"} if have else {}   # past the end it is refused
         headers = {"Accept-Encoding": "identity"} | hub_headers() | ranged
-        with request("GET", url, headers, stream=True) as answer:
-            told = {}
-            for step in [answer, *reversed(answer.history)]:       # the storage's, then the hub's
-                told |= {k.lower(): v for k, v in step.headers.items()}
-            if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
-                raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
-            start = have - 1 if answer.status_code == 206 else 0
-            size = int(told.get("x-linked-size") or start + int(told.get("content-length", 0)))
-            receive(answer, part, start, size)
+        answer = request("GET", url, headers, stream=True)
+        # The hub redirects to a storage: what it says itself is then in the history.
+        told = next((x for x in answer.history if "x-repo-commit" in x.headers), answer).headers
+        if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
+            raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
+        start = have - 1 if answer.status_code == 206 else 0
+        rest = int(answer.headers.get("content-length", 0))
+        size = int(told.get("x-linked-size") or start + rest)
+        bar = progress(desc=file, total=size, initial=start, unit="B", unit_scale=True)
+        if not have:                   # else it is there, unless another process has completed it
+            folder.mkdir(parents=True, exist_ok=True)
+            part.touch()
+        with answer, bar, open(part, "r+b") as f, suppress(requests.RequestException):
+            f.seek(start)
+            for chunk in answer.iter_content(1 << 16):
+                bar.update(f.write(chunk))
         if part.stat().st_size >= size:
             break
         time.sleep(PAUSE * 2 ** attempt)
     else:
         raise ConnectionError(f"{url}: broken off; what came is kept, run the command again")
-    sha, path = told.get("x-linked-etag", ""), folder / "snapshots" / told["x-repo-commit"] / file
-    if len(sha) == 66 and f'"{hashlib.sha256(np.memmap(part, mode="r")).hexdigest()}"' != sha:
+    sha = told.get("x-linked-etag", "")
+    if len(sha) == 66 and sha != f'"{hashlib.sha256(np.memmap(part, mode="r")).hexdigest()}"':
         part.unlink()
         raise ValueError(f"{url}: not the file that the hub announced: run the command again")
+    path = folder / "snapshots" / told["x-repo-commit"] / file
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, path)
     write(folder / "refs/main", told["x-repo-commit"])
     return path
-
-
-def receive(answer, part, start, size):
-    """Write what comes of an answer into the file `part`, from byte `start` on: each byte at its
-    own place, so that two processes at the same file do not disturb each other."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    with open(part, "r+b") as f, progress(desc=f"fetching {answer.url.split('/')[-1]}", total=size,
-                                          initial=start, unit="B", unit_scale=True) as bar:
-        f.seek(start)
-        try:
-            for chunk in answer.iter_content(1 << 16):
-                bar.update(f.write(chunk))
-        except requests.RequestException:              # fetch() asks for the rest
-            pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -690,15 +632,12 @@ def add_flags(parser, config, names=None, skip=()):
         # float | None -> [float]; Literal["a", "b"] | None -> ["a", "b"]
         kinds = [x for k in typing.get_args(field.type) or [field.type] if k is not type(None)
                  for x in typing.get_args(k) or [k]]
+        how = {"choices": kinds}
+        if isinstance(kinds[0], type):
+            how = {"type": partial(parse, kinds[0])}
         if kinds[0] is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(kinds[0], type):
-            how = {"type": partial(parse, kinds[0])}
-        else:
-            how = {"choices": kinds}
         text = help_of[field.name].replace("%", "%%")
-        if "{LOSSES}" in text:
-            text = text.replace("{LOSSES}", loss_names())
         shown = f" [{field.default}]" if field.default not in (None, "") else ""
         parser.add_argument(f"--{field.name}", default=field.default, help=text + shown, **how)
 
@@ -714,22 +653,13 @@ def parse(kind, text):
     return value
 
 
-def loss_names():
-    """The names in losses.py, from its text: importing it would import torch."""
-    text = read_text(Path(__file__).with_name("losses.py"))
-    prefs, losses = (re.findall(r'^    "([\w-]+)":', part, re.M)
-                     for part in text.split("\nLOSSES = "))
-    return ", ".join([*losses, *prefs, *(f"gdpo-{name}" for name in prefs if name != "dpo")])
-
-
 def help_first(name, flags):
     """Answer --help of the script that is run (name: its __name__) at once; flags makes its parser.
     A script calls this above its slow imports, during which Ctrl-C just ends it."""
-    if name == "__main__":
-        if {"-h", "--help"} & set(sys.argv):
-            run(lambda: flags().parse_args())
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if name == "__main__" and {"-h", "--help"} & {*sys.argv}:
+        run(lambda: flags().parse_args())
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -764,22 +694,21 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as e:
+        own = isinstance(e, (RuntimeError, MemoryError))           # by torch, in one process
         words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         if getattr(e, "errno", None) == errno.ENOSPC:
             words += ": free some space; --resume, or the same command, goes on"
-        from_torch = isinstance(e, (RuntimeError, MemoryError))
-        if from_torch:
-            words = next((advice for words, advice in CAUSES.items()
-                          if re.search(words, f"{type(e).__name__}: {e}", re.I)), "")
-            if not words:
-                raise                                  # our own mistake
-            words += "; --resume goes on from the last saved state"
+        if own:
+            causes = [CAUSES[x] for x in CAUSES if re.search(x, f"{type(e).__name__}: {e}", re.I)]
+            if not causes:
+                raise                                  # a mistake of ours
+            words = f"{causes[0]}; --resume goes on from the last saved state"
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
         parallel = "TORCHELASTIC_RUN_ID" in os.environ
-        if from_torch or not parallel or os.environ.get("RANK") == "0":
-            name = Path(sys.argv[0]).name
-            print(f"{name}: error: {' '.join(words.split())}", file=sys.stderr, flush=True)
+        if own or not parallel or os.environ.get("RANK") == "0":
+            words = f"{Path(sys.argv[0]).name}: error: {' '.join(words.split())}"
+            print(words, file=sys.stderr, flush=True)
         if parallel:                                   # torch's threads may abort a plain exit
             sys.stdout.flush()
             os._exit(2)

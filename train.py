@@ -33,7 +33,7 @@ from data import (EVAL_BRANCHES, Parser, add_flags, class_ids, collate, cost, da
 @dataclass
 class Config:
     # the method
-    loss: str = "gdpo"            # the method; {LOSSES}
+    loss: str = "gdpo"            # sft, dpo, kto, gdpo, gdpo-kto, ... (an unknown name lists all)
     beta: float = None            # strength of the reference; 0.01 (weak) to 1 (strong) is sane
     alpha: float = 1.0            # H-DPO: strength of the policy's own log-probs
     label_smoothing: float = 0.0  # DPO: chance that a label is the wrong way round
@@ -49,7 +49,7 @@ class Config:
     data: str = "data/toy"        # dataset folder; give more than one, with commas, to mix them
     form: str = ""                # of the prompt, as "<G>{group}<Q>{prompt}<A>"; empty: the data's
     max_length: int = 0           # longest row in tokens; 0: the model's context
-    overlong: Literal["error", "drop", "trim"] = "error"  # what happens to longer rows
+    overlong: Literal["error", "drop"] = "error"  # what happens to longer rows
     model: str = "scratch"        # where SFT starts: scratch (a small GPT-2), a folder, a hub name
     init: str = ""                # where the others start; empty: the SFT run, made if missing
     n_layer: int = 2              # scratch: layers

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, class_ids, collate,
-                  cost, encode_rows, epoch_batches, kind_of, load_dataset, load_meta, load_rows,
-                  longest, problem_of, question_of)
+from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, class_ids, collate, cost, encode_rows,
+                  epoch_batches, kind_of, load_dataset, load_meta, load_rows, problem_of,
+                  question_of)
 from losses import score
 from model import Tokenizer, load_model, train_bpe
 from train import to_tensors
@@ -35,6 +35,8 @@ def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its
     """A belief that an earlier branch went through is scored there alone."""
     [item] = encode(ROW)
     assert (item.n_options, item.kind, item.question) == (3, "majority", "is it fair")
+    assert question_of(ROW | {"prompt": "is it Fair"}) == item.question
+    assert question_of(ROW | {"question_id": "7"}) == "7"
     b = collate([item], ("chosen", "own", "given", "flip"), CLASS_IDS)
     assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18], [0, 0, 6]]
     assert np.bincount(b["slot"], minlength=12).tolist() == b["counts"].reshape(-1).tolist()
@@ -100,26 +102,40 @@ def test_the_preference_counts_the_tokens_of_golden_05(case):
 
 @pytest.mark.parametrize("case", golden("04"), ids=lambda c: c["name"])
 def test_the_belief_likelihood_agrees_with_golden_04(case):
-    rows = zip(*(case[k] for k in (
-        "logits", "labels", "belief_logp_avg", "belief_logp_sum_including_gt")))
-    for logits, labels, average, total in rows:
+    for logits, labels, average, total in zip(*(case[k] for k in (
+            "logits", "labels", "belief_logp_avg", "belief_logp_sum_including_gt"))):
         b = to_tensors(collated(labels, labels), "cpu")
         s = score(lambda *packed: torch.tensor(logits), torch.eye(32), b)
         assert (s.logps / s.counts)[0, 0, BELIEF].item() == pytest.approx(average, rel=1e-5)
         assert s.logps[0, 0, :RESPONSE].sum().item() == pytest.approx(total, rel=1e-5)
 
 
-def test_rows_that_look_like_mistakes_are_reported_with_their_number(tmp_path, capsys):
-    rows = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"},        # none is refused
-            ROW | {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "meta.json").write_text(json.dumps({"classes": CLASSES}))
-    load_dataset(str(tmp_path), ("train",))
+def save(folder, *rows, **meta):
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "meta.json").write_text(json.dumps({"classes": CLASSES} | meta))
+    return str(folder)
+
+
+def test_rows_that_look_like_mistakes_are_counted(tmp_path, capsys):
+    same = {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}
+    odd = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"}, ROW | same]
+    load_dataset(save(tmp_path / "a", *odd), ("train",))           # none is refused
     said = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in said] == [
         "1 rows with a belief that is not an option",
         "1 rows with the same answer accepted and rejected",
         "2 groups, but the prompts do not say which"]
+
+
+def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path):
+    a = save(tmp_path / "a", ROW, belief_to_class={"Yes": "4"})
+    b = save(tmp_path / "b", LONG, belief_to_class={"No": "2"})
+    meta, rows = load_dataset(f"{a},{b}", ("train",))
+    assert rows == {"train": [ROW, LONG]} and meta["belief_to_class"] == {"Yes": "4", "No": "2"}
+    for key, value in ("off_scale", "0"), ("belief_to_class", {"Yes": "5"}):
+        with pytest.raises(ValueError, match=f"{key} (is not the first|contradicts an earlier)"):
+            load_dataset(f"{a},{save(tmp_path / key, ROW, **{key: value})}", ("train",))
 
 
 def test_majority_minority_and_ties():
@@ -136,27 +152,14 @@ def test_a_class_must_be_one_token_also_before_a_belief():
         class_ids(fused, ["<"])
 
 
-@pytest.mark.parametrize("max_length", range(9, 60, 4))
-def test_trimming_keeps_prompt_ends_belief_and_a_response(max_length, capsys):
-    row = ROW | {"prompt": "Is it fair that " + "x" * 30 + "?"}
-    if max_length < 13:                                  # no room for a response
-        with pytest.raises(ValueError, match="no row fits"):
-            encode(row, max_length=max_length, overlong="trim")
-        assert "1 of 1 rows dropped" in capsys.readouterr().err
-        return
-    [item], [full] = encode(row, max_length=max_length, overlong="trim"), encode(row)
-    assert longest(item) <= max_length and decode(item.beliefs[0]) == "4<Yes>"
-    assert decode(item.prompt).startswith("<Q>") and decode(item.prompt).endswith("<A>")
-    for whole, cut in zip(full.responses, item.responses):
-        assert cut and cut == whole[:len(cut)]           # a cut response has no end of text
-
-
-def test_rows_too_long_stop_the_run_or_are_dropped_and_counted(capsys):
+def test_rows_too_long_stop_the_run_or_are_left_out_and_counted(capsys):
     long = ROW | {"prompt": "x" * 200}
-    with pytest.raises(ValueError, match="data, row 2: its 230 .* raise --max_length, .*trim"):
+    with pytest.raises(ValueError, match="data, row 2: its 230 .* raise --max_length, .*drop"):
         encode(ROW, long)
     assert [i.row for i in encode(ROW, long, ROW, overlong="drop")] == [0, 2]
     assert "1 of 3 rows dropped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no row fits 96 tokens"):
+        encode(long, overlong="drop")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
@@ -182,51 +185,35 @@ def test_packing_and_shared_pieces_change_no_number(family, branches):
 
 @pytest.mark.parametrize("change, message", [
     ({"prompt": None}, "'prompt' is missing"), ({"prompt": 5}, "'prompt' has the wrong type"),
-    ({"probabilities": [0.5, 0.5]}, "2 entries for the classes"),
-    ({"probabilities": [0.5, 0, 0, 0, 0, 0.4]}, "sum to 1"),
-    ({"probabilities": [1.5, 0, 0, 0, 0, -0.5]}, "sum to 1"),
-    ({"probabilities": [float("nan")] + [0.2] * 5}, "sum to 1"),
-    ({"probabilities": [True, 0, 0, 0, 0, 0]}, "sum to 1"),
-    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
-    ({"reject_response": " "}, "reject_response is empty"),
-    ({"reject_choice": None}, "give both belief texts or neither"),
+    ({"reject_response": " "}, "'reject_response' is missing or empty"),
     ({"accept_choice": False}, "'accept_choice' has the wrong type"),
+    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
     ({"context": 5}, "'context' has the wrong type"), ({"context": [5]}, "'context' must be text"),
-    ({"options": ["Yes"]}, "options must be two or more"),
-    ({"options": ["Yes", "Yes"]}, "options must be two or more"),
-    ({"options": ["Yes", 5]}, "options must be two or more different texts")])
+    *[({"options": x}, "options must be two") for x in (["Yes"], ["Yes", "Yes"], ["Yes", 5])],
+    ({"probabilities": [0.5, 0.5]}, "2 entries for the classes"),
+    *[({"probabilities": [x, 0, 0, 0, 0, y]}, "sum to 1") for x, y in (
+        (0.5, 0.4), (1.5, -0.5), (float("nan"), 1), (True, 0), ("1", 0))],
+    ({"reject_choice": None}, "give both belief texts or neither")], ids=str)
 def test_what_is_wrong_with_a_row_is_named(change, message):
     assert message in problem_of(ROW | change, CLASSES)
     assert problem_of(ROW, CLASSES) is None
 
 
-@pytest.mark.parametrize("lines, where", [
-    (json.dumps(ROW) + "\n\n" + json.dumps(ROW)[:40], ", line 3: "), ("{}", ", line 1: .*missing"),
-    ("5", ", line 1: the line is not a JSON object"), ("[" * 200000, ", line 1: "),
-    (json.dumps(ROW | {"prompt": "\ud800"}), ", line 1: "), ("\n", " has no rows")])
-def test_a_broken_line_is_named_with_its_number(tmp_path, lines, where):
-    (tmp_path / "rows.jsonl").write_text(lines)
-    with pytest.raises(ValueError, match=f"rows.jsonl{where}"):
-        load_rows(tmp_path / "rows.jsonl", CLASSES)
-
-
-@pytest.mark.parametrize("meta, message", [
-    ("[1]", "must hold a JSON dict"), ("{", "is not JSON"), ("{}", "'classes' must list"),
-    ('{"classes": ["0", "0", "1"]}', "'classes' must list two or more different labels"),
-    ('{"classes": ["0", "1"], "off_scale": "7"}', "'off_scale' '7' is not one of"),
-    ('{"classes": ["0", "1"], "belief_to_class": {"Yes": 4}}', "'belief_to_class' must map"),
-    ('{"classes": ["0", "1"], "form": "{group}"}', "must hold {prompt} once")])
-def test_a_broken_meta_json_is_named(tmp_path, meta, message):
-    with pytest.raises(FileNotFoundError, match="no dataset in"):
-        load_meta(tmp_path)
-    (tmp_path / "meta.json").write_text(meta)
-    with pytest.raises(ValueError, match=f"meta.json.*{message}"):
-        load_meta(tmp_path)
-
-
-def test_a_question_is_known_by_its_id_or_by_its_words():
-    assert question_of(ROW) == question_of(ROW | {"prompt": "is it Fair"}) == "is it fair"
-    assert question_of(ROW | {"question_id": "7"}) == "7"
+@pytest.mark.parametrize("file, text, problem", [
+    ("rows.jsonl", f"{json.dumps(ROW)}\n\n{json.dumps(ROW)[:40]}", ", line 3: "),
+    ("rows.jsonl", "{}", ", line 1: .*missing"), ("rows.jsonl", "[" * 200000, ", line 1: "),
+    ("rows.jsonl", "5", ", line 1: the line is not a JSON object"), ("rows.jsonl", "\n", " has no"),
+    ("rows.jsonl", json.dumps(ROW | {"prompt": "\ud800"}), ", line 1: "),
+    ("meta.json", "[1]", " must hold a JSON dict"), ("meta.json", "{", " is not JSON"),
+    ("meta.json", "{}", ": 'classes' must list"),
+    ("meta.json", '{"classes": ["0", "0", "1"]}', ": 'classes' must list two or more different"),
+    ("meta.json", '{"classes": ["0", "1"], "off_scale": "7"}', ": 'off_scale' '7' is not one of"),
+    ("meta.json", '{"classes": ["0", "1"], "stances": {"Yes": 4}}', ": 'stances' must map texts"),
+    ("meta.json", '{"classes": ["0", "1"], "form": "{group}"}', ": .*must hold {prompt} once")])
+def test_a_broken_file_is_named_with_its_problem(tmp_path, file, text, problem):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}{problem}"):
+        load_meta(tmp_path) if file == "meta.json" else load_rows(tmp_path / file, CLASSES)
 
 
 def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
@@ -235,9 +222,7 @@ def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
     assert a == b != epoch_batches(lengths, 8, seed=1, epoch=3)
     assert sorted(sum(a, [])) == list(range(203))
     assert sorted(map(len, a)) == [3] + [8] * 25
-    padding = lambda batches: sum(max(lengths[x]) * len(x) - sum(lengths[x]) for x in batches)
-    plain = np.random.default_rng(0).permutation(203)
-    assert padding(a) < 0.3 * padding([plain[i:i + 8] for i in range(0, 203, 8)])
+    assert np.mean([np.ptp(lengths[batch]) for batch in a]) < 10       # rows of like length
 
 
 @real_data
