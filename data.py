@@ -321,8 +321,8 @@ def load_meta(folder, form=""):
     the given one), and maps of belief texts and of stances to classes."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with synth.py, or "
-                                "correct --data")
+        raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with synth.py "
+                                "or correct --data")
     meta = {"form": FORM, "belief_to_class": {}, "stances": {}} | read_json(path)
     meta["form"] = str(form or meta["form"])
     classes, names = meta.get("classes"), re.findall(r"\{(\w+)\}", meta["form"])
