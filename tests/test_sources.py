@@ -106,7 +106,7 @@ def test_a_reply_is_read_however_it_is_laid_out():
     "*Q:* a?\n*A1:* [Yes] y\n*A2:* [No] n", "Q: a?\n- **B.** [Yes] y\n- **A:** [No] n",
     "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
     "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
-    "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\n---\nStyle 2: b",
+    "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\nStyle 2: b",
     "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n",
     "Q： a?\nA1： 【Yes】 y\nA2： [Option: No] n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n",
     json.dumps(STYLES), json.dumps(STYLES, indent=1)])
@@ -132,13 +132,12 @@ def test_common_layouts_and_json_are_read(reply):
     ("a prompt that the server refused", "refused", [f"400: no\n{GOOD}"])])
 def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
     for reply in replies:
-        cases = [(reply, [])]
-        if problem.startswith(("a style", "the prompt")):
-            first = json.dumps(STYLES) if reply[0] == "{" else GOOD
-            cases += [(f"{first}\n\n{reply}", [("a?", ["y", "n"])])]
-        for text, good in cases:
-            read, problems = synth.parse_dialogues(text, ["Yes", "No"], ended)
-            assert read == good and [p["problem"] for p in problems] == [problem]
+        first = json.dumps(STYLES) if reply[0] == "{" else GOOD
+        alone, after = (synth.parse_dialogues(text, ["Yes", "No"], ended)
+                        for text in (reply, f"{first}\n\n{reply}"))
+        assert alone[0] == [] and [p["problem"] for p in alone[1]] == [problem]
+        if problem.startswith(("a style", "the prompt's own")):
+            assert after == ([("a?", ["y", "n"])], alone[1])
 
 
 @pytest.mark.parametrize("label, texts", [
@@ -243,8 +242,7 @@ def hub(server, monkeypatch, make):
     server.rows, server.long = {}, []
 
     def answer(r):
-        if not r.query.get("dataset", "").startswith("Some/"):
-            return 404, {"error": "The dataset does not exist."}
+        assert r.query["dataset"].startswith("Some/")
         if r.path == "/splits":
             return 200, {"splits": [{"config": "default", "split": s} for s in server.rows]}
         rows, start, n = server.rows[r.query["split"]], int(r.query["offset"]), r.query["length"]
@@ -278,7 +276,7 @@ def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(h
         "accept_response": "ok 0", "reject_choice_id": "2", "reject_choice": "Bad",
         "reject_response": "no", "group": "Pakistan", "question_id": train[9]["question_id"]}
     assert len({r["question_id"] for r in train}) == 2
-    assert train[-1]["group"] == "Pakistan" and train[-1]["reject_choice_id"] == "0"
+    assert train[-1]["reject_choice_id"] == "0"
     assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
 
@@ -300,11 +298,10 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
     ("/splits", {"splits": [{"config": "default", "split": "train"}]}, "no split eval or valid"),
     ("/splits", {"splits": [{"config": "a", "split": "train"}]}, "in a default configuration"),
     ("probabilities", None, "no probabilities in a row of ['accept"),
-    ("options", "Good|Bad", "not a list: 'Good|Bad'"), ("options", 5, "not a list: '5'"),
+    ("options", "Good|Bad", "not a list: 'Good|Bad'"),
     ("probabilities", [0.5, 0.5], "neither 6 shares")])
 def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
     hub.rows, good = {s: published_rows(3, **{path: answer}) for s in SPLITS}, hub.answer
-    assert "does not exist" in hub.fetch("--name", "Other/set", check=2)
     hub.answer = lambda r: (200, answer) if r.path == path else good(r)
     assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
 
@@ -449,11 +446,9 @@ review/text: bad""".encode(encoding))
 
 
 @pytest.mark.parametrize("text, titles, message", [
-    ("[{}]", "P1,One", "no review could be read"), ("[{}]", "P1,One", "It begins with '[{}]'"),
-    ("", "P1,One", "It begins with ''"), ("a,b\n", "P1,One", "It begins with 'a,b'"),
+    ("[{}]", "P1,One", "It begins with '[{}]'"), ("", "P1,One", "It begins with ''"),
     ('{\n "asin": "P1",\n "overall": 5.0\n}\n', "P1,One", "It begins with '{'"),
-    ("", "P1,The Good, the Bad", "t.csv must have lines of product,title"),
-    ("", "P1", "t.csv must have lines of product,title")])
+    ("", "P1,The Good, the Bad", "t.csv must have lines of product,title")])
 def test_a_file_without_readable_reviews_or_titles_is_refused(
         reviews, tmp_path, text, titles, message):
     save(tmp_path / "r.jsonl", text)
@@ -515,41 +510,40 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, tmp_path):
 
 def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path):
     flagged = 400, {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}
-    replies = {("State the one", "good 34"): "I'm sorry.\nI cannot.",
-               ("State the one", "good 37"): flagged, ("Statement:", "good 39"): flagged,
+    replies = {("State the one", "good 35"): "I'm sorry.\nI cannot.",
+               ("State the one", "good 37"): flagged, ("Statement:", "good 36"): flagged,
                ("Statement:", "good 38"): "both agree",
                ("Statement:", "good 44"): "1: agree\n2: agree"}
     llm.spoil = lambda reply, prompt: next(
         (r for (a, b), r in replies.items() if a in prompt and b in prompt), reply)
-    err, _, rows = llm.make("mine", "--pairs", pairs)
+    err, _, rows = llm.make("mine", "--pairs", pairs, "--max_statements", 1)
     for what in ("1 x no statement (stop)", "2 x no two different stances (stop)",
-                 "1 x no statement (refused)", "1 x no two different stances (refused)"):
+                 "1 x no statement (refused)", "1 x no two different stances (refused)",
+                 "28 x a statement in no group, or beyond --max_statements"):
         assert what in err
-    assert sum(map(len, rows.values())) == 55
-    assert (tmp_path / "d/unparsed.jsonl").read_text().count("\n") == 5
+    rows = sum(rows.values(), [])
+    assert len(rows) == 27 and {r["accept_choice"] for r in rows} == {"Be brief"}
+    assert (tmp_path / "d/unparsed.jsonl").read_text().count("\n") == 5 + 28
 
 
-def test_statements_are_grouped_in_parts_and_then_their_groups(llm, tmp_path):
+def test_statements_are_grouped_in_parts_and_then_their_groups_and_so_is_a_refused_list(
+        llm, tmp_path):
     client = synth.Client(synth.Chat(base_url=llm.url), tmp_path / "c.jsonl")
     many = [f"Do not harm {n}" for n in range(9)] + [f"Be brief {n}" for n in range(8)]
     of = synth.group_statements(client, many, 3, size=6)
     assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
     assert len(llm.requests) == 4
+    llm.spoil = lambda reply, prompt: (400, "flagged") if "zzz" in prompt else reply
+    of = synth.group_statements(client, [many[0], "zzz", *many[1:3]], 3)
+    assert of == dict.fromkeys(many[:3], "Do not harm")     # it costs the others nothing
     found = '{"groups": [{"statement": "a", "numbers": %s}]}'                # as the schema asks
     assert synth.read_groups(found % [2, 1]) == [("a", 2), ("a", 1)]
     assert synth.read_groups(found % "[null]") == []
 
 
-def test_no_more_than_max_statements_are_kept_and_the_rest_is_counted(llm, pairs):
-    err, _, rows = llm.make("mine", "--pairs", pairs, "--max_statements", 1)
-    assert {r["accept_choice"] for r in rows["train"]} == {"Be brief"}
-    assert "30 x a statement in no group, or beyond --max_statements" in err
-
-
 @pytest.mark.parametrize("text, classes", [
     ("1: agree\n2: disagree", ["3", "1"]), ("Answer 1: **Agrees**.\n2. Neutral", ["3", "2"]),
-    ("1: agree or disagree\n2: disagree", None), ("1: disagree/agree\n2: agree", None),
-    ("1: agree, but\n2: agree", None), ("1: agree", None), ("", None),
+    ("1: agree or disagree\n2: disagree", None), ("1: agree", None),
     ('{"answer_1": "agree", "answer_2": "neutral"}', ["3", "2"]), ('{"answer_1": "agree"}', None),
     ('{"answer_1": "agree", "answer_2": "maybe"}', None)])
 def test_stances_are_never_guessed(text, classes):
@@ -627,12 +621,3 @@ def test_shots_are_dropped_until_the_row_fits(make, world, capsys):
         one_more = [first, *shots[len(shots) - len(kept) - 1:], prompt_text(row, meta["form"])]
         size = len(tok.encode("".join(one_more)))
         assert size + data.longest(short) - len(short.prompt) > 200
-
-
-def test_a_refused_statement_costs_the_others_nothing(monkeypatch):
-    def chat(client, prompts, *args, **settings):
-        return [synth.Reply("no", "refused") if "zzz" in p else synth.Reply(
-            "g :: " + ", ".join(re.findall(r"^(\d+)\. ", p, re.M)), "stop") for p in prompts]
-    monkeypatch.setattr(synth, "chat", chat)
-    of = synth.group_statements(None, ["a", "zzz", "c", "d"], 25)
-    assert of == dict.fromkeys("acd", "g")
