@@ -543,11 +543,14 @@ def find_checkpoint(name):
     local = path.exists() or "/" in name and path.parent.is_dir()
     if local or not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
         raise FileNotFoundError(f"no folder {name} (and no name on the hub: gpt2, ORG/MODEL)")
-    for choices in CHECKPOINT:
-        path = hub_file(name, *choices)
-    if path.name.endswith(".index.json"):
-        for shard in {*re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(path))}:
-            hub_file(name, shard)
+    try:
+        for choices in CHECKPOINT:
+            path = hub_file(name, *choices)
+        if path.name.endswith(".index.json"):
+            for shard in {*re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(path))}:
+                hub_file(name, shard)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"there is no folder {name}; on the hub: {e}") from None
     return path.parent
 
 

@@ -80,12 +80,12 @@ def test_a_download_goes_on_where_it_broke_off(hub, faults):
     assert hub.starts[0] == 0 and (hub.starts[-1] > 0) == ("cut" in faults)
 
 
-@pytest.mark.parametrize("faults, error, words", [
-    (["cut"] * data.TRIES, ConnectionError, "what came is kept, run the command again"),
-    (["lie"], ValueError, "not the file that the hub announced")])
-def test_after_a_failure_the_next_run_goes_on_with_what_was_right(hub, faults, error, words):
+@pytest.mark.parametrize("faults, words", [
+    (["cut"] * data.TRIES, "what came is kept, run the command again"),
+    (["lie"], "not the file that the hub announced")])
+def test_after_a_failure_the_next_run_goes_on_with_what_was_right(hub, faults, words):
     hub.faults = list(faults)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ValueError, match=words):
         fetched()
     hub.commit = "beef"                                    # the hub has moved on in between
     assert fetched().name == "c0ffee" and (hub.starts[-1] > 0) == ("cut" in faults)
@@ -118,15 +118,14 @@ def test_what_looks_like_a_folder_is_not_asked_of_the_hub(hub, server, tmp_path,
     assert not server.requests
 
 
-@pytest.mark.parametrize("answer, env, error, words", [
-    ((404, ""), {}, FileNotFoundError, "org/x on the hub has no .*config.json"),
-    ((401, ""), {}, ValueError, "401.*it wants an HF_TOKEN"),
-    ((200, "a page"), {}, ValueError, "is HF_ENDPOINT right"),
-    (None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, ConnectionError, "is the address right.*4 times"),
-    (None, {"HF_HUB_OFFLINE": "1"}, FileNotFoundError, "HF_HUB_OFFLINE is set")], ids=str)
-def test_what_cannot_be_had_is_one_line(hub, server, monkeypatch, answer, env, error, words):
+@pytest.mark.parametrize("answer, env, words", [
+    ((404, ""), {}, "org/x on the hub has no .*config.json"),
+    ((401, ""), {}, "401.*it wants an HF_TOKEN"), ((200, "a page"), {}, "is HF_ENDPOINT right"),
+    (None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "is the address right.*4 times"),
+    (None, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")], ids=str)
+def test_what_cannot_be_had_is_one_line(hub, server, monkeypatch, answer, env, words):
     server.answer = lambda r: answer
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ValueError, match=f"there is no folder org/x; on the hub: .*{words}"):
         find_checkpoint("org/x")
