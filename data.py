@@ -429,6 +429,7 @@ SESSION = requests.Session()           # keeps connections open: a new one costs
 for scheme in ("http://", "https://"):
     SESSION.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=1000))
 BUSY = {408, 425, 429, *range(500, 600)} - {501}       # statuses that another try may change
+LASTING = re.compile("(insufficient|exceeded_current)_quota|parse grammar")  # but not with these
 ANSWERED = set()                       # servers that have answered: worth waiting for
 SLOW = ": raise --timeout, or lower --concurrency, --styles or --max_tokens"
 
@@ -461,9 +462,9 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
             if answer.status_code < 300:
                 return read(answer) if read else answer
             problem = hide(answer.text or answer.reason, url, headers, kwargs)
-            if answer.status_code in (401, 403) and not headers:
+            if answer.status_code in (401, 403) and not (headers or kwargs.get("params")):
                 problem += " (no key was sent: set API_KEY, or HF_TOKEN for the hub)"
-            if answer.status_code not in BUSY or "insufficient_quota" in answer.text:
+            if answer.status_code not in BUSY or LASTING.search(answer.text):
                 raise Refused(shown, answer.status_code, problem)
             problem = f"the server answered {answer.status_code}: {problem}"
             wait = wait_of(answer) or wait
@@ -494,11 +495,12 @@ def wait_of(answer):
 
 
 def hide(words, url, headers, kwargs):
-    """Words on one line, 500 characters at most, without the keys that were sent."""
+    """Words on one line, 500 characters at most, without the keys that were sent. A local server's
+    dummy key, such as "x", is not hidden: it would garble every word that holds it."""
     keys = [*(headers or {}).values(), (kwargs.get("params") or {}).get("apikey"),
             *re.findall(r"[?&]\w*key=([^&]+)", url)]
-    for key in filter(None, keys):
-        words = words.replace(key.removeprefix("Bearer "), "***")
+    for key in (key.removeprefix("Bearer ") for key in keys if key):
+        words = words.replace(key, "***") if len(key) > 5 else words
     return " ".join(words.split())[:500]
 
 

@@ -284,13 +284,15 @@ class Reply(NamedTuple):
 FLAGGED = re.compile("content.?(policy|management|exists)|filter|flagged|refus|safety|moderat|spii|"
                      "inspect|inappropriate|harmful|prohibit|recitation|sensitive|violat|"
                      "guardrail|invalid.?prompt|unsafe|risk|block", re.I)
-TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|many.{0,9}tokens)|"
-                      "token limit|input length", re.I)
+TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|large|many.{0,9}tokens)|"
+                      "token limit|(input|prompt|model) length|longer than the maximum", re.I)
 PARAMETERS = {"response_format": "response_format|schema|structured|grammar|json.?mode|guided"} | {
     name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens",
                             "max_completion_tokens")}
 OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
                     "not permitted|deployment|stream|permission|account|credit|quota", re.I)
+OF_CLIENT = re.compile(r"suspend|deactivat|billing|your account|<html|\bIP\b|you have been blocked|"
+                       "access (is|was|has been)? ?(denied|blocked)", re.I)
 # Finish reasons that mean failed, and cut off. FLAGGED finds refusals; the rest are good endings.
 FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload|"
                     "interrupt|exception|unavail|other|unknown|preempt|kill|disconnect|reject")
@@ -449,14 +451,15 @@ class Client:
 def culprit_of(e, body):
     """Which field of a request body a Refused is about: a parameter, or a chat's messages. None if
     every request would be refused. When in doubt, the messages: Client.keep counts those."""
-    if re.search("suspend|deactivat|billing|your account", e.words, re.I):
-        return None                    # "your account was flagged" is not about the prompt
+    if OF_CLIENT.search(e.words):      # "your account was flagged" is not about the prompt
+        return None
     culprit = next((k for k in PARAMETERS
                     if k in body and re.search(PARAMETERS[k], e.words, re.I)), None)
     about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
-    if about_prompt and str(culprit) not in e.words or not culprit and not OF_ALL.search(e.words):
+    if about_prompt and not (culprit and culprit in e.words) or (
+            not culprit and not OF_ALL.search(e.words)):
         culprit = "messages"
-    statuses = (400, 403, 413, 422, 451) if culprit == "messages" else (400, 404, 422, 501)
+    statuses = (400, 403, 413, 422, 451) if culprit == "messages" else (400, 404, 422, 500, 501)
     return culprit if culprit in body and e.status in statuses else None
 
 
@@ -474,11 +477,15 @@ def endpoint(o, path):
 def read_json_answer(response, field):
     """A server's JSON answer, in which `field` must be a list. Raises Refused for an error about
     this prompt, even one with status 200, and TryAgain for anything else."""
-    tries, kind, refused = TRIES, response.headers.get("Content-Type", "no type"), None
-    with suppress(ValueError, AttributeError):         # half an answer, or an HTML page
+    kind, refused = response.headers.get("Content-Type", "no type"), None
+    tries = 2 if "event-stream" in kind or response.text.startswith("data:") else TRIES
+    with suppress(ValueError, AttributeError, RecursionError):     # half an answer, or HTML
         answer = json.loads(response.content)
         if isinstance(answer.get(field), list) and not answer.get("error"):
             return answer
+        if field == "choices" and "completion" in str(answer.get("object")) and not answer.get(
+                "error") and not answer.get(field):
+            return answer | {field: []}                # how Gemini blocks a prompt
         if not re.search(r'"code": ?"?(429|5\d\d)\b', response.text):  # others do not pass
             tries, refused = 2, FLAGGED.search(response.text) or TOO_LONG.search(response.text)
     if refused:
@@ -486,19 +493,25 @@ def read_json_answer(response, field):
     raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", tries)
 
 
+def tokens_of(answer):
+    """[tokens in, tokens out] of an answer; 0 where the server does not count them."""
+    usage = answer.get("usage") or {}
+    counts = [usage.get(f"{k}_tokens") for k in ("prompt", "completion")]
+    return [int(n) if isinstance(n, (int, float)) and n == n else 0 for n in counts]
+
+
 def read_chat(response):
     """A chat completion -> (Reply, [tokens in, out]). Raises TryAgain if it failed."""
     answer = read_json_answer(response, "choices")
     try:
-        choice, usage = (answer["choices"] or [None])[0] or {}, answer.get("usage") or {}
-        tokens = [usage.get(f"{k}_tokens") for k in ("prompt", "completion")]
-        tokens = [n if isinstance(n, int) else 0 for n in tokens]
+        choice, tokens = (answer["choices"] or [None])[0] or {}, tokens_of(answer)
         ended, message = choice.get("finish_reason") or "stop", choice.get("message") or {}
         text, refusal = message.get("content") or "", message.get("refusal")
         if isinstance(text, list):                     # of parts, some of which may be thinking
             text = "".join(p["text"] for p in text if p.get("type", "text") in (
                 "text", "output_text"))
         text = THINKING.sub("", text, count=1).strip()
+        text = re.sub(r"^```\w*\n(.*?)\n?```$", r"\1", text, flags=re.S)     # fenced as a whole
     except (AttributeError, TypeError, KeyError, ValueError):
         raise TryAgain(f"no chat completion: {str(answer)[:300]}", 2) from None
     ended = str(ended).lower()
@@ -545,7 +558,7 @@ def read_embeddings(response):
         vectors = np.array([item["embedding"] for item in items])
         if (vectors.dtype.kind in "if" and vectors.shape[:-1] == (n,)
                 and np.isfinite(vectors).all() and vectors.any(1).all()):
-            return vectors.tolist(), [(answer.get("usage") or {}).get("prompt_tokens") or 0, 0]
+            return vectors.tolist(), tokens_of(answer)
     raise TryAgain(f"no embedding of numbers for each input: {response.text[:200]}", 2)
 
 
@@ -689,8 +702,9 @@ def read_label(text, labels):
     with suppress(ValueError, AttributeError):         # JSON, in any layout
         [text] = map(str, json.loads(text).values())
     either = "|".join(map(re.escape, labels))
-    named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|\"?[:=])[\W_]*)?(?<!-)({either})"
-                         rf"(?:\.0+|\s*/\s*(?=\d){re.escape(labels[-1])})?[\W_]*", text, re.I)
+    named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|[*\"]*[:=])[\W_]*)?(?<!-)({either})"
+                         rf"(?:\.0+|\s*(?:/|out of)\s*(?=\d){re.escape(labels[-1])})?[\W_]*",
+                         text, re.I)
     return next((s for s in labels if named and s.lower() == named[1].lower()), None)
 
 
@@ -1009,9 +1023,10 @@ def read_omdb(response):
     except ValueError:                 # retry if this is half an answer, or not about a film
         whole = re.fullmatch(r'\{"Title".*\}\s*', text, re.S)
         answer = {"Error": "Movie not found!" if whole else text[:200]}
+    answer = answer if isinstance(answer, dict) else {"Error": text[:200]}
     error = str(answer.get("Error"))
     if answer.get("Response") != "True" and not re.fullmatch(r"\w+ not found!?", error):
-        raise TryAgain(f"OMDb: {error}", 1 if "limit" in error else TRIES)
+        raise TryAgain(f"OMDb: {error}", 1 if re.search("limit|key", error) else TRIES)
     return answer, [0, 0]
 
 
@@ -1192,7 +1207,7 @@ def mine(o, flags):
     prompts = [PROMPTS["statement"].format(**x) for x in shown]
     statements, rows_of, problems = {}, defaultdict(list), []
     for i, reply in enumerate(chat(client, prompts, "statements", max_tokens=100)):
-        lines = [line.strip(" *\"“”") for line in reply.text.split("\n") if line.strip()]
+        lines = [line.strip(" *\"“”") for line in reply.text.split("\n") if re.search(r"\w", line)]
         if reply.ended == "stop" and len(lines) == 1 and len(lines[0]) <= 200:
             statements[i] = lines[0]
         else:

@@ -528,6 +528,7 @@ class Run:
         with reading(self.out / "metrics.jsonl") as path:
             lines = path.read_text().split("\n")[:-1]  # a kill may have cut the last one
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= self.step]
+            assert '"eval"' in kept[0], "the first line holds the first evaluation"
         if rank_and_size()[0] == 0:
             write(path, "".join(kept))
         say(f"{self.out}: resumed at step {self.step}")
@@ -626,7 +627,8 @@ def report(r):
     if rank_and_size()[0] > 0:
         return
     log = map(json.loads, (r.out / "metrics.jsonl").read_text().splitlines())
-    before, *_, after = (x["eval"] for x in log if "eval" in x)
+    evals = [x["eval"] for x in log if "eval" in x]
+    before, after = evals[0], evals[-1]
     kind, of = "joint", "belief and answer"
     if "given" in r.loss.branches:
         kind, of = "given", "the answer given the belief"

@@ -160,15 +160,19 @@ def test_azure_has_its_own_url_and_header_and_a_redirect_gets_no_key(client, ser
 
 PASSING = [(429, "slow down"), (503, {"error": "busy"}), (200, "<html>Wait"),
            (200, {"error": {"code": 502}}), (200, "cut", ("Content-Length", "99")),
+           (200, "[" * 9999),
            *[(200, completion("a te", end)) for end in (
                "error", "tool_calls", "abort", "OTHER", "interrupted")]]
 FINAL = [(400, "no such model"), (401, "wrong key"), (404, "page not found"), (501, "no"),
          (429, {"error": {"code": "insufficient_quota"}}),
-         (403, "Your account was flagged and suspended")]
+         (429, {"error": {"type": "exceeded_current_quota_error"}}),
+         (403, "Your account was flagged and suspended"), (403, "<html>You have been blocked"),
+         (403, "Access from your IP address is blocked by policy")]
+TWICE = [(200, {"error": "Unexpected endpoint"}), (200, 'data: {"choices": []}')]
 
 
-@pytest.mark.parametrize("bad, times", [*[(x, 8) for x in PASSING], *[(x, 1) for x in FINAL],
-                                        ((200, {"error": "Unexpected endpoint"}), 2)], ids=str)
+@pytest.mark.parametrize("bad, times", [(x, n) for n, answers in (
+    (8, PASSING), (2, TWICE), (1, FINAL)) for x in answers], ids=lambda x: str(x)[:50])
 def test_what_may_pass_is_asked_again_and_the_rest_ends_the_run(client, server, bad, times):
     asked, broken = Counter(), {"bad": 99, "twice": times // 3}
 
@@ -216,6 +220,7 @@ EMPTY = "no content, finish_reason "
         "<think>\nQ: a draft\n</think>\n\nanswer", "o </think> answer",
         "<think>a</think> no <think>b</think> answer", "[THINK]a[/THINK]answer",
         "<think >a</think >answer", "◁think▷a◁/think▷answer", "<scratchpad>a</scratchpad>answer",
+        "```json\nanswer\n```",
         "<|begin_of_thought|>a<|end_of_thought|>answer", "analysis a assistantfinalanswer",
         "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
         [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"},
@@ -241,7 +246,11 @@ def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, ans
     ((403, "your input was flagged; this model requires moderation"), "403: .*flagged", True),
     ((400, "request (4390 tokens) exceeds the available context size"), "context size", False),
     ((400, "Your request exceeded model token limit: 8192"), "token limit", False),
+    ((400, "This model's maximum prompt length is 131072 but the request has"), "400", False),
+    ((413, "Request too large for model `m`, please reduce your message"), "413: ", False),
+    ((400, "The response was filtered. Available Model Group Fallbacks=None"), "filtered", True),
     ((200, {"choices": None, "promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY", True),
+    ((200, {"object": "chat.completion", "usage": None}), "no content", False),
     ((451, "content policy"), "451: content policy", True),
     ((400, "no"), "400: no", False), ((200, NO), "refusal: I won't.", True),
     ((200, completion("")), "no content", False)], ids=str)
@@ -263,12 +272,14 @@ def test_a_run_ends_if_its_first_few_prompts_are_all_refused(client, server, ans
     assert len(server.requests) == 1 + 5
 
 
-def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsys):
+def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsys, monkeypatch):
+    monkeypatch.setenv("API_KEY", "x")                      # a dummy, which garbles no message
     refused = {"top_p": "'top_p' is not supported", "temperature": "`temperature` and `top_p`: one",
                "max_tokens": "Use 'max_completion_tokens' instead of 'max_tokens'",
-               "response_format": "json_schema is not available"}
-    server.answer = lambda r: next(((400, {"error": {"message": words, "param": name}}) for
-                                    name, words in refused.items() if name in r.body), FINE)
+               "response_format": "failed to parse grammar"}
+    server.answer = lambda r: next(
+        ((500 if name == "response_format" else 400, {"error": {"message": words, "param": name}})
+         for name, words in refused.items() if name in r.body), FINE)
     c = client(extra='{"top_p": 0.5}', temperature=0.7, max_tokens=9)
     synth.chat(c, ["a", "b"], "asking", schema={"type": "object"})
     assert server.requests[-1].body == {"model": c.o.llm, "max_completion_tokens": 9,
@@ -279,7 +290,7 @@ def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsy
 def embeddings(r, vector, index=range):
     found = [{"embedding": vector(x)} | ({} if k is None else {"index": k})
              for k, x in zip(index(len(r.body["input"])), r.body["input"])]
-    return 200, {"data": found[::-1] if index is range else found, "usage": {"prompt_tokens": 1}}
+    return 200, {"data": found[::-1] if index is range else found, "usage": {"prompt_tokens": 1.0}}
 
 
 @pytest.mark.parametrize("index", [

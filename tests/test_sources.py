@@ -141,7 +141,7 @@ def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, rep
 
 
 @pytest.mark.parametrize("label, texts", [
-    ("3", ["The rating is 3.", "3/5", "3.0", "**3**", "The predicted rating is: **3**", "[3",
+    ("3", ["The rating is 3.", "3 out of 5", "3.0", "**3**", "The predicted rating is: **3**", "[3",
            '{"rating": 3}', " 3.\n", "Answer: 3"]),
     (None, ["1. The film is dull", "1: France", "4 or 5", "2/3", "10", "-3", "", "{}", "agree",
             "1\n2", '{"a": 1, "b": 2}'])])
@@ -398,7 +398,7 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
     (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}', 'in\\spiritual "peace"'),
     ('{"Title":"T","Plot":"from\x1f peace.\tSo.","Response":"True"}', "from\x1f peace.\tSo."),
     ('{"Title":"T","Plot":"say "yes""}', None),
-    ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"),
+    ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"), ("[]", "again"),
     ('{"Response":"False"}', "again")])
 def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
     response = SimpleNamespace(text=text)

@@ -243,9 +243,10 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_
             (rows, flags, "is in use (best, last, metrics.jsonl, state.pt): --resume")):
         path.write_text(text)
         refused(call, message, *more, cwd=tmp_path)
-    for name in ("state.pt", "metrics.jsonl", "config.json"):
+    for name, text in (("state.pt", b"{"), ("metrics.jsonl", b"{\n"), ("metrics.jsonl", b""),
+                       ("config.json", b"{")):
         whole = (out / name).read_bytes()
-        (out / name).write_bytes(b"{" + whole[100:])
+        (out / name).write_bytes(text)
         refused(call, f"o/{name} is missing, damaged or of another version", *again, cwd=tmp_path)
         (out / name).write_bytes(whole)
     (out / "state.pt").unlink()
