@@ -81,8 +81,8 @@ def test_a_download_goes_on_where_it_broke_off(hub, faults):
 
 
 @pytest.mark.parametrize("faults, error, words", [
-    (["cut"] * data.TRIES, ConnectionError, "what came is kept, run the command again"),
-    (["lie"], ValueError, "not the file that the hub announced")])
+    (["cut"] * data.TRIES, ConnectionError, "run the command again to resume it"),
+    (["lie"], ValueError, "its sha256 differs from the hub's")])
 def test_after_a_failure_the_next_run_goes_on_with_what_was_right(hub, faults, error, words):
     hub.faults = list(faults)
     with pytest.raises(error, match=words):
@@ -120,7 +120,7 @@ def test_what_looks_like_a_folder_is_not_asked_of_the_hub(hub, server, tmp_path,
 
 @pytest.mark.parametrize("answer, env, error, words", [
     ((404, ""), {}, FileNotFoundError, "org/x on the hub has no .*config.json"),
-    ((401, ""), {}, ValueError, "401.*it wants an HF_TOKEN"),
+    ((401, ""), {}, ValueError, "401.*it needs an HF_TOKEN"),
     ((200, "a page"), {}, ValueError, "is HF_ENDPOINT right"),
     (None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, ConnectionError, "is the address right.*4 times"),
     (None, {"HF_HUB_OFFLINE": "1"}, FileNotFoundError, "HF_HUB_OFFLINE is set")], ids=str)
