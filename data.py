@@ -1,10 +1,10 @@
-"""Rows of preference data -> pieces of tokens -> batches. Numpy only: train.py makes the tensors.
+"""Rows of preference data -> pieces of tokens -> batches. NumPy only: train.py makes the tensors.
 
-Second in reading order. A row is one JSON object a line (see problem_of). Prompt, belief and
+Second in reading order. A row is one line with a JSON object (see problem_of). Prompt, belief and
 response are tokenized as three separate pieces and then joined,
     <Q>{prompt}<A> | {class}<{belief text}> | {response}<|endoftext|>      (reviews: {class} alone)
-and every scored token knows its piece. No piece has to be searched for, and every loss is a
-selection of pieces. meta.json can give the prompt another form, such as one that names the group.
+and every scored token knows its piece. No piece has to be searched for, and a loss simply selects
+the pieces it needs. meta.json can change the prompt's form, for example to name the group.
 
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
 """
@@ -38,7 +38,7 @@ FIELDS = {"prompt": str, "options": list, "probabilities": list, "accept_choice_
           "accept_response": str, "reject_choice_id": (str, int), "reject_response": str}
 TEXTS = ("accept_choice", "reject_choice", "group", "question_id")     # optional fields
 SPLITS = ("train", "eval", "test")
-FORM = "<Q>{prompt}<A>"                # of the prompt, unless meta.json names another
+FORM = "<Q>{prompt}<A>"                # the prompt's form, unless meta.json has its own
 
 
 def prompt_text(row, form):
@@ -49,12 +49,12 @@ def prompt_text(row, form):
 
 
 def normal(text):
-    """Text to compare questions by: lower case, words only."""
+    """Reduce text to lower-case words, to compare questions."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def question_of(row):
-    """Rows with the same value are wordings of one question."""
+    """A key for the row's question: rows that share it are wordings of one question."""
     return row.get("question_id") or normal(row["prompt"]) or row["prompt"]
 
 
@@ -74,24 +74,24 @@ EVAL_BRANCHES = ("chosen", "own", "given")
 
 @dataclass
 class Item:
-    """One row in tokens."""
-    row: int                           # its place in the split, for messages and caches
+    """One tokenized row."""
+    row: int                           # its index in the split, for messages and caches
     prompt: list
-    beliefs: tuple                     # (accepted, rejected), and another row's after mismatch()
-    responses: tuple                   # the same; they end in EOS
+    beliefs: tuple                     # (accepted, rejected); mismatch() adds another row's
+    responses: tuple                   # likewise; each ends in EOS
     has_close: bool                    # False for reviews, whose belief is the class alone
-    target: list                       # (K,) shares, as given
-    accept: int                        # class index of the accepted belief, and of the rejected
-    reject: int
-    n_options: int
-    kind: str                          # "majority", "minority" or "other": of the accepted belief
+    target: list                       # (K,) the group's shares, as given
+    accept: int                        # class index of the accepted belief
+    reject: int                        # and of the rejected one
+    n_options: int                     # of the question
+    kind: str                          # of the accepted belief: "majority", "minority" or "other"
     question: str
     group: str
 
 
 def kind_of(target, accept):
-    """Section 3 of the paper: majority if the accepted class has the largest share, minority if it
-    has the smallest share above zero (no pair accepts a class that nobody holds); ties: other."""
+    """Paper, section 3: majority if the accepted class has the largest share, minority if it has
+    the smallest above zero (no pair accepts a class that nobody holds); else, or on ties, other."""
     shares, share = [p for p in target if p > 0], target[accept]
     if len(shares) == 1 or shares.count(share) != 1:
         return "other"
@@ -99,16 +99,16 @@ def kind_of(target, accept):
 
 
 def class_ids(tokenizer, classes):
-    """The token id of each class label. ValueError unless each is one token, also before `<`."""
+    """The token id of each class label. ValueError unless each is one token, even before `<`."""
     ids = [tokenizer.encode(c) for c in classes]
     for c, i in zip(classes, ids):
         if len(i) != 1 or tokenizer.encode(f"{c}<")[:1] != i:
-            raise ValueError(f"class {c!r} is not one token of its own: rename it in meta.json")
+            raise ValueError(f"class {c!r} is not a token of its own: rename it in meta.json")
     return [i[0] for i in ids]
 
 
 def make_item(n, row, meta, prompt, encode, answer):
-    """Row n as an Item. encode and answer (which adds EOS) turn texts into ids."""
+    """Turn row n into an Item. encode and answer (which adds EOS) turn texts into ids."""
     sides = [(str(row[f"{s}_choice_id"]), row.get(f"{s}_choice")) for s in ("accept", "reject")]
     accept, reject = (meta["classes"].index(c) for c, _ in sides)
     return Item(
@@ -121,14 +121,14 @@ def make_item(n, row, meta, prompt, encode, answer):
 
 
 def longest(item):
-    """Tokens of an Item's longest sequence."""
+    """Number of tokens in an Item's longest sequence."""
     return len(item.prompt) + max(map(len, item.beliefs)) + max(map(len, item.responses))
 
 
 def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"):
     """Rows -> Items of at most max_length tokens. Few-shot context loses shots until the row fits.
-    A row that is still too long is an error or left out: reported under `name`."""
-    encode = lru_cache(200_000)(tokenizer.encode)      # texts repeat
+    A row that is still too long raises ValueError or is dropped. name: the data's, for messages."""
+    encode = lru_cache(200_000)(tokenizer.encode)      # many rows share texts
     answer = lru_cache(200_000)(lambda text: tokenizer.encode(text) + [tokenizer.eos])
     class_ids(tokenizer, meta["classes"])              # fails early if a class is not one token
     items, fewer = [], 0
@@ -138,16 +138,16 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
         item = make_item(n, row, meta, encode("".join(shots) + prompt), encode, answer)
         fewer += longest(item) > max_length and len(shots) > 1
         while longest(item) > max_length and len(shots) > 1:
-            shots = [shots[0], *shots[2:]] if len(shots) > 2 else []  # no shot left: no instruction
+            shots = [shots[0], *shots[2:]] if len(shots) > 2 else []  # shots[0] is the instruction
             item.prompt = encode("".join(shots) + prompt)
         if longest(item) <= max_length:
             items.append(item)
         elif overlong == "error":
             raise ValueError(f"{name}, row {n + 1}: its {longest(item)} tokens do not fit the "
-                             f"context of {max_length}: raise --max_length, or say --overlong drop")
+                             f"context of {max_length}: raise --max_length, or set --overlong drop")
     for count, what in (fewer, "given fewer shots"), (len(rows) - len(items), "dropped"):
         if count:
-            print(f"{name}: {count} of {len(rows)} rows {what}, longer than {max_length} tokens",
+            print(f"{name}: {count} of {len(rows)} rows {what}: longer than {max_length} tokens",
                   file=sys.stderr)
     if not items:
         raise ValueError(f"{name}: no row fits {max_length} tokens: raise --max_length")
@@ -155,22 +155,22 @@ def encode_rows(rows, tokenizer, meta, max_length, overlong="error", name="data"
 
 
 def mismatch(items, max_length, seed):
-    """Give every item, in place, the accepted answer of a row with another prompt: the branch
-    "mismatch". Each answer is given once. The pairing does not depend on the batches, so that the
-    reference's log-probs can be kept."""
+    """Add to every item, in place, the accepted answer of a row with another prompt, for the branch
+    "mismatch". Each answer is used once. The pairing does not depend on the batches, so that the
+    reference's log-probs can be cached."""
     groups = defaultdict(list)
     for item in items:
         groups[tuple(item.prompt)].append(item)
-    # Equal prompts stay together, so a shift by the largest group always leaves one's own group
+    # Equal prompts are adjacent, so a shift by the largest group's size always leaves the group
     shift, rng = max(map(len, groups.values())), np.random.default_rng([seed, 5])
     if 2 * shift > len(items):
         raise ValueError(f"{shift} of {len(items)} rows have the same prompt, so KTO has no "
-                         "mismatched pairs: give more rows, or another --loss")
+                         "mismatched pairs: use more rows or another --loss")
     groups = list(groups.values())
     order = [item for g in rng.permutation(len(groups)) for item in groups[g]]
     for k, item in enumerate(order):
         other = order[(k + shift) % len(order)]
-        room = max_length - len(item.prompt)           # it may be longer than the row's own
+        room = max_length - len(item.prompt)           # cut the other answer to fit
         belief = other.beliefs[0][:room - 1]
         item.beliefs = (*item.beliefs[:2], belief)
         item.responses = (*item.responses[:2], other.responses[0][:room - len(belief)])
@@ -181,8 +181,8 @@ def mismatch(items, max_length, seed):
 
 def epoch_batches(lengths, batch_size, seed, epoch, window=16):
     """The batches of one epoch: lists of indices, each index once. A pure function of its
-    arguments. Windows of a shuffled order are sorted by length, so that a batch holds rows of like
-    length; the batches of a window are then shuffled again."""
+    arguments. Each window of the shuffled rows is sorted by length, so that a batch holds rows of
+    similar length; the window's batches are then shuffled."""
     rng = np.random.default_rng([seed, epoch])
     order, lengths, batches = rng.permutation(len(lengths)), np.asarray(lengths), []
     for start in range(0, len(order), window * batch_size):
@@ -193,8 +193,8 @@ def epoch_batches(lengths, batch_size, seed, epoch, window=16):
     return batches
 
 
-# One row of GDPO in a batch, branches "chosen" and "given". Every piece is laid down once; `paths`
-# says which places make each sequence, and `at` which hidden states predict a scored token:
+# One GDPO row in a batch, with branches "chosen" and "given". Every piece is stored once; `paths`
+# lists the places that make up each sequence, `at` the hidden states that predict a scored token:
 #
 #   ids     <Q>How good is tea?<A>  4<Good>  I love it.<eos>  Too bitter.<eos>
 #   place   0 ................. 6   7 .. 10  11 ........ 15   16 ......... 20
@@ -204,8 +204,8 @@ def epoch_batches(lengths, batch_size, seed, epoch, window=16):
 #                                        10                   16 ........ 19       given: 5 scored
 
 def collate(items, branches, classes):
-    """Items -> one batch. A row is a small tree, prompt -> belief -> response; whatever number of
-    its S branches runs through a piece, the piece is laid down once and nothing is padded.
+    """Items -> one batch. A row is a small tree, prompt -> belief -> response. A piece is stored
+    once, however many of its S branches use it, and ids holds no padding.
     classes: ids of the K class tokens. Returns a dict of arrays:
 
     ids (N,)         the tokens of all pieces, one after the other
@@ -220,19 +220,19 @@ def collate(items, branches, classes):
     counts (B, S, 3) scored tokens of each piece
     target (B, K), n_options (B,), and pair (B, 2): shares of the accepted and rejected class
 
-    Scored: belief and response of a branch. A belief that an earlier branch of the row went through
-    is scored there alone, so "given" scores its response only.
+    A branch's belief and response are scored. A belief that an earlier branch of the row has used
+    is scored only there, so "given" scores only its response.
     """
     ids, paths, at, tokens, slot, first = [], [], [], [], [], []
     counts = np.zeros((len(items), len(branches), 3), np.int64)
     for b, item in enumerate(items):
         spans = {}                                     # piece -> its places in ids
-        first.append(len(at))
+        first.append(len(at))                          # the first branch's class token
         for s, branch in enumerate(branches):
             k, r = BRANCHES[branch]
             belief, response = item.beliefs[k], item.responses[r]
-            close = int(item.has_close and len(belief) > 1)
-            n = [0, 0] if k in spans else [len(belief) - close, close]
+            close = int(item.has_close and len(belief) > 1)              # tokens of the final `>`
+            n = [0, 0] if k in spans else [len(belief) - close, close]   # scored belief tokens
             path = []
             for key, piece in ("prompt", item.prompt), (k, belief), ((k, r), response):
                 if key not in spans:
@@ -242,15 +242,15 @@ def collate(items, branches, classes):
             n = counts[b, s] = [*n, len(response)]
             scored = path[-sum(n):]
             tokens += [ids[i] for i in scored]
-            at += path[-sum(n) - 1:-1]
+            at += path[-sum(n) - 1:-1]                 # each is predicted one place earlier
             slot += [3 * len(paths) + piece for piece in range(3) for _ in range(n[piece])]
             paths.append(path)
     T = max(map(len, paths))
     places = np.zeros(len(ids), np.int64)
     for r, path in enumerate(paths):
         places[path] = r * T + np.arange(len(path))
-        path += path[-1:] * (T - len(path))
-    columns = np.broadcast_to(np.asarray(classes), (len(at), len(classes)))
+        path += path[-1:] * (T - len(path))            # attention is causal: no token sees these
+    columns = np.broadcast_to(np.asarray(classes), (len(at), len(classes)))              # (M, K)
     return {"ids": np.array(ids), "paths": np.array(paths), "places": places, "at": np.array(at),
             "tokens": np.column_stack([tokens, columns]), "slot": np.array(slot),
             "first": np.array(first), "counts": counts,
@@ -260,7 +260,7 @@ def collate(items, branches, classes):
 
 
 def cost(item, branches):
-    """Tokens that a row costs in a batch: its prompt, beliefs and responses, each counted once."""
+    """Number of tokens a row adds to a batch: prompt, beliefs and responses, each counted once."""
     pairs = {BRANCHES[b] for b in branches}
     beliefs = sum(len(item.beliefs[k]) for k in {k for k, _ in pairs})
     return len(item.prompt) + beliefs + sum(len(item.responses[r]) for _, r in pairs)
@@ -273,7 +273,7 @@ KINDS = FIELDS | dict.fromkeys(TEXTS, (str, type(None))) | {"context": (str, lis
 
 
 def problem_of(row, classes):
-    """The first thing that is wrong with a row, in words that say how to fix it, or None."""
+    """Describe the first problem of a row so that a user can fix it; None if there is none."""
     if not isinstance(row, dict):
         return "the line is not a JSON object"
     for name, kind in KINDS.items():
@@ -298,31 +298,31 @@ def problem_of(row, classes):
 
 
 def load_rows(path, classes):
-    """The checked rows of a JSON-lines file. ValueError names the file and line of a broken one."""
+    """Read and check the rows of a JSON-lines file. ValueError names the file and the bad line."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-            json.dumps(rows[-1], ensure_ascii=False).encode()      # half a surrogate pair fails
+            json.dumps(rows[-1], ensure_ascii=False).encode()      # a lone surrogate fails
             problem = problem_of(rows[-1], classes)
         except (ValueError, RecursionError) as e:
             problem = e
         if problem:
-            raise ValueError(f"{path}, line {number}: {problem}: correct or remove it")
+            raise ValueError(f"{path}, line {number}: {problem}: fix or remove it")
     if not rows:
         raise ValueError(f"{path} has no rows: make it again with synth.py")
     return rows
 
 
 def load_meta(folder, form=""):
-    """meta.json of a dataset: class labels, the class off the scale, the form of the prompt (or
-    the given one), and maps of belief texts and of stances to classes."""
+    """Read a dataset's meta.json: class labels, the off-scale class, the prompt's form (replaced by
+    `form` if given), and maps from belief texts and stances to classes."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with synth.py "
-                                "or correct --data")
+                                "or fix --data")
     meta = {"form": FORM, "belief_to_class": {}, "stances": {}} | read_json(path)
     meta["form"] = str(form or meta["form"])
     classes, names = meta.get("classes"), re.findall(r"\{(\w+)\}", meta["form"])
@@ -335,13 +335,13 @@ def load_meta(folder, form=""):
         if not isinstance(meta[name], dict) or {*map(str, meta[name].values())} - {*classes}:
             raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
     if names.count("prompt") != 1 or {*names} - {"prompt", "group"}:
-        raise ValueError(f"{path}: form {meta['form']!r} must hold {{prompt}} once, else {{group}}")
+        raise ValueError(f"{path}: form {meta['form']!r} needs {{prompt}} once, {{group}} optional")
     return meta
 
 
 def load_dataset(names, splits, form=""):
-    """(meta, {split: rows}) of one dataset folder, or of a mix of them with commas between.
-    form replaces the datasets' own form of the prompt."""
+    """Load one dataset folder, or several separated by commas -> (meta, {split: rows}).
+    form replaces the datasets' own prompt form."""
     folders = [Path(name) for name in names.split(",")]
     if len({*folders}) < len(folders) or "" in names.split(","):
         raise ValueError(f"--data {names!r} names a dataset twice or has an empty name")
@@ -355,19 +355,19 @@ def load_dataset(names, splits, form=""):
 
 
 def mix(meta, other, folder):
-    """Merge another dataset's belief maps into meta. ValueError where the two contradict."""
+    """Merge another dataset's belief maps into meta. ValueError if the two contradict."""
     for key in ("classes", "off_scale", "form"):
         if other.get(key) != meta.get(key):
             raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's, "
                              f"{meta.get(key)!r}: they cannot be mixed (--form sets one form)")
     for key in ("belief_to_class", "stances"):
         if any(meta[key].get(text, label) != label for text, label in other[key].items()):
-            raise ValueError(f"{folder}: its {key} contradicts an earlier dataset's: correct one")
+            raise ValueError(f"{folder}: its {key} contradicts an earlier dataset's: fix one")
         meta[key] |= other[key]
 
 
 def warn_about(rows, form, names):
-    """Report what passes the checks but looks like a mistake. ValueError for a missing group."""
+    """Warn about valid rows that look like mistakes. ValueError for a missing group."""
     groups, odd = {row.get("group") or "" for row in rows}, Counter()
     if "{group}" in form and "" in groups:
         raise ValueError(f"{names}: the form {form!r} needs a group in every row: add it, or give "
@@ -384,20 +384,20 @@ def warn_about(rows, form, names):
 
 
 def dataset_name(names):
-    """"data/usa,data/pk" -> "usa+pk", for the name of a run's folder."""
+    """"data/usa,data/pk" -> "usa+pk", as used in the name of a run folder."""
     return "+".join(Path(name).name for name in names.split(","))
 
 
 def read_text(path):
-    """The text of a UTF-8 file, without the byte-order mark that it may begin with."""
+    """Read a UTF-8 file, without its byte-order mark if it has one."""
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
-    if re.search("[\0\udc80-\udcff]", text):           # zeros of UTF-16, bytes that are not UTF-8
+    if re.search("[\0\udc80-\udcff]", text):           # zeros in UTF-16, bytes not in UTF-8
         raise ValueError(f"{path} is not UTF-8 text: save it with that encoding")
     return text
 
 
 def read_json(path, kind=dict):
-    """A JSON file that holds a `kind`; ValueError with its path if it does not."""
+    """Read a JSON file that must hold a `kind`. ValueError with its path if it does not."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
@@ -408,47 +408,47 @@ def read_json(path, kind=dict):
 
 
 def write(path, text):
-    """Write a text file under a temporary name of this process, then rename it: path never holds
-    half a file, whatever other processes do."""
+    """Write a text file under a name unique to this process, then rename it, so that path never
+    holds half a file, whatever other processes do."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_bytes(text.encode())
         os.replace(temporary, path)
-    except OSError as e:                               # a full disk names no file
+    except OSError as e:                               # a full-disk error names no file
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
-# HTTP: one session, retries, and keys that no message shows
+# HTTP: one session, retries; keys never appear in messages
 
 PAUSE, TRIES = 1.0, 8                  # seconds before the second attempt; attempts
 SESSION = requests.Session()           # keeps connections open: a new one costs 20 ms over TLS
 for scheme in ("http://", "https://"):
     SESSION.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=1000))
-BUSY = {408, 425, 429, *range(500, 600)} - {501}       # statuses that another try may change
-LASTING = re.compile("(insufficient|exceeded_current)_quota|parse grammar")  # but not with these
-ANSWERED = set()                       # servers that have answered: worth waiting for
+BUSY = {408, 425, 429, *range(500, 600)} - {501}       # statuses worth another try
+LASTING = re.compile("(insufficient|exceeded_current)_quota|parse grammar")  # ... but not with this
+ANSWERED = set()                       # hosts that have answered, so worth waiting for
 SLOW = ": raise --timeout, or lower --concurrency, --styles or --max_tokens"
 
 
 class Refused(ValueError):
-    """The server refuses a request and would do so again. status: HTTP's; words: the server's."""
+    """The server rejects a request and would again. status: the HTTP code; words: its message."""
     def __init__(self, url, status, words):
         super().__init__(f"{url}: the server answered {status}: {words}")
         self.status, self.words = status, words
 
 
 class TryAgain(Exception):
-    """Raised by a `read` that cannot use an answer: TryAgain(problem, at most so many tries)."""
+    """Raised by a `read` that cannot use an answer: TryAgain(problem, maximum tries)."""
 
 
 def request(method, url, headers=None, read=None, pause=None, **kwargs):
-    """One HTTP answer of status 2xx, or read(it). Retries 429, 5xx, timeouts, dropped connections
-    and TryAgain, with exponential backoff or after the wait that the server names. Any other status
-    raises Refused. pause(seconds, problem) may return True to give up."""
+    """Send a request; return the 2xx answer, or read(answer). Retries 429, 5xx, timeouts, dropped
+    connections and TryAgain, with exponential backoff or after the wait the server asks for. Any
+    other status raises Refused. pause(seconds, problem) may return True to give up."""
     check_address(url)
     host, shown, seen = url.split("/")[2], url.partition("?")[0], Counter()
     pause = pause or (lambda seconds, problem: time.sleep(seconds))
@@ -471,7 +471,7 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
         except TryAgain as e:
             problem, most = (*e.args, TRIES)[:2]
             problem = hide(problem, url, headers, kwargs)
-        except requests.RequestException as e:         # its own text may hold a header
+        except requests.RequestException as e:         # its text may contain a header
             problem = type(e).__name__
             if "Read timed out" in str(e):
                 problem, most = problem + SLOW * (method == "POST"), 3
@@ -485,18 +485,18 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
 
 
 def wait_of(answer):
-    """Seconds that a busy server asks to wait, at most 600; 0 if it names none."""
+    """Seconds that a busy server asks us to wait, at most 600; 0 if it does not say."""
     after, hub = (answer.headers.get(name, "") for name in ("Retry-After", "ratelimit"))
     named = (re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub)
              or re.search(r'"retryDelay": *"(\d+\.?\d*)s"', answer.text))      # Gemini's
-    date = parsedate_tz(after)                         # the other form of Retry-After
+    date = parsedate_tz(after)                         # Retry-After may be a date
     seconds = float(named[1]) if named else mktime_tz(date) - time.time() if date else 0
     return max(0, min(600, seconds))
 
 
 def hide(words, url, headers, kwargs):
-    """Words on one line, 500 characters at most, without the keys that were sent. A local server's
-    dummy key, such as "x", is not hidden: it would garble every word that holds it."""
+    """Put a message on one line of at most 500 characters, masking the keys that were sent, but not
+    a local server's dummy key such as "x", which would garble the words that contain it."""
     keys = [*(headers or {}).values(), (kwargs.get("params") or {}).get("apikey"),
             *re.findall(r"[?&]\w*key=([^&]+)", url)]
     for key in (key.removeprefix("Bearer ") for key in keys if key):
@@ -505,22 +505,22 @@ def hide(words, url, headers, kwargs):
 
 
 def key_from(*names):
-    """The key in the first of these that is there, environment variables or a file, or "".
-    ValueError if no header can carry it; requests' own error would show the key."""
+    """The key from the first of these (environment variables, files) that has one, else "".
+    ValueError if no header can carry it, because requests' own error would show the key."""
     for name in names:
         text = read_text(name) if isinstance(name, Path) and name.is_file() else ""
         key = (text or os.environ.get(str(name), "")).strip()
         if not re.fullmatch("[!-~]*", key):
-            raise ValueError(f"{name} holds a line break or another character that no key has")
+            raise ValueError(f"{name} holds a line break or another character that no key can have")
         if key:
             return key
     return ""
 
 
 def check_address(url, where="the address"):
-    """ValueError for no http address, or for one with a password, which would be stored."""
+    """ValueError if url is not http(s), or holds a password, which would be stored."""
     if "@" in url.partition("?")[0] or not re.match("https?://[^/]", url):
-        raise ValueError(f"{where} is no http(s) address, or holds user:password@: leave that out")
+        raise ValueError(f"{where} is not an http(s) address, or holds user:password@: remove it")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -528,15 +528,15 @@ def check_address(url, where="the address"):
 # HF_HUB_CACHE and HF_HUB_OFFLINE.
 
 HF_HOME = Path(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
-CHECKPOINT = [  # the files of a checkpoint; of each line, the first that is there
+CHECKPOINT = [  # a checkpoint's files: from each list, the first that exists
     ["tokenizer_config.json", "config.json"], ["config.json"],
     ["tokenizer.json", "vocab.json"], ["merges.txt", "tokenizer.json"],
     ["model.safetensors", "model.safetensors.index.json"]]
 
 
 def find_checkpoint(name):
-    """A checkpoint folder: a local one, or a model on the hub ("gpt2", "EleutherAI/pythia-70m"),
-    whose missing files are fetched, all of one commit."""
+    """Return a checkpoint folder: a local one, or that of a model on the hub ("gpt2",
+    "EleutherAI/pythia-70m"), after fetching its missing files, all from one commit."""
     path = Path(name)
     if name and (path / "metrics.jsonl").is_file():
         raise ValueError(f"{name} is a run: give one of its checkpoints, such as {name}/best")
@@ -544,7 +544,7 @@ def find_checkpoint(name):
         return path
     local = path.exists() or "/" in name and path.parent.is_dir()
     if local or not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
-        raise FileNotFoundError(f"no folder {name} (and no name on the hub: gpt2, ORG/MODEL)")
+        raise FileNotFoundError(f"no folder {name} (nor a hub name, such as gpt2 or ORG/MODEL)")
     try:
         for choices in CHECKPOINT:
             path = hub_file(name, *choices)
@@ -557,11 +557,11 @@ def find_checkpoint(name):
 
 
 def hub_file(repo, *files):
-    """Path of the first of these files that a hub repository ("datasets/ORG/NAME" for a dataset)
-    has: from the cache, or fetched into it. FileNotFoundError if it has none."""
+    """Return the path of the first of these files that a hub repository ("datasets/ORG/NAME" for a
+    dataset) has, fetching it into the cache if needed. FileNotFoundError if it has none."""
     cache = Path(os.environ.get("HF_HUB_CACHE") or HF_HOME / "hub")
     folder = cache / (repo if repo.startswith("datasets/") else f"models/{repo}").replace("/", "--")
-    main = folder / "refs/main"                        # holds the commit that was fetched last
+    main = folder / "refs/main"                        # names the commit fetched last
     commit = read_text(main).strip() if main.is_file() else "main"
     for file in files:
         if (folder / "snapshots" / commit / file).is_file():
@@ -574,26 +574,26 @@ def hub_file(repo, *files):
             return fetch(f"{endpoint}/{repo}/resolve/{commit}/{file}", folder, file)
         except Refused as e:
             if e.status != 404:
-                raise ValueError(f"{e} (no such repository, or it wants an HF_TOKEN)") from None
+                raise ValueError(f"{e} (no such repository, or it needs an HF_TOKEN)") from None
     raise FileNotFoundError(f"{repo} on the hub has no {' or '.join(files)}")
 
 
 def hub_headers():
-    """The hub's key as a header: HF_TOKEN, or what `hf auth login` wrote."""
+    """The hub's key as a header: HF_TOKEN, or the one that `hf auth login` saved."""
     token = key_from("HF_TOKEN", HF_HOME / "token")
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def fetch(url, folder, file):
-    """Fetch a file of the hub into its cache -> its path. What came before a break is kept, and the
-    next try goes on from there. The sha256 is checked where the hub names it."""
+    """Download a hub file into the cache and return its path. An interrupted download is kept, and
+    the next try resumes it. The sha256 is checked if the hub gives one."""
     part = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.incomplete"
     for attempt in range(TRIES):
         have = part.stat().st_size if part.is_file() else 0
-        ranged = {"Range": f"bytes={have - 1}-"} if have else {}   # past the end it is refused
+        ranged = {"Range": f"bytes={have - 1}-"} if have else {}   # the end itself is refused
         headers = {"Accept-Encoding": "identity"} | hub_headers() | ranged
         answer = request("GET", url, headers, stream=True)
-        # The hub redirects to a storage: what it says itself is then in the history.
+        # The hub redirects to a storage server: its own headers are then in the history.
         told = next((x for x in answer.history if "x-repo-commit" in x.headers), answer).headers
         if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
             raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
@@ -601,7 +601,7 @@ def fetch(url, folder, file):
         rest = int(answer.headers.get("content-length", 0))
         size = int(told.get("x-linked-size") or start + rest)
         bar = progress(desc=file, total=size, initial=start, unit="B", unit_scale=True)
-        if not have:                   # else it is there, unless another process has completed it
+        if not have:                   # else part exists, unless another process has completed it
             folder.mkdir(parents=True, exist_ok=True)
             part.touch()
         with answer, bar, open(part, "r+b") as f, suppress(requests.RequestException):
@@ -612,11 +612,11 @@ def fetch(url, folder, file):
             break
         time.sleep(PAUSE * 2 ** attempt)
     else:
-        raise ConnectionError(f"{url}: broken off; what came is kept, run the command again")
+        raise ConnectionError(f"{url}: the download broke off: run the command again to resume it")
     sha = told.get("x-linked-etag", "")
     if len(sha) == 66 and sha != f'"{hashlib.sha256(np.memmap(part, mode="r")).hexdigest()}"':
         part.unlink()
-        raise ValueError(f"{url}: not the file that the hub announced: run the command again")
+        raise ValueError(f"{url}: its sha256 differs from the hub's: run the command again")
     path = folder / "snapshots" / told["x-repo-commit"] / file
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, path)
@@ -628,8 +628,8 @@ def fetch(url, folder, file):
 # What all scripts share: flags, progress, one-line errors
 
 def add_flags(parser, config, names=None, skip=()):
-    """A flag for each field of a flat dataclass: its type (a Literal gives the choices), its
-    default, and as help the comment at the end of its line."""
+    """Add a flag for each field of a flat dataclass, with its type (a Literal gives the choices)
+    and default. The comment at the end of its line becomes the help."""
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
     for field in fields(config):
         if field.name in skip or names and field.name not in names:
@@ -648,19 +648,19 @@ def add_flags(parser, config, names=None, skip=()):
 
 
 def parse(kind, text):
-    """A flag's value. argparse turns the error into one line that names the flag."""
+    """Parse a flag's value. argparse turns the error into one line that names the flag."""
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-    if kind is not str and not 0 <= value < float("inf"):          # NaN is not, either
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
+    if kind is not str and not 0 <= value < float("inf"):          # also refuses NaN
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
     return value
 
 
 def help_first(name, flags):
-    """Answer --help of the script that is run (name: its __name__) at once; flags makes its parser.
-    A script calls this above its slow imports, during which Ctrl-C just ends it."""
+    """Answer --help at once. name: the calling script's __name__; flags: a function that makes its
+    parser. A script calls this above its slow imports, during which Ctrl-C simply ends it."""
     if name == "__main__" and {"-h", "--help"} & {*sys.argv}:
         run(lambda: flags().parse_args())
     if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -668,7 +668,7 @@ def help_first(name, flags):
 
 
 class Parser(argparse.ArgumentParser):
-    """No abbreviations, and a mistyped flag or value is one line."""
+    """No abbreviated flags; a mistyped flag or value is a one-line error."""
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
@@ -676,7 +676,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
-CAUSES = {                             # words of torch's errors -> what they mean
+CAUSES = {                             # pattern in torch's error -> what it means
     "MemoryError|of memory|alloc": "out of memory: lower --micro_batch, add --checkpointing, or "
                                    "lower --samples",
     "inline_container|PytorchStreamWriter": "cannot write state.pt (is the disk full?)",
@@ -685,11 +685,11 @@ CAUSES = {                             # words of torch's errors -> what they me
 
 
 def run(main):
-    """Call main(). A user's mistake, or what the machine refuses, becomes one line on stderr and
-    exit code 2. Under torchrun all processes make a user's mistake; only the first prints it."""
+    """Call main(). A user's mistake or a failure of the machine becomes one line on stderr and exit
+    code 2. Under torchrun every process hits a user's mistake, but only the first prints it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:          # see help_first
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):            # a terminal that knows no ± shows a ?
+    for stream in (sys.stdout, sys.stderr):            # a terminal without ± shows a ?
         getattr(stream, "reconfigure", lambda **kwargs: None)(errors="replace")
     try:
         main()
@@ -699,15 +699,15 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as e:
-        own = isinstance(e, (RuntimeError, MemoryError))           # by torch, in one process
+        own = isinstance(e, (RuntimeError, MemoryError))           # from torch, in one process
         words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         if getattr(e, "errno", None) == errno.ENOSPC:
-            words += ": free some space; --resume, or the same command, goes on"
+            words += ": free some space and run again (train.py: with --resume)"
         if own:
             causes = [CAUSES[x] for x in CAUSES if re.search(x, f"{type(e).__name__}: {e}", re.I)]
             if not causes:
-                raise                                  # a mistake of ours
-            words = f"{causes[0]}; --resume goes on from the last saved state"
+                raise                                  # a bug of ours
+            words = f"{causes[0]}; --resume continues from the last saved state"
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
         parallel = "TORCHELASTIC_RUN_ID" in os.environ
@@ -721,5 +721,5 @@ def run(main):
 
 
 def progress(*args, **kwargs):
-    """A progress bar; where nobody watches (a log file), a line every 30 seconds."""
+    """A progress bar; if stderr is a log file, it prints a line every 30 seconds."""
     return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **kwargs)

@@ -1,8 +1,8 @@
-"""The losses: log-probs in, one loss per row out. This file knows torch and nothing else.
+"""The losses: log-probs in, one loss per row out. This file depends only on torch.
 
 Third in reading order. score() turns hidden states into Scores: log-probs summed by branch and
-piece. A loss is a selection from them. To add a preference loss, write one function and give it a
-line in PREFS; to add any other loss, write an objective and give it a line in LOSSES.
+piece, from which each loss picks what it needs. To add a preference loss, write one function and
+add it to PREFS; to add any other loss, write an objective and add it to LOSSES.
 
 | equation (of the GDPO paper, arXiv 2412.20299)          | function                     |
 |---------------------------------------------------------|------------------------------|
@@ -13,7 +13,7 @@ line in PREFS; to add any other loss, write an objective and give it a line in L
 | Eq. 7  preference given the accepted belief             | preference with CONDITIONED  |
 | Eq. 8-11  KTO; Eq. 12  the same given the belief        | kto_loss, kto                |
 
-Letters as in model.py. All log-probs are in nats and float32, "logps" summed over tokens.
+Letters as in model.py. All log-probs are in nats and float32; "logps" are summed over tokens.
 """
 import math
 from dataclasses import dataclass, replace
@@ -25,20 +25,20 @@ from torch.utils.checkpoint import checkpoint
 
 BELIEF, CLOSE, RESPONSE = range(3)     # pieces of an answer, as in data.py
 ANSWER = slice(0, 3)                   # belief and response together
-CHUNK = 4096                           # positions whose logits are held at once
+CHUNK = 4096                           # positions whose logits are in memory at once
 
 
 @dataclass
 class Scores:
-    """What a model says about B rows. Branch 0 is the chosen answer, branch 1 the rejected one."""
+    """A model's log-probs for B rows, with targets. Branch 0 is the chosen answer, 1 rejected."""
     logps: torch.Tensor                # (B, S, 3) summed over the tokens of each branch and piece
-    counts: torch.Tensor               # (B, S, 3) how many tokens those are
-    class_logps: torch.Tensor          # (B, K) of the class tokens after the prompt, among all V
+    counts: torch.Tensor               # (B, S, 3) number of tokens in each sum
+    class_logps: torch.Tensor          # (B, K) of the class tokens after the prompt; softmax over V
     target: torch.Tensor               # (B, K) the group's shares
-    pair: torch.Tensor                 # (B, 2) its shares of the accepted and the rejected class
-    n_options: torch.Tensor            # (B,) options of the survey question
+    pair: torch.Tensor                 # (B, 2) its shares of the accepted and rejected class
+    n_options: torch.Tensor            # (B,) number of options of the question
     ref: torch.Tensor = None           # (B, S, 3) logps under the reference
-    mismatch: torch.Tensor = None      # (3,) log-ratio of mismatched pairs, mean over the batch
+    mismatch: torch.Tensor = None      # (3,) mean log-ratio of mismatched pairs, by piece
 
 
 # ---------------------------------------------------------------------------------------------
@@ -46,8 +46,8 @@ class Scores:
 
 def token_logps(hidden, head, tokens, chunk=CHUNK):
     """Log-probs of some vocabulary columns at each position: hidden (M, C), head (V, C), tokens
-    (M, J) ids -> (M, J) float32. Up to one chunk of positions, the logits are kept for backward.
-    Beyond that, each chunk's logits are dropped and computed again, which bounds memory."""
+    (M, J) ids -> (M, J) float32. Up to one chunk of positions keeps its logits for backward. With
+    more positions, backward recomputes the logits chunk by chunk, which bounds memory."""
     if len(hidden) <= chunk:
         return chunk_logps(hidden, head, tokens)
     return torch.cat([checkpoint(chunk_logps, h, head, t, use_reentrant=False)
@@ -59,15 +59,15 @@ def chunk_logps(hidden, head, tokens):
 
 
 def score(model, head, batch):
-    """batch: tensors from data.collate -> Scores. model turns its N packed tokens into hidden
-    states (N, C); only those at batch["at"] meet the vocabulary, head (V, C)."""
+    """Score a batch (tensors from data.collate) -> Scores. model turns its N packed tokens into
+    hidden states (N, C); only those at batch["at"] are multiplied by the head (V, C)."""
     hidden = model(*(batch[k] for k in ("ids", "paths", "places")))
-    # The head runs in float32 under any autocast: logits of -100, usual for GPT-2, are 0.5 nats
-    # apart in bfloat16, and GDPO reads a distribution from them.
+    # The head runs in float32 even under autocast: bfloat16 can only step by 0.5 nats near -100,
+    # where GPT-2's logits usually are, and GDPO reads a distribution from them.
     with torch.autocast(hidden.device.type, enabled=False):
         columns = token_logps(hidden.float()[batch["at"]], head, batch["tokens"])     # (M, 1+K)
     counts = batch["counts"]
-    logps = columns.new_zeros(counts.numel()).index_add(0, batch["slot"], columns[:, 0])
+    logps = columns.new_zeros(counts.numel()).index_add(0, batch["slot"], columns[:, 0])  # (B*S*3,)
     return Scores(logps.view(counts.shape), counts, columns[batch["first"], 1:],
                   *(batch[k] for k in ("target", "pair", "n_options")))
 
@@ -76,38 +76,38 @@ def score(model, head, batch):
 # Pure losses: tensors in, (B,) out
 
 def mean_nll(logps, counts):
-    """Mean over tokens of the negative log-prob. logps, counts (..., P) summed over P pieces."""
+    """Negative log-prob per token. logps, counts (..., P): both are summed over the P pieces."""
     return -logps.sum(-1) / counts.sum(-1)
 
 
 def kl_to_target(class_logps, target):
     """KL(target || model) over the classes (B, K), in nats: GDPO Eq. 6, first term.
-    The model's log-probs are those among the whole vocabulary, not renormalised over the classes,
-    so mass that leaks off the class tokens is penalised too; a share of 0 contributes 0."""
+    The model's log-probs are normalised over the whole vocabulary, not over the classes, so mass
+    that leaks off the class tokens is penalised too; a share of 0 contributes 0."""
     # differs: Eq. 6 prints KL(model, target), infinite as soon as a share is 0; the authors' code
     # computes this direction as well.
-    return (torch.xlogy(target, target) - target * class_logps).sum(-1)
+    return (torch.xlogy(target, target) - target * class_logps).sum(-1)  # (B,); xlogy(0, 0) = 0
 
 
 def dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing=0.0):
-    """-log sigmoid of the reward margin; log-ratios (B,) policy - reference, summed: Eq. 1, 7.
-    label_smoothing: how likely a label is the wrong way round (conservative DPO)."""
+    """-log sigmoid of the reward margin: Eq. 1, 7. Log-ratios (B,) are policy - reference, summed.
+    label_smoothing: the probability that a label is flipped (conservative DPO)."""
     h = margin(chosen_logratios, rejected_logratios, beta)
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
 def kto_loss(logratios, desirable, z0, beta, weight):
     """KTO (Ethayarajh et al. 2024), GDPO Eq. 8-12, (B,):
-        weight * (1 - sigmoid(beta * (logratio - z0)))      of a desirable answer
-        weight * (1 - sigmoid(beta * (z0 - logratio)))      of an undesirable one
-    logratios (B,) are the rewards r of Eq. 9: policy - reference, summed, in nats. z0 >= 0 is a
-    number without gradient; weight is lambda."""
+        weight * (1 - sigmoid(beta * (logratio - z0)))      for a desirable answer
+        weight * (1 - sigmoid(beta * (z0 - logratio)))      for an undesirable one
+    logratios (B,) are the rewards r of Eq. 9: policy - reference, summed, in nats. z0 >= 0
+    carries no gradient; weight is lambda."""
     r = logratios - z0 if desirable else z0 - logratios
     return weight * (1 - torch.sigmoid(beta * r))
 
 
 def margin(chosen_logratios, rejected_logratios, beta):
-    """Reward of chosen less that of rejected (B,): Eq. 3."""
+    """Reward margin, chosen minus rejected (B,): Eq. 3."""
     return beta * (chosen_logratios - rejected_logratios)
 
 
@@ -134,8 +134,8 @@ def sft_kl(s, o):
 
 
 def both_kl(s, o):
-    """The same plus the likelihood of the rejected response, after its own belief. It sees the
-    texts that a preference term sees, but not which of the two was preferred."""
+    """sft_kl plus the NLL of the rejected response after its own belief: it sees the same texts
+    as a preference term does, but not which of the two was preferred."""
     loss, parts = sft_kl(s, o)
     return loss + response_nll(s)[:, 1], parts
 
@@ -146,8 +146,8 @@ def response_nll(s):
 
 
 def calibration(s, o):
-    """Eq. 6, the first term of GDPO: KL of the belief shares, and -log p(b | x) of the accepted
-    belief, the mean over its tokens but the closing one."""
+    """Eq. 6, the first term of GDPO: KL to the group's shares, plus -log p(b | x) of the accepted
+    belief, averaged over its tokens except the closing one."""
     # differs: Eq. 6 has the sum; the mean produced the paper's numbers and does not depend on the
     # belief's length.
     belief = -s.logps[:, 0, BELIEF] / s.counts[:, 0, BELIEF]
@@ -156,7 +156,7 @@ def calibration(s, o):
 
 
 # ---------------------------------------------------------------------------------------------
-# Preference terms: (Scores, pieces, options) -> (B,). pieces: what of each answer is counted
+# Preference terms: (Scores, pieces, options) -> (B,). pieces: the parts of an answer that count
 
 def logratios(s, pieces):
     """log pi(y) - log pi_ref(y) of each branch (B, S), summed over the given pieces."""
@@ -164,28 +164,28 @@ def logratios(s, pieces):
 
 
 def mean_logratios(s, pieces):
-    """logratios (B, S), the mean over tokens instead of the sum."""
+    """Like logratios (B, S), but averaged over tokens instead of summed."""
     return logratios(s, pieces) / s.counts[..., pieces].sum(-1)
 
 
 def dpo(s, pieces, o):
-    """DPO (Rafailov et al. 2024): GDPO Eq. 1 and 7; --label_smoothing."""
+    """DPO (Rafailov et al. 2024): GDPO Eq. 1 and 7, with --label_smoothing."""
     chosen, rejected = logratios(s, pieces).unbind(1)
     return dpo_loss(chosen, rejected, o.beta, o.label_smoothing)
 
 
 def dpo_soft(s, pieces, o):
     """DPO with the group's shares as soft labels: a random member who holds one of the two beliefs
-    prefers the accepted answer with chance p_chosen / (p_chosen + p_rejected)."""
+    prefers the accepted answer with probability p_chosen / (p_chosen + p_rejected)."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    share = (s.pair + 1e-6) / (s.pair + 1e-6).sum(1, keepdim=True)     # even if nobody holds either
+    share = (s.pair + 1e-6) / (s.pair + 1e-6).sum(1, keepdim=True)     # finite even if both are 0
     return dpo_loss(chosen, rejected, o.beta, label_smoothing=share[:, 1])
 
 
 def hdpo(s, pieces, o):
-    """H-DPO (arXiv 2411.07595): the entropy and the cross-entropy of DPO's KL weighted apart. At
-    alpha = beta this is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): at alpha 1 and beta 0
-    it needs no reference and learns the shares p themselves from pairs."""
+    """H-DPO (arXiv 2411.07595) weights the entropy and cross-entropy parts of DPO's KL separately.
+    With alpha = beta it is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): with alpha 1 and
+    beta 0 it needs no reference and learns the shares p themselves from pairs."""
     chosen, rejected = s.logps[..., pieces].sum(-1).unbind(1)
     ref_chosen, ref_rejected = s.ref[..., pieces].sum(-1).unbind(1)
     return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))
@@ -193,39 +193,39 @@ def hdpo(s, pieces, o):
 
 def ipo(s, pieces, o):
     """IPO (arXiv 2310.12036, Eq. 17), with beta for its tau. Log-ratios are summed; some
-    implementations take means, where the same beta has another strength."""
+    implementations average them, which changes the strength of a given beta."""
     chosen, rejected = logratios(s, pieces).unbind(1)
     return (chosen - rejected - 1 / (2 * o.beta)) ** 2
 
 
 def kto(s, pieces, o):
-    """KTO on both sides of a pair, half each: GDPO Eq. 8-12. z0 is the mean log-ratio of mismatched
-    pairs over the whole batch, clamped at 0."""
+    """KTO on both answers of a pair, half each: GDPO Eq. 8-12. z0 is the mean log-ratio of
+    mismatched pairs over the whole batch, clamped at 0."""
     # differs: Eq. 10 is a KL divergence; as in KTO, it is estimated from mismatched pairs.
     chosen, rejected = logratios(s, pieces).unbind(1)
-    z0 = s.mismatch[pieces].sum().clamp(min=0)
+    z0 = s.mismatch[pieces].sum().clamp(min=0)         # one number for the whole batch
     return (kto_loss(chosen, True, z0, o.beta, o.lambda_d)
             + kto_loss(rejected, False, z0, o.beta, o.lambda_u)) / 2
 
 
 def cal_dpo(s, pieces, o):
     """Cal-DPO (arXiv 2412.14516): no beta in the sigmoid; each log-ratio is pulled to +-1/(2 beta).
-    The squares count half, as in the released code; another paper quotes them in full."""
+    The squares are halved, as in the released code; another paper quotes them without the half."""
     chosen, rejected = logratios(s, pieces).unbind(1)
     goal = 1 / (2 * o.beta)
     return -F.logsigmoid(chosen - rejected) + ((chosen - goal) ** 2 + (rejected + goal) ** 2) / 2
 
 
 def dil(s, pieces, o):
-    """DIL by LSIF, its main variant (arXiv 2503.05079): the density ratio pi/ref is fitted by least
-    squares. No beta. Exponents, and with them gradients, stop at 20."""
-    # differs: the formula has sums over tokens; the released code, like this, has means.
+    """DIL with LSIF, its main variant (arXiv 2503.05079): fits the density ratio pi/ref by least
+    squares. No beta. Exponents are clamped at 20, beyond which the gradient is 0."""
+    # differs: the formula has sums over tokens; the released code, like this one, has means.
     chosen, rejected = mean_logratios(s, pieces).unbind(1)
     return -chosen.clamp(max=20).exp() + (2 * rejected).clamp(max=20).exp() / 2
 
 
 def dil_bce(s, pieces, o):
-    """DIL by binary cross-entropy (arXiv 2503.05079); means over tokens, as in dil."""
+    """DIL with binary cross-entropy (arXiv 2503.05079); means over tokens, as in dil."""
     chosen, rejected = mean_logratios(s, pieces).unbind(1)
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
@@ -233,16 +233,16 @@ def dil_bce(s, pieces, o):
 def pipa_n(s, pieces, o):
     """PIPA-N (arXiv 2502.05773): binary cross-entropy of "is this answer right?", where wrong
     answers follow the reference and --prior is the share of right ones. No beta. Re-derived from
-    the paper's constraints, at the level of answers."""
+    the paper's constraints, for whole answers."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    offset = math.log(o.prior / (1 - o.prior))
+    offset = math.log(o.prior / (1 - o.prior))         # the log-odds at pi = ref
     return -F.logsigmoid(chosen + offset) - F.logsigmoid(-rejected - offset)
 
 
 def pipa_m(s, pieces, o):
-    """PIPA-M: as pipa_n, but right and wrong answers together follow the reference, so that a right
-    answer is at most 1 / prior times as likely as under it; there it is clipped. Re-derived too."""
-    u = (logratios(s, pieces) + math.log(o.prior)).clamp(max=math.log1p(-1e-6))
+    """PIPA-M: like pipa_n, but right and wrong answers together follow the reference, so pi is
+    at most ref / prior and is clipped there. Re-derived as well."""
+    u = (logratios(s, pieces) + math.log(o.prior)).clamp(max=math.log1p(-1e-6))  # log p(right)
     chosen, rejected = u.unbind(1)
     return -chosen - torch.log(-torch.expm1(rejected))
 
@@ -281,17 +281,17 @@ PREFS = {
 class Loss:
     """What a loss needs. The rest of the project reads these fields, never a loss's name."""
     objective: Callable                # (Scores, options) -> (loss (B,), {name: (B,) to log})
-    branches: tuple = ("chosen",)      # of data.BRANCHES; the chosen one first
-    reference: bool = False            # starts from an SFT checkpoint, and measures against it
+    branches: tuple = ("chosen",)      # names from data.BRANCHES, chosen first
+    reference: bool = False            # starts from an SFT checkpoint, which is its reference
     mismatch: bool = False             # reads Scores.mismatch
 
 
-JOINT = ("own", ANSWER)                # Eq. 1: each answer with its own belief, both counted
-CONDITIONED = ("given", [RESPONSE])    # Eq. 7: both after the accepted belief, response counted
+JOINT = ("own", ANSWER)                # Eq. 1: each answer with its own belief; both count
+CONDITIONED = ("given", [RESPONSE])    # Eq. 7: both after the accepted belief; responses count
 
 
 def preference(pref, other, pieces):
-    """A preference term by itself: the chosen answer against the branch `other`."""
+    """A preference term alone: the chosen branch against the branch `other`."""
     def objective(s, o):
         loss = pref.term(s, pieces, o)
         return o.w_pref * loss, {"pref": loss}
@@ -299,14 +299,14 @@ def preference(pref, other, pieces):
 
 
 def gdpo(pref):
-    """Eq. 5: calibration and conditioned preference, so that conflicts no longer cancel."""
+    """Eq. 5: calibration plus conditioned preference; conflicting preferences no longer cancel."""
     conditioned = preference(pref, *CONDITIONED)
 
     def objective(s, o):
         calibrate, parts = calibration(s, o)
         prefer, prefs = conditioned.objective(s, o)
         # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
-        # response likely, at whose cost the preference term may buy its margin.
+        # response likely; the preference term alone may lower it to widen the margin.
         anchor = response_nll(s)[:, 0]
         loss = calibrate + prefer + o.w_anchor * anchor
         return loss, parts | prefs | {"response_nll": anchor}

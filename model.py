@@ -1,9 +1,9 @@
-"""The language model, its checkpoints and its tokenizer, by hand. One class is GPT-2, Pythia
-(GPT-NeoX) and the Llama family.
+"""The language model, its checkpoints and its tokenizer, written by hand. One class covers GPT-2,
+Pythia (GPT-NeoX) and the Llama family.
 
 First in reading order: model.py -> data.py -> losses.py -> train.py -> evaluate.py -> synth.py.
 The families differ only in the fields of GPTConfig. Left out on purpose: dropout (policy and
-reference must agree, so it is off in every run) and attention kernels of our own.
+reference must agree, so it is off in every run) and custom attention kernels.
 
 Letters in all files: B rows (pairs), N packed tokens, T tokens, V vocabulary, K belief classes,
 C channels, H heads, D head size, S branches of a row, M scored tokens, R packed sequences.
@@ -53,13 +53,13 @@ class GPTConfig:
     def __post_init__(self):
         sizes = (self.vocab_size, self.n_ctx, self.n_layer, self.n_head, self.n_embd, self.n_inner)
         if min(sizes) < 1 or self.n_embd % self.n_head or self.n_head % (self.n_kv or self.n_head):
-            raise ValueError(f"sizes must be positive, n_embd must divide into n_head: {self}")
+            raise ValueError(f"need sizes > 0, n_embd divisible by n_head, n_head by n_kv: {self}")
 
 
 def rotate(x, cos, sin):
-    """Rotary positions on the first 2 * cos.shape[-1] channels of each head, in two halves.
-    x (B, T, H, D); cos, sin (B or 1, T, 1, D_rot / 2)."""
-    half = cos.shape[-1]
+    """Apply rotary positions to the first D_rot channels of each head: channel i is rotated with
+    channel i + D_rot / 2. x (B, T, H, D); cos, sin (B or 1, T, 1, D_rot / 2)."""
+    half = cos.shape[-1]                               # D_rot / 2
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).type_as(x)
 
@@ -68,14 +68,14 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         n_kv, D = cfg.n_kv or cfg.n_head, cfg.n_embd // cfg.n_head
-        self.heads = [cfg.n_head, n_kv, n_kv]          # of queries, keys, values; D channels each
+        self.heads = [cfg.n_head, n_kv, n_kv]          # q, k and v heads, D channels each
         self.by_head = cfg.by_head
         self.c_attn = nn.Linear(cfg.n_embd, sum(self.heads) * D, bias=cfg.qkv_bias)
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x, rope, mask=None, cache=None, pos=None, paths=None, places=None):
-        """x (B, T, C) -> (B, T, C); packed x (N, C) -> (N, C). See GPT.forward for the others."""
-        qkv = self.c_attn(x)                           # (B, T, 3C), less where keys are shared
+        """x (B, T, C) -> (B, T, C); packed x (N, C) -> (N, C). The rest: see GPT.forward."""
+        qkv = self.c_attn(x)                           # (B, T, 3C), less if heads share k and v
         if paths is not None:                          # packed (N, 3C): gather the R sequences
             qkv = F.embedding(paths, qkv)              # into a right-padded table (R, T, 3C)
         qkv = qkv.unflatten(-1, (sum(self.heads), -1))           # (B, T, 3H, D)
@@ -84,9 +84,9 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:                          # (2, B, T_max, H, D), filled at `pos`
-            rows = torch.arange(len(q), device=q.device)[:, None]
+            rows = torch.arange(len(q), device=q.device)[:, None]    # (B, 1), against pos (B, T)
             cache[0][rows, pos], cache[1][rows, pos] = k.type_as(cache), v.type_as(cache)
-            k, v = cache[:, :, :mask.shape[-1]] if mask is not None else (k, v)
+            k, v = cache[:, :, :mask.shape[-1]] if mask is not None else (k, v)  # else prefill
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))         # (B, T, H, D) -> (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.heads[1] < self.heads[0])
@@ -104,7 +104,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
-        x = self.c_fc(x)
+        x = self.c_fc(x)                               # (B, T, n_inner), or twice that if gated
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * up)
@@ -128,7 +128,7 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.checkpointing = cfg, False
-        # with its weights given: nn.Embedding's own init imports a second of torch on "meta"
+        # from_pretrained skips nn.Embedding's init, which on "meta" triggers a one-second import
         table = lambda n: nn.Embedding.from_pretrained(torch.empty(n, cfg.n_embd), freeze=False)
         self.wte = table(cfg.vocab_size)
         if not cfg.rotary:
@@ -144,10 +144,10 @@ class GPT(nn.Module):
         return self.wte.weight if self.cfg.tied else self.lm_head.weight
 
     def init_weights(self, seed):
-        """GPT-2's initialisation: normal 0.02, residual projections divided by sqrt(2 L)."""
+        """GPT-2's initialisation: std 0.02, over sqrt(2 n_layer) for residual projections."""
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() == 1:                           # weights of norms, biases
+            if p.dim() == 1:                           # norm weights are 1, biases 0
                 nn.init.constant_(p, float(name.endswith("weight")))
             else:
                 depth = math.sqrt(2 * self.cfg.n_layer) if name.endswith("c_proj.weight") else 1
@@ -157,35 +157,35 @@ class GPT(nn.Module):
     def rope(self, pos):
         """cos and sin of the rotary angles at pos (B or 1, T); None with learned positions."""
         cfg = self.cfg
-        n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))                       # rotated channels
+        n = int(cfg.rotary * (cfg.n_embd // cfg.n_head))                       # D_rot, per head
         if n == 0:
             return None
         freq = cfg.rotary_base ** (-torch.arange(0, n, 2, device=pos.device).float() / n)
-        if cfg.rope_scaling:                           # Llama 3 slows its slow rotations further
+        if cfg.rope_scaling:                           # Llama 3 slows the slow rotations further
             factor, low, high, n_ctx = cfg.rope_scaling
-            turns = n_ctx * freq / (2 * math.pi)       # of each frequency in the original context
-            fast = ((turns - low) / (high - low)).clamp(0, 1)
+            turns = n_ctx * freq / (2 * math.pi)       # full turns over the original context
+            fast = ((turns - low) / (high - low)).clamp(0, 1)    # 1: kept, 0: divided by factor
             freq = freq * (fast + (1 - fast) / factor)
         angle = pos[..., None, None].float() * freq                            # (B, T, 1, n / 2)
         return angle.cos(), angle.sin()
 
     def forward(self, ids, paths=None, places=None, pos=None, mask=None, cache=None):
         """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last norm.
-        paths (R, T), places (N,): the packed tokens of R sequences, and where each token lies among
-        them (data.collate); its position is places % T. pos (B, T): positions, default 0..T-1.
+        paths (R, T): which packed tokens make up the R sequences. places (N,): where each token
+        sits in that flat table, at position places % T. pos (B, T): positions, default 0..T-1.
         mask: broadcastable to (B, H, T, T_keys), True = may attend; default causal.
         cache: (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)."""
         T = ids.shape[-1] if paths is None else paths.shape[-1]
         if T > self.cfg.n_ctx:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.cfg.n_ctx}")
         pos = torch.arange(T, device=ids.device)[None] if pos is None else pos   # (B or 1, T)
-        x = self.wte(ids)                                                      # (B, T, C)
+        x = self.wte(ids)                                                      # (B, T, C) or (N, C)
         if not self.cfg.rotary:
             x = x + self.wpe(pos if places is None else places % T)
-        rope = self.rope(pos)
+        rope = self.rope(pos)                                                  # (cos, sin) or None
         for block, layer in zip(self.h, cache or [None] * len(self.h)):
             where = (rope, mask, layer, pos, paths, places)
-            if self.checkpointing and torch.is_grad_enabled():  # keep x alone, run the block again
+            if self.checkpointing and torch.is_grad_enabled():  # keep only x; backward redoes it
                 x = checkpoint(block, x, *where, use_reentrant=False)
             else:
                 x = block(x, *where)
@@ -194,24 +194,24 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, stop_id=None, seed=0,
                  n_tokens=None):
-        """Sample a continuation of each prompt (a list of ids); returns the new ids alone. A row
+        """Sample a continuation of each prompt (a list of ids); return only the new ids. A row
         ends at stop_id (included), after max_new_tokens, or when the context is full. temperature
-        0: the likeliest token. seed: a number, or a list with one (or a tuple) per prompt: a row
-        depends on its own seed alone, never on its batch. n_tokens: ids from here on only pad the
+        0 picks the likeliest token. seed: one number, or a list with a number or tuple per prompt.
+        A row depends only on its own seed, never on its batch. Ids from n_tokens on only pad the
         embedding table (Pythia's) and are never sampled."""
         if not prompts:
             return []
         lengths, n_ctx, device = [len(p) for p in prompts], self.cfg.n_ctx, self.head.device
         if min(lengths) == 0 or max(lengths) >= n_ctx:
-            raise ValueError(f"prompts must have 1 to {n_ctx - 1} tokens (the context less one), "
+            raise ValueError(f"prompts must have 1 to {n_ctx - 1} tokens (one below the context), "
                              f"got {min(lengths)} to {max(lengths)}: shorten the prompt")
         steps = min(max_new_tokens, n_ctx - min(lengths))
         seeds = seed if isinstance(seed, list) else [(seed, i) for i in range(len(prompts))]
-        draws = np.stack([np.random.default_rng(s).random(steps) for s in seeds])
+        draws = np.stack([np.random.default_rng(s).random(steps) for s in seeds])  # (B, steps)
         draws, n = torch.tensor(draws, device=device), torch.tensor(lengths, device=device)
         hidden, cache = self.prefill(prompts, steps)                           # hidden (B, C)
-        rows, alive = torch.arange(len(n), device=device), n > 0       # rows of `new` still in work
-        new = torch.full((len(n), steps), -1, device=device)
+        rows, alive = torch.arange(len(n), device=device), n > 0       # rows of `new` in the batch
+        new = torch.full((len(n), steps), -1, device=device)           # (B, steps); -1: no token
         for t in range(steps):
             with torch.autocast(device.type, enabled=False):   # bfloat16 is off by 1/4 nat at -100
                 logits = F.linear(hidden.float(), self.head[:n_tokens].float())
@@ -221,18 +221,18 @@ class GPT(nn.Module):
             left = int(alive.sum())
             if t + 1 == steps or left == 0:
                 break
-            if left <= len(rows) // 2:                 # finished rows leave the batch
+            if left <= len(rows) // 2:                 # half are finished: drop those
                 rows, n, token, draws = (x[alive] for x in (rows, n, token, draws))
                 cache, alive = [c[:, alive] for c in cache], alive[alive]
             pos = (n + t).clamp(max=n_ctx - 1)[:, None]                        # (B, 1)
             slots = torch.arange(min(max(lengths) + t + 1, n_ctx), device=device)
             mask = (slots <= pos)[:, None, None]                               # (B, 1, 1, T_keys)
-            hidden = self(token[:, None], pos=pos, mask=mask, cache=cache)[:, 0]
+            hidden = self(token[:, None], pos=pos, mask=mask, cache=cache)[:, 0]   # (B, C)
         return [[i for i in row if i >= 0] for row in new.tolist()]
 
     def prefill(self, prompts, steps):
-        """(hidden state (B, C) at each prompt's end, cache with room for `steps` more tokens).
-        Equal prompts are computed once. generate's mask hides pads until tokens overwrite them."""
+        """Return the hidden state (B, C) at each prompt's end and a cache with room for `steps`
+        more. Equal prompts are computed once. generate's mask hides pads until overwritten."""
         w, cfg = self.head, self.cfg
         unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         which = torch.tensor([unique[tuple(p)] for p in prompts], device=w.device)
@@ -257,7 +257,7 @@ def pick(logits, temperature, draw):
 
 
 # =============================================================================================
-# Plumbing: checkpoint folders in Hugging Face's form (config.json, model.safetensors, tokenizer)
+# Plumbing: checkpoint folders in Hugging Face's format (config.json, model.safetensors, tokenizer)
 
 NAMES = """
 ours         gpt2                 gpt_neox                   llama
@@ -297,25 +297,25 @@ KNOWN = {"activation_function": "gelu_new", "scale_attn_weights": True, "type": 
          "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False}
 RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # GPT-2 stores these (in, out)
-BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")   # of old checkpoints
+BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")   # in old checkpoints
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def family(cfg):
-    """Hugging Face's model_type of a GPTConfig."""
+    """Hugging Face's model_type for a GPTConfig."""
     if cfg.rms_norm:
         return "qwen2" if cfg.qkv_bias else "llama"
     return "gpt_neox" if cfg.rotary else "gpt2"
 
 
 def config_from_hf(c):
-    """config.json as transformers 4 or 5 writes it (a dict) -> GPTConfig. ValueError for a setting
-    that would change the logits and is not implemented."""
+    """config.json as transformers 4 or 5 writes it (a dict) -> GPTConfig. Raises ValueError for a
+    setting that would change the logits and is not implemented."""
     kind, rope = c["model_type"], c.get("rope_parameters") or c.get("rope_scaling") or {}
     if kind not in NAMES:
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(NAMES)}")
-    c = c | rope                                       # transformers 5 keeps rope_theta in there
+    c = c | rope                                       # transformers 5 keeps rope_theta in rope
     c |= {old: rope[new] for old, new in RENAMED.items() if new in rope}
     fields = DEFAULTS[kind] | {ours: c[key] for ours, key in NAMES[kind].items()
                                if c.get(key) is not None}
@@ -331,7 +331,7 @@ def config_from_hf(c):
 
 
 def config_to_hf(cfg, eos, dtype):
-    """The config.json that Hugging Face's classes read. eos: id of the end-of-text token."""
+    """Build the config.json that Hugging Face's classes read. eos: id of the end-of-text token."""
     kind = family(cfg)
     config = {"model_type": kind, "architectures": [NAMES[kind]["hf_class"]], "bos_token_id": eos,
               "eos_token_id": eos, "dtype": str(dtype).removeprefix("torch.")}
@@ -353,7 +353,7 @@ def on_disk(model):
         w = p.detach().t() if gpt2 and name.endswith(LINEAR) else p.detach()
         parts = [("", w)]
         if "*" in theirs and module == "attn.c_attn":
-            C, n = model.cfg.n_embd, (len(w) - model.cfg.n_embd) // 2   # n of keys, n of values
+            C, n = model.cfg.n_embd, (len(w) - model.cfg.n_embd) // 2   # n rows each for k and v
             parts = zip("qkv", w.split([C, n, n]))
         elif "*" in theirs:
             parts = zip(("gate", "up"), w.chunk(2))
@@ -362,7 +362,7 @@ def on_disk(model):
 
 
 def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}, views of the mapped file that take no memory. It holds
+    """A .safetensors file -> {name: tensor}, views of the mapped file that take no memory. Layout:
     8 bytes (the header's length), the header {name: {dtype, shape, data_offsets}}, raw bytes."""
     raw = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
     start = 8 + int.from_bytes(raw[:8].tolist(), "little")
@@ -370,77 +370,77 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for name, t in header.items():
-        at, end = t["data_offsets"]                    # a slice cannot leave the file
+        at, end = t["data_offsets"]                    # a slice never reads outside the file
         tensors[name] = raw[start + at:start + end].view(DTYPES[t["dtype"]]).view(t["shape"])
     return tensors
 
 
 def read_weights(folder):
-    """The weights of a checkpoint folder, in one file or in shards -> {name: tensor}, mapped."""
+    """Map a checkpoint folder's weights, in one file or in shards -> {name: tensor}."""
     stored = {}
     for path in [*folder.glob("model.safetensors")] or folder.glob("model-*.safetensors"):
         try:
             stored |= read_safetensors(path)
-        except Exception as e:                         # of many kinds, by how the file is broken
-            raise ValueError(f"{path}: cut short or no safetensors, fetch it again ({e})") from None
+        except Exception as e:                         # which one depends on the damage
+            raise ValueError(f"{path}: not safetensors, or truncated: refetch it ({e})") from None
     if not stored:
         raise FileNotFoundError(f"no model.safetensors in {folder}: give a checkpoint folder")
     return stored
 
 
 def load_model(folder, device="cpu"):
-    """A checkpoint folder -> GPT with float32 weights. Every stored tensor is used once; ValueError
-    names one that is missing, left over or of another shape."""
+    """A checkpoint folder -> GPT with float32 weights. Every stored tensor is used once; a missing,
+    unexpected or wrongly shaped one raises ValueError with its name."""
     folder = Path(folder)
     try:
         text = (folder / "config.json").read_text(encoding="utf-8-sig")
         cfg = config_from_hf(json.loads(text))
-    except Exception as e:                             # of many kinds, by what is wrong in it
+    except Exception as e:                             # which one depends on what is wrong
         raise ValueError(f"{folder / 'config.json'}: {type(e).__name__}: {e}: give the folder of a "
                          "checkpoint, such as OUT/best of an earlier run") from None
-    head = NAMES[family(cfg)]["lm_head"] + ".weight"   # transformers 5 calls every one lm_head
+    head = NAMES[family(cfg)]["lm_head"] + ".weight"   # transformers 5 always calls it lm_head
     stored = {head if k == "lm_head.weight" else k: w for k, w in read_weights(folder).items()
               if not k.endswith(BUFFERS)}
-    if cfg.tied:                                       # a copy of the embeddings, if it is there
+    if cfg.tied:                                       # a copy of the embeddings, if present
         stored.pop(head, None)
-    if "wte.weight" in stored:                         # as GPT-2 was first published
+    if "wte.weight" in stored:                         # names in the original GPT-2 release
         stored = {f"transformer.{k}": w for k, w in stored.items()}
-    with torch.device("meta"):                         # memory is taken once the shapes are known
+    with torch.device("meta"):                         # allocate only after checking the shapes
         model = GPT(cfg)
     want, found = ({name: tuple(w.shape) for name, w in tensors.items()}
                    for tensors in (on_disk(model), stored))
     for name in want | found:
         if want.get(name) != found.get(name):
-            raise ValueError(f"{folder}: {name} has shape {found.get(name, 'missing')}, but "
-                             f"config.json asks for {want.get(name, 'no such tensor')}")
+            raise ValueError(f"{folder}: {name}: found {found.get(name, 'no tensor')}, but "
+                             f"config.json asks for {want.get(name, 'none')}")
     for name, view in on_disk(model.to_empty(device=device)).items():
         view.copy_(stored[name])
     return model
 
 
 def fingerprint(model):
-    """A short text that tells one set of weights from another: the hash of some of each tensor."""
+    """A short hash that identifies the weights, computed from the start of each tensor."""
     some = torch.cat([p.detach().flatten()[:256].cpu() for p in model.parameters()])
     return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:16]
 
 
 def write(path, chunks):
-    """Write chunks of bytes to a file, which is there complete or not at all."""
+    """Write chunks of bytes to a file atomically: it appears complete or not at all."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as f:
             f.writelines(chunks)
         os.replace(temporary, path)
-    except OSError as e:                               # a full disk names no file
+    except OSError as e:                               # a full-disk error names no file
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_model(model, folder, eos, dtype=torch.float32):
-    """Write config.json and model.safetensors in Hugging Face's form into `folder`. The weights
-    are replaced in one rename; config.json is written first and is the same for a whole run."""
+    """Write config.json and model.safetensors in Hugging Face's format to `folder`. The weights
+    are replaced in one rename; config.json is written first and never changes within a run."""
     folder, header, at = Path(folder), {"__metadata__": {"format": "pt"}}, 0
     views, kind = on_disk(model), next(k for k, v in DTYPES.items() if v == dtype)
     for name, w in views.items():
@@ -456,7 +456,7 @@ def save_model(model, folder, eos, dtype=torch.float32):
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokens: byte-level BPE, on tiktoken
+# Tokens: byte-level BPE on top of tiktoken
 
 EOS = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's
@@ -468,29 +468,29 @@ BYTES = {c: b for b, c in CHARS.items()}
 
 
 class Tokenizer:
-    """Byte-level BPE: GPT-2, Pythia, Llama 3, Qwen2, SmolLM2, and small ones of our own.
+    """Byte-level BPE: GPT-2, Pythia, Llama 3, Qwen2, SmolLM2, and small ones trained here.
 
-    files {name: text}: tokenizer.json, or vocab.json and merges.txt; and tokenizer_config.json.
-    save() writes these very texts. encode adds no special token, and one in the data is plain text.
-    eos: the id that config.json names, if it does."""
+    files {name: text}: tokenizer.json, or vocab.json and merges.txt; plus tokenizer_config.json.
+    save() writes these texts unchanged. encode adds no special tokens and treats any in the data as
+    plain text. eos: the id in config.json, if any."""
 
     def __init__(self, files, eos=None):
         t = json.loads(files.get("tokenizer.json", "{}")) or gpt2_form(files)
         *cuts, last = split_patterns(t)
         vocab, added = t["model"]["vocab"], {a["content"]: a["id"] for a in t["added_tokens"]}
         merges = [m.split(" ") if isinstance(m, str) else m for m in t["model"]["merges"]]
-        # tiktoken merges by rank and returns ranks. Ours follow the merges, and ids maps them back.
-        # A byte without a token has no id and is dropped, as Hugging Face does.
+        # tiktoken merges by rank and returns ranks. Here ranks follow the merges; self.ids maps a
+        # rank to its id. A byte without a token is dropped, as in Hugging Face.
         tokens = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
         rank_of = {token: rank for rank, token in enumerate(tokens)}
         if any(max(rank_of[a], rank_of[b]) > rank_of[a + b] for a, b in merges):
-            raise ValueError("a merge comes before those of its parts")
+            raise ValueError("a merge comes before the merges that make its parts")
         ranks = {bytes(BYTES[c] for c in token): rank for token, rank in rank_of.items()}
         self.ids = [vocab.get(c) for c in BYTES] + [vocab[token] for token in tokens[256:]]
         self.cuts, self.nfc = [regex.compile(cut) for cut in cuts], bool(t.get("normalizer"))
-        every = f"{last}|(?:(?!{last})(?s:.))+"        # tiktoken would drop what has no match
+        every = f"{last}|(?:(?!{last})(?s:.))+"        # tiktoken would drop unmatched text
         self.bpe = tiktoken.Encoding("bpe", pat_str=every, mergeable_ranks=ranks, special_tokens={})
-        # Pythia's runs of spaces have their own ids and are looked for first, the longest first.
+        # Pythia gives runs of spaces their own ids; they are matched first, longest first.
         self.runs = {text: i for text, i in added.items() if text.isspace()}
         self.find_runs = re.compile(f"({'|'.join(sorted(self.runs, key=len)[::-1]) or '(?!)'})")
         self.bytes = dict(zip(self.ids, ranks)) | {i: text.encode() for text, i in added.items()}
@@ -508,7 +508,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """From tokenizer.json, or vocab.json and merges.txt."""
+        """Load from tokenizer.json, or from vocab.json and merges.txt."""
         paths = [Path(folder) / name for name in (
             "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "config.json")]
         files = {x.name: x.read_text(encoding="utf-8-sig") for x in paths if x.is_file()}
@@ -519,8 +519,8 @@ class Tokenizer:
             eos = json.loads(files.pop("config.json", "{}")).get("eos_token_id")
             return cls(files, eos[0] if isinstance(eos, list) else eos)
         except (LookupError, TypeError, ValueError, AttributeError, regex.error) as e:
-            raise ValueError(f"{Path(folder) / next(iter(files))} is not a byte-level BPE that can "
-                             f"be read here: {e}") from None
+            raise ValueError(f"{Path(folder) / next(iter(files))} is not a byte-level BPE that "
+                             f"this class can read: {e}") from None
 
     def save(self, folder):
         for name, text in self.files.items():
@@ -540,13 +540,13 @@ class Tokenizer:
         return [i for i in ids if i is not None]
 
     def decode(self, ids):
-        """Ids -> text, without the end of text and ids that have no token."""
+        """Ids -> text, skipping end-of-text and ids without a token."""
         text = b"".join(self.bytes.get(i, b"") for i in ids if i != self.eos)
         return text.decode("utf-8", "replace")
 
 
 def gpt2_form(files):
-    """GPT-2's older two files in the form of tokenizer.json."""
+    """Convert GPT-2's older two files to the structure of tokenizer.json."""
     vocab, lines = json.loads(files["vocab.json"]), files["merges.txt"].splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     return {"model": {"vocab": vocab, "merges": merges},
@@ -555,8 +555,8 @@ def gpt2_form(files):
 
 
 def split_patterns(t):
-    """The regexes that cut text before bytes are merged, each within the cuts of those before it.
-    ValueError, naming the part of tokenizer.json, for what is not byte-level BPE."""
+    """Return the regexes that split text before merging, each applied to the pieces of the last.
+    Raises ValueError, naming the part of tokenizer.json, if it is not byte-level BPE."""
     kind, normalizer = t["model"].get("type", "BPE"), (t.get("normalizer") or {}).get("type")
     if kind != "BPE" or normalizer not in (None, "NFC"):
         raise ValueError(f"model {kind}, normalizer {normalizer}")
@@ -573,26 +573,26 @@ def split_patterns(t):
                 patterns.append(pattern)
             case _:
                 raise ValueError(f"pre_tokenizer {step}")
-    if steps[-1]["type"] != "ByteLevel" or not patterns:      # its followers would see bytes
+    if steps[-1]["type"] != "ByteLevel" or not patterns:      # later steps would see bytes
         raise ValueError(f"pre_tokenizer {splitter}")
     return patterns
 
 
 def isolate(pattern, text):
-    """Text cut before and after every match of a pattern."""
+    """Cut text before and after every match of a pattern."""
     ends = sorted({0, len(text), *(e for m in pattern.finditer(text) for e in m.span())})
     return [text[a:b] for a, b in zip(ends, ends[1:])]
 
 
 def train_bpe(texts, vocab_size):
-    """Learn merges from texts: the most frequent pair first, ties to the largest bytes, until the
+    """Learn merges from texts: the most frequent pair first, on ties the largest bytes, until the
     vocabulary is full or no pair occurs twice. Deterministic."""
     counts = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
     words = {w: [bytes([b]) for b in w.encode()] for w in sorted(counts)}      # word -> its tokens
-    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that have had it
+    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that held it
 
     def count(word, sign):
-        """Add the pairs of a word to the counts, or take them out."""
+        """Add a word's pairs to the counts (sign 1) or subtract them (-1)."""
         for pair in zip(words[word], words[word][1:]):
             pairs[pair] += sign * counts[word]
             where[pair].add(word)

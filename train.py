@@ -1,11 +1,11 @@
-"""Train with any loss of losses.py, on one CPU or many GPUs.
+"""Train with any loss in losses.py, on one CPU or many GPUs.
 
     python train.py --loss gdpo                         # the shipped world, minutes on a laptop
     torchrun --nproc_per_node=4 train.py --loss gdpo    # the same run on four processes
 
-Fourth in reading order. A run scores its rows once with the policy as it is before the first step,
-so that one model serves as policy and reference, and then loops. Every loss but SFT starts from an
-SFT checkpoint, which is trained first if it is missing. OUT holds config.json (the flags),
+Fourth in reading order. Before the first step, a run scores its rows once with the initial policy,
+so that one model serves as both policy and reference. A loss with a reference starts from an SFT
+checkpoint, which is trained first if it is missing. OUT holds config.json (the flags),
 metrics.jsonl (one object per logged step), best/ and last/ (checkpoints) and state.pt for --resume.
 
 Left out on purpose: a second model in memory as the reference, dropout, float16.
@@ -34,42 +34,42 @@ from data import (EVAL_BRANCHES, Parser, add_flags, class_ids, collate, cost, da
 class Config:
     # the method
     loss: str = "gdpo"            # sft, dpo, kto, gdpo, gdpo-kto, ... (an unknown name lists all)
-    beta: float = None            # strength of the reference; 0.01 (weak) to 1 (strong) is sane
+    beta: float = None            # strength of the reference, usually 0.01 (weak) to 1 (strong)
     alpha: float = 1.0            # H-DPO: strength of the policy's own log-probs
-    label_smoothing: float = 0.0  # DPO: chance that a label is the wrong way round
-    gamma: float = 0.5            # SimPO: the margin it asks for
-    prior: float = 0.5            # PIPA: share of right answers
+    label_smoothing: float = 0.0  # DPO: probability that a label is flipped
+    gamma: float = 0.5            # SimPO: target margin
+    prior: float = 0.5            # PIPA: prior share of right answers
     lambda_d: float = 1.0         # KTO: weight of desirable answers
     lambda_u: float = 1.0         # KTO: weight of undesirable answers
-    w_kl: float = 1.0             # weight of the KL term, in every loss that has it
+    w_kl: float = 1.0             # weight of the KL term, in every loss that has one
     w_belief: float = 1.0         # GDPO: weight of the belief's likelihood
     w_pref: float = 1.0           # GDPO: weight of the preference term
     w_anchor: float = 0.0         # GDPO: weight of the accepted response's likelihood
     # data and model
-    data: str = "data/toy"        # dataset folder; give more than one, with commas, to mix them
-    form: str = ""                # of the prompt, as "<G>{group}<Q>{prompt}<A>"; empty: the data's
+    data: str = "data/toy"        # dataset folder, or several to mix, separated by commas
+    form: str = ""                # prompt form, like "<G>{group}<Q>{prompt}<A>"; empty: the data's
     max_length: int = 0           # longest row in tokens; 0: the model's context
     overlong: Literal["error", "drop"] = "error"  # what happens to longer rows
     model: str = "scratch"        # where SFT starts: scratch (a small GPT-2), a folder, a hub name
-    init: str = ""                # where the others start; empty: the SFT run, made if missing
+    init: str = ""                # where other losses start; empty: the SFT run, made if missing
     n_layer: int = 2              # scratch: layers
     n_head: int = 4               # scratch: heads
     n_embd: int = 96              # scratch: channels
     vocab_size: int = 1024        # scratch: tokens, learned from the training rows
-    # optimization; None is filled in from PRESETS
+    # optimization; PRESETS replaces None
     epochs: float = None          # passes over the training rows
     batch_size: int = None        # rows per step, over all processes
-    micro_batch: int = 0          # rows per forward pass of one process; 0: all of its share
-    optimizer: Literal["rmsprop", "adamw"] = None  # which
+    micro_batch: int = 0          # rows per forward pass on each process; 0: its whole share
+    optimizer: Literal["rmsprop", "adamw"] = None  # update rule
     lr: float = None              # peak learning rate
     warmup: int = None            # steps of linear warm-up
     schedule: Literal["constant", "cosine"] = None  # after warm-up; cosine falls to zero
-    clip: float = 10.0            # largest gradient norm
+    clip: float = 10.0            # gradients are clipped to this norm
     # the run
     out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
-    seed: int = 0                 # of initialisation and order
-    resume: bool = False          # go on with the run in OUT
-    overwrite: bool = False       # throw away the run in OUT
+    seed: int = 0                 # seeds initialisation and row order
+    resume: bool = False          # continue the run in OUT
+    overwrite: bool = False       # discard the run in OUT
     eval_every: int = None        # examples between evaluations
     log_every: int = 10           # steps between lines of metrics.jsonl
     select: Literal["jsd", "loss"] = "jsd"  # eval metric that picks OUT/best; lower is better
@@ -81,8 +81,8 @@ class Config:
     shard_optimizer: bool = False  # each process keeps only its share of the optimizer's state
 
 
-# What None stands for. A checkpoint's values are the paper's (Appendix G; eval_every from the
-# authors' code); those of the small model were found by trying.
+# Defaults in place of None. Those for checkpoints are the paper's (Appendix G; eval_every is from
+# the authors' code); those for the small model were found by trial and error.
 PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
     (True, False): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
                         optimizer="adamw", beta=0.1, eval_every=8000),
@@ -100,7 +100,7 @@ def flags():
     return parser
 
 
-help_first(__name__, flags)                            # before torch, which takes a second
+help_first(__name__, flags)                            # before importing torch, which is slow
 
 import numpy as np
 import torch
@@ -113,12 +113,12 @@ from model import GPT, GPTConfig, Tokenizer, fingerprint, load_model, save_model
 
 
 # ---------------------------------------------------------------------------------------------
-# Scoring rows without a gradient: the reference, evaluation, KTO's z0 (Eq. 10; and evaluate.py)
+# Scoring rows without gradients: for the reference, evaluation, KTO's z0 (Eq. 10), evaluate.py
 
 @torch.no_grad()
 def score_rows(model, items, branches, classes, dtype="float32", desc="scoring", tokens=16384):
-    """Scores of all items, in their order, on the CPU. Rows of like length are scored together, at
-    most about `tokens` tokens at once. The processes share the rows and gather the scores."""
+    """Score all items -> Scores on the CPU, in the items' order. Rows of similar length are batched
+    together, up to about `tokens` tokens. The processes split the rows and gather the scores."""
     rank, size = rank_and_size()
     lengths, batches, parts = [cost(i, branches) for i in items], [], []
     for i in np.argsort(lengths, kind="stable")[rank::size].tolist():     # shortest first
@@ -131,7 +131,7 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
             s = score(model, model.head, to_tensors(batch, model.head.device))
         parts.append((index, {k: v.float().cpu() for k, v in vars(s).items() if v is not None}))
     parts = gather(parts)
-    place = torch.tensor([i for index, _ in parts for i in index]).argsort()
+    place = torch.tensor([i for index, _ in parts for i in index]).argsort()   # undoes the sort
     return Scores(**{k: torch.cat([p[k] for _, p in parts])[place] for k in parts[0][1]})
 
 
@@ -139,21 +139,21 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
 # One step
 
 def train_step(r, batch):
-    """Forward, backward and update on the rows `batch` (indices of training items). The loss is the
-    mean over them, however micro-batches and processes divide them. Returns the sums of the loss
-    and its parts over these rows, and the gradient's norm."""
+    """One forward, backward and update on `batch` (indices of training items). The loss is the mean
+    over its rows, however they are split into micro-batches and processes. Returns the sums of the
+    loss and its parts over these rows, and the gradient norm."""
     o, loss, items, ref = r.o, r.loss, r.items["train"], r.ref.get("train")
     rank, size = rank_and_size()
     device, mine = r.model.head.device, batch[rank::size]
     n = o.micro_batch or len(mine) or 1
-    micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]
+    micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]      # n rows each, at most
     z0, logged = None, []
     if loss.mismatch:                  # KTO's baseline is the same for all micro-batches
         s = score_rows(r.model, [items[i] for i in batch], ("mismatch",), r.classes, o.dtype)
         z0 = (s.logps[:, 0] - ref[batch, -1]).mean(0).to(device)       # (3,), Eq. 10 by piece
     r.optimizer.zero_grad()
     for k, index in enumerate(micros):
-        # gradients travel between processes once a step, after the last micro-batch
+        # processes exchange gradients once per step, after the last micro-batch
         with nullcontext() if k + 1 == len(micros) or size == 1 else r.policy.no_sync():
             rows = index or batch[:1]                  # a process without rows still has to join in
             b = to_tensors(collate([items[i] for i in rows], loss.branches, r.classes), device)
@@ -161,13 +161,13 @@ def train_step(r, batch):
                 s = score(r.policy, r.model.head, b)
             s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
             s.mismatch = z0
-            values, parts = loss.objective(s, o)       # (B,)
+            values, parts = loss.objective(s, o)       # (B,), {name: (B,)}
             # DDP takes the mean over processes, this is to be the mean over rows
             (values[:len(index)].sum() * size / len(batch)).backward()
         parts = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
         logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
     norm = float(torch.nn.utils.clip_grad_norm_(r.model.parameters(), o.clip))
-    rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # of this process
+    rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # on this process
     sums = sum_over_ranks(torch.stack([v.sum().double() for v in rows.values()]), device)
     sums = dict(zip(rows, sums.tolist()))
     if not math.isfinite(sums["loss"] + norm):
@@ -179,7 +179,7 @@ def train_step(r, batch):
 
 
 def lr_at(o, step, total):
-    """Learning rate of a step, 0 to total - 1: linear warm-up, then constant or cosine to zero."""
+    """Learning rate at step 0 to total - 1: linear warm-up, then constant or cosine to zero."""
     lr = o.lr * min(1.0, (step + 1) / (o.warmup + 1))
     if o.schedule == "cosine":
         done = max(0, step - o.warmup) / max(1, total - o.warmup)
@@ -191,13 +191,13 @@ def lr_at(o, step, total):
 # The run
 
 def train(o, wait=0):
-    """One run, from its first step or its last saved one to its end; returns the Run. If another
-    process is at work in OUT, wait so many seconds for it."""
+    """Train from the first or the last saved step to the end, and return the Run. wait: how many
+    seconds to wait if another process is using OUT."""
     r = Run(o)
     with lock(r.out / ".lock", wait):
         if on_first_rank(lambda: begin(r)):
             r.load_state()
-        else:                          # the policy is the reference now: keep what it says
+        else:                          # the policy is still the reference: cache its log-probs
             if r.loss.reference:
                 r.ref = {split: score_rows(r.model, items, r.branches[split], r.classes, o.dtype,
                                            f"reference, {split}").logps
@@ -215,7 +215,7 @@ def evaluate(r, **more):
     s = score_rows(r.model, items, branches, r.classes, r.o.dtype, "evaluating")
     s.ref = r.ref.get("eval")
     if r.loss.mismatch:
-        s.mismatch = (s.logps - s.ref)[:, -1].mean(0)
+        s.mismatch = (s.logps - s.ref)[:, -1].mean(0)  # (3,), as z0 in train_step
     metrics = eval_metrics(s, items, r.loss, r.o)
     r.log(**more, eval=metrics)
     return metrics
@@ -231,10 +231,10 @@ def loop(r):
     with stop_signals() as stop, progress(total=total, initial=r.step, desc=o.loss, unit="step",
                                           disable=rank_and_size()[0] > 0) as bar:
         while r.step < total:
-            # 1) which rows, at which rate: pure functions of the step, so that --resume goes on
+            # 1) rows and learning rate: pure functions of the step, so that --resume can continue
             epoch, i = divmod(r.step, per_epoch)
             if i == 0 or not batches:
-                batches = epoch_batches(lengths, o.batch_size, o.seed, epoch)
+                batches = epoch_batches(lengths, o.batch_size, o.seed, epoch)    # lists of rows
             lr = lr_at(o, r.step, total)
             r.optimizer.param_groups[0]["lr"] = lr
 
@@ -245,7 +245,7 @@ def loop(r):
             r.sums = {k: r.sums.get(k, 0) + v for k, v in sums.items()}
             bar.update()
 
-            # 3) log the mean over the rows since the last line
+            # 3) log the mean over the rows since the last logged line
             if r.step % o.log_every == 0 or r.step == total:
                 means = {k: v / r.rows for k, v in r.sums.items()}
                 r.log(examples=r.step * o.batch_size, epoch=round(r.step / per_epoch, 4), lr=lr,
@@ -264,7 +264,7 @@ def loop(r):
             # 5) stop if any process was asked to
             if sum_over_ranks(torch.tensor(len(stop)), r.model.head.device):
                 r.save_state()
-                say(f"stopped and saved at step {r.step}; the same command with --resume goes on")
+                say(f"stopped and saved at step {r.step}; to continue, add --resume to the command")
                 sys.exit(130)
 
 
@@ -272,17 +272,17 @@ def loop(r):
 # Plumbing: metrics of the eval split, processes, a run's folder, its report
 
 def jsd(p, q):
-    """Jensen-Shannon distance of distributions along the last axis: the square root of the
-    divergence in nats, in float64, both normalised to 1. Between 0 and sqrt(log 2) = 0.8326."""
+    """Jensen-Shannon distance between distributions along the last axis: the square root of the
+    divergence in nats, in float64, after normalising both. From 0 to sqrt(log 2) = 0.8326."""
     p, q = (torch.from_numpy(np.asarray(x, np.float64)) for x in (p, q))
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    m = ((p + q) / 2).clamp(min=1e-300)                # of classes that have no share in either
+    m = ((p + q) / 2).clamp(min=1e-300)                # for classes with no share in either
     divergence = (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum(-1) / 2
     return divergence.clamp(min=0).sqrt().numpy()      # rounding may take it below 0
 
 
 def belief_metrics(s):
-    """JSD of the model's class distribution to the group's, and its class mass: {name: (B,)}."""
+    """{name: (B,)}: JSD of the model's class shares to the group's, and its mass on the classes."""
     q = s.class_logps.double().exp().numpy()
     if not (np.isfinite(q).all() and q.sum(-1).all()):
         raise FloatingPointError("the model's class probabilities are 0 or NaN: its training "
@@ -291,8 +291,8 @@ def belief_metrics(s):
 
 
 def margins(s, items, beta):
-    """Reward margins {name: (B,)} in nats, NaN on rows of another kind. "joint": each answer with
-    its own belief, as DPO trains it. "given": answers after the accepted belief, as GDPO does."""
+    """Reward margins {name: (B,)} in nats, NaN on rows of another kind. "joint": each answer after
+    its own belief, as in DPO. "given": both answers after the accepted belief, as in GDPO."""
     joint, given = logratios(s, ANSWER), logratios(s, [RESPONSE])
     both = {"joint": margin(joint[:, 0], joint[:, 1], beta),
             "given": margin(given[:, 0], given[:, 2], beta)}
@@ -323,7 +323,7 @@ def rank_and_size():
 
 
 def device_of(name):
-    """"auto", "cpu" or "cuda" -> the device that is there. ValueError if it is not."""
+    """"auto", "cpu" or "cuda" -> "cpu" or "cuda". ValueError if torch cannot use the device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that torch can use; give --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
@@ -358,7 +358,7 @@ def leave():
 
 
 def sum_over_ranks(values, device):
-    """A tensor's sum over the processes, on all of them; one process waits for no GPU."""
+    """Sum a tensor over the processes, on all of them. A single process does not sync its GPU."""
     if dist.is_initialized():
         values = values.to(device)
         dist.all_reduce(values)
@@ -366,7 +366,7 @@ def sum_over_ranks(values, device):
 
 
 def gather(values):
-    """The lists of all processes as one list, on every process."""
+    """Concatenate the lists of all processes, on every process."""
     everyone = [values] * rank_and_size()[1]
     if dist.is_initialized():
         dist.all_gather_object(everyone, values)
@@ -394,23 +394,23 @@ def say(*words):
 
 @contextmanager
 def lock(path, wait=0):
-    """Keep other runs away from `path` until the block, or this process, ends, however it ends:
-    sqlite's file lock does that on every platform. wait: seconds before giving up."""
+    """Lock `path` against other runs until the block ends or this process dies: sqlite's file lock
+    does that on every platform. wait: seconds before giving up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path if rank_and_size()[0] == 0 else ":memory:"         # rank 0 holds it for all
     try:
         connection = sqlite3.connect(file, timeout=wait)
         connection.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as e:
-        raise ValueError(f"another process is at work in {path.parent}, or it cannot be written to "
-                         f"({e}): wait, or give another --out") from None
+        raise ValueError(f"another process is using {path.parent}, or it is not writable "
+                         f"({e}): wait, or set another --out") from None
     with closing(connection):
         yield
 
 
 @contextmanager
 def stop_signals():
-    """A list that Ctrl-C or SIGTERM adds to, for the loop to read. A second one stops at once."""
+    """Yield a list that the first Ctrl-C or SIGTERM appends to. A second one exits at once."""
     asked = []
     ask = lambda *_: sys.exit(130) if asked else asked.append(1)
     old = {sig: signal.signal(sig, ask) for sig in (signal.SIGINT, signal.SIGTERM)}
@@ -423,12 +423,12 @@ def stop_signals():
 # Where a run starts, its folder, its report
 
 def resolve(o):
-    """Fill in what None, "" and auto stand for. ValueError for a value that cannot be."""
+    """Replace None, "" and auto with real values. ValueError for an impossible value."""
     if o.loss not in LOSSES:
-        raise ValueError(f"--loss {o.loss!r} is unknown; there is: {', '.join(LOSSES)}")
+        raise ValueError(f"--loss {o.loss!r} is unknown: choose from {', '.join(LOSSES)}")
     if 0 in (o.batch_size, o.log_every, o.n_layer, o.n_head, o.n_embd):
         raise ValueError("--batch_size, --log_every and --n_... must be more than 0")
-    if o.init and o.model == "scratch":                # a run's weights, or a checkpoint as it is
+    if o.init and o.model == "scratch":                # from a run, or from a plain checkpoint
         made = Path(o.init).parent / "config.json"
         o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
     for name, value in PRESETS[o.model == "scratch", LOSSES[o.loss].reference].items():
@@ -448,13 +448,13 @@ def run_folder(o, loss):
 
 # May change on --resume
 MACHINE = ("device", "micro_batch", "log_every", "compile", "checkpointing", "shard_optimizer")
-# A run shares these with the SFT run that it starts from
+# A run must share these with the SFT run that it starts from
 SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", "n_head", "n_embd",
           "vocab_size")
 
 
 class Run:
-    """What the loop works on. STATE, with model and optimizer, makes state.pt."""
+    """All that the loop works on. state.pt holds STATE, the model and the optimizer."""
     STATE = ("ref", "step", "best", "sums", "rows")
 
     def __init__(self, o):
@@ -463,7 +463,7 @@ class Run:
         if "data/toy" in o.data.split(","):            # the shipped world, made if it is missing
             make_toy()
         meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
-        o.form = meta["form"]          # saved with the run, which then needs no meta.json for it
+        o.form = meta["form"]          # saved with the run, so that it no longer needs meta.json
         sft = run_folder(o, "sft") if self.loss.reference and not o.init else ""
         if sft:
             train_sft_first(o, sft)
@@ -476,7 +476,7 @@ class Run:
         limit = min(o.max_length or self.model.cfg.n_ctx, self.model.cfg.n_ctx)
         self.items = {split: encode_rows(rows[split], self.tokenizer, meta, limit, o.overlong,
                                          f"{o.data}/{split}.jsonl") for split in rows}
-        self.config = asdict(o) | {                    # the rows of runs are compared as well
+        self.config = asdict(o) | {                    # check_same compares the rows as well
             "hash_of_rows": hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]}
         if sft:
             check_same(sft, self.config, (*SHARED, "hash_of_rows"))
@@ -491,8 +491,8 @@ class Run:
         if dist.is_initialized():
             self.policy = DDP(self.policy, gradient_as_bucket_view=True)
         self.ref = {}                                  # {split: logps (B, S, 3) of the reference}
-        self.step, self.best = 0, None                 # steps done; lowest metric of --select
-        self.sums, self.rows = {}, 0                   # of the steps since the last logged line
+        self.step, self.best = 0, None                 # steps done; lowest --select metric
+        self.sums, self.rows = {}, 0                   # since the last logged line
 
     def log(self, **values):
         if rank_and_size()[0] == 0:
@@ -505,8 +505,8 @@ class Run:
             save_model(self.model, self.out / name, self.tokenizer.eos)
 
     def save_state(self):
-        """All that --resume needs, replaced in one rename."""
-        if hasattr(self.optimizer, "consolidate_state_dict"):     # its shares, on the first rank
+        """Save all that --resume needs, replacing it in one rename."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):     # if sharded: collect on rank 0
             self.optimizer.consolidate_state_dict()
         if rank_and_size()[0] == 0:
             temporary = self.out / "state.pt.tmp"
@@ -515,10 +515,10 @@ class Run:
                 torch.save(state | {k: getattr(self, k) for k in self.STATE}, temporary)
                 os.replace(temporary, self.out / "state.pt")
             finally:
-                temporary.unlink(missing_ok=True)      # a full disk left half of it
+                temporary.unlink(missing_ok=True)      # half-written if the disk is full
 
     def load_state(self):
-        """Go on from state.pt, and forget what was logged after it was saved."""
+        """Restore state.pt, and drop log lines written after it was saved."""
         with reading(self.out / "state.pt") as path:
             state = torch.load(path, map_location="cpu", weights_only=True,
                                mmap=os.name != "nt")   # Windows cannot replace a mapped file
@@ -541,17 +541,17 @@ def make_toy():
 
 
 def train_sft_first(o, out):
-    """Train the SFT run that o starts from, unless it is there."""
+    """Train the SFT run that o starts from, unless it exists."""
     if not on_first_rank(lambda: Path(out, "last").is_dir()):
         say(f"no finished SFT run in {out}: training SFT first, with SFT's own defaults (the "
             f"--epochs, --lr and so on given here are for {o.loss})")
         given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
-        # another process may be training it right now: this one waits until that is done
+        # if another process is training it right now, wait until it is done
         train(resolve(Config(loss="sft", resume=True, out=out, **given)), wait=7 * 86400)
 
 
 def scratch(o, rows, device):
-    """(model, tokenizer): a small GPT-2 with fresh weights, and tokens learned from the rows."""
+    """Make a small GPT-2 with random weights and a BPE learned from rows: (model, tokenizer)."""
     texts = [t for r in rows for t in (prompt_text(r, o.form), r["accept_response"],
                                        r["reject_response"], *(f"<{c}>" for c in r["options"]))]
     tokenizer = train_bpe(texts, o.vocab_size)
@@ -561,7 +561,7 @@ def scratch(o, rows, device):
 
 
 def load_checkpoint(name, device):
-    """(model, tokenizer) of a checkpoint folder or hub name, which rank 0 fetches first."""
+    """Load (model, tokenizer) from a checkpoint folder or hub name, which rank 0 fetches first."""
     folder = on_first_rank(lambda: str(find_checkpoint(str(name))))
     model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
     if tokenizer.n_tokens > model.cfg.vocab_size:
@@ -582,27 +582,27 @@ def optimizer_of(o, model):
 
 @contextmanager
 def reading(path):
-    """Any error in reading this file of a run becomes one line with a remedy."""
+    """Turn any error while reading this file of a run into one line with a remedy."""
     try:
         yield path
-    except Exception as e:                             # of many kinds, depending on the damage
+    except Exception as e:                             # which one depends on the damage
         raise ValueError(f"{path} is missing, damaged or of another version ({type(e).__name__}): "
-                         "restore it, or begin that run again with --overwrite") from None
+                         "restore it, or start that run again with --overwrite") from None
 
 
 def begin(r):
-    """True if OUT holds a state to go on from; if not, OUT is made ready for a new run. ValueError
-    if that would destroy another run, or go on with one that differs."""
+    """Return True if OUT holds a state to resume; if not, prepare OUT for a new run. ValueError if
+    that would destroy another run, or resume a different one."""
     o, out = r.o, r.out
-    # a start that failed leaves no more than these
+    # a failed start leaves nothing but these two
     made = sorted({path.name for path in out.glob("[!.]*")} - {"config.json", "state.pt.tmp"})
     if o.resume and "state.pt" in made:
         check_same(out, r.config, r.config.keys() - {*MACHINE, "out", "resume", "overwrite"})
         return True
-    # a run that was killed before its first state has nothing but a line of log to lose
+    # a run killed before its first save has only a log line to lose
     if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
-        raise ValueError(f"{out} is in use ({', '.join(made[:4])}): --resume goes on from its "
-                         "state.pt, --overwrite throws its run away, --out gives another folder")
+        raise ValueError(f"{out} is in use ({', '.join(made[:4])}): --resume continues from its "
+                         "state.pt, --overwrite discards its run, --out sets another folder")
     for name in ("metrics.jsonl", "best", "last", "state.pt", "eval.json", "samples.jsonl"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -611,7 +611,7 @@ def begin(r):
 
 
 def check_same(out, config, names):
-    """ValueError if the run in `out` has other flags, or saw other rows."""
+    """Raise ValueError if the run in `out` has different flags or rows."""
     with reading(Path(out, "config.json")) as path:
         old = read_json(path)
     other = [f"{k} {old.get(k)} (here: {config[k]})" for k in names if old.get(k) != config[k]]
@@ -621,7 +621,7 @@ def check_same(out, config, names):
 
 
 def report(r):
-    """Print what the method trains, before and after, and the shares of one question."""
+    """Print the metrics that the method trains, before and after, and one question's shares."""
     item, decode = r.items["eval"][0], r.tokenizer.decode
     s = score_rows(r.model, [item], ("chosen",), r.classes, r.o.dtype)    # on all processes
     if rank_and_size()[0] > 0:

@@ -78,20 +78,20 @@ def test_every_form_of_weights_gives_the_same_model(folder, form):
 @pytest.mark.parametrize("name, weights, message", [
     ("h.0.attn.c_attn.weight", torch.ones(2, 3, 4), "(2, 3, 4), but config.json asks for (32, 96)"),
     ("h.0.attn.c_attn.weight", torch.ones(96, 32), "(96, 32), but config.json asks for (32, 96)"),
-    ("ln_f.bias", None, "missing, but config.json asks for (32,)"),
-    ("h.2.ln_1.weight", torch.ones(32), "(32,), but config.json asks for no such tensor"),
+    ("ln_f.bias", None, "no tensor, but config.json asks for (32,)"),
+    ("h.2.ln_1.weight", torch.ones(32), "(32,), but config.json asks for none"),
 ])
 def test_each_tensor_is_used_once_and_a_wrong_one_is_named(folder, name, weights, message):
     change(folder, **{f"transformer.{name}": weights})
     with pytest.raises(ValueError) as e:
         load_model(folder)
-    assert str(e.value) == f"{folder}: transformer.{name} has shape {message}"
+    assert str(e.value) == f"{folder}: transformer.{name}: found {message}"
 
 
 def test_a_missing_shard_or_file_is_named(folder):
     as_shards(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="has shape missing"):
+    with pytest.raises(ValueError, match="found no tensor"):
         load_model(folder)
     for pattern, message in (("*.safetensors", "no model.safetensors in .*: give a checkpoint"),
                              ("*.json", "config.json.* give the folder of a checkpoint")):
@@ -120,7 +120,7 @@ def header(**changes):
 def test_a_damaged_file_is_one_line_and_nothing_outside_it_is_read(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="model.safetensors: cut short or no safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors: not safetensors, or truncated"):
         load_model(folder)
 
 
@@ -133,9 +133,9 @@ def test_a_damaged_file_is_one_line_and_nothing_outside_it_is_read(folder, damag
     ("pythia", {"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'} is not implemented"),
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn'} is not implemented here"),
     ("llama", {"head_dim": 16}, "'head_dim': 16} is not implemented here"),
-    ("llama", {"num_key_value_heads": 3}, "n_embd must divide into n_head"),
+    ("llama", {"num_key_value_heads": 3}, "n_embd divisible by n_head"),
     ("qwen2", {"use_sliding_window": True}, "'use_sliding_window': True} is not implemented"),
-    ("gpt2", {"n_head": 5}, "n_embd must divide into n_head"), ("gpt2", {"n_head": None}, "n_head"),
+    ("gpt2", {"n_head": 5}, "n_embd divisible by n_head"), ("gpt2", {"n_head": None}, "n_head"),
     ("gpt2", {"n_head": 0}, "config.json: "), ("gpt2", {"n_head": "4"}, "config.json: "),
 ])
 def test_a_config_that_would_give_other_logits_is_refused(name, change, message, tmp_path):

@@ -72,7 +72,7 @@ def test_nothing_but_what_was_given_is_sent(client, server):
 
 @pytest.mark.parametrize("flags, words", [
     ({"extra": "[1]"}, "--extra must be a JSON object"), ({"max_usd": 1.0}, "needs prices"),
-    ({"base_url": "localhost"}, "is no http"), ({"concurrency": 0}, "must be 1 or more"),
+    ({"base_url": "localhost"}, "is not an http"), ({"concurrency": 0}, "must be 1 or more"),
     ({"base_url": "http://me:very-secret@127.0.0.1/v1"}, "user:password@((?!secret).)*$")])
 def test_a_flag_that_cannot_be_meant_is_one_line(client, flags, words):
     with pytest.raises(ValueError, match=words):

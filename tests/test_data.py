@@ -145,10 +145,10 @@ def test_majority_minority_and_ties():
 
 
 def test_a_class_must_be_one_token_also_before_a_belief():
-    with pytest.raises(ValueError, match="class '10' is not one token of its own"):
+    with pytest.raises(ValueError, match="class '10' is not a token of its own"):
         class_ids(CharTokenizer(), ["9", "10"])
     fused = train_bpe(["<< << << <<"], 258)                # its only merge
-    with pytest.raises(ValueError, match="class '<' is not one token of its own"):
+    with pytest.raises(ValueError, match="class '<' is not a token of its own"):
         class_ids(fused, ["<"])
 
 
@@ -209,7 +209,7 @@ def test_what_is_wrong_with_a_row_is_named(change, message):
     ("meta.json", '{"classes": ["0", "0", "1"]}', ": 'classes' must list two or more different"),
     ("meta.json", '{"classes": ["0", "1"], "off_scale": "7"}', ": 'off_scale' '7' is not one of"),
     ("meta.json", '{"classes": ["0", "1"], "stances": {"Yes": 4}}', ": 'stances' must map texts"),
-    ("meta.json", '{"classes": ["0", "1"], "form": "{group}"}', ": .*must hold {prompt} once")])
+    ("meta.json", '{"classes": ["0", "1"], "form": "{group}"}', ": .*needs {prompt} once")])
 def test_a_broken_file_is_named_with_its_problem(tmp_path, file, text, problem):
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{file}{problem}"):

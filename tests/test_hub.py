@@ -81,8 +81,8 @@ def test_a_download_goes_on_where_it_broke_off(hub, faults):
 
 
 @pytest.mark.parametrize("faults, words", [
-    (["cut"] * data.TRIES, "what came is kept, run the command again"),
-    (["lie"], "not the file that the hub announced")])
+    (["cut"] * data.TRIES, "run the command again to resume it"),
+    (["lie"], "its sha256 differs from the hub's")])
 def test_after_a_failure_the_next_run_goes_on_with_what_was_right(hub, faults, words):
     hub.faults = list(faults)
     with pytest.raises(ValueError, match=words):
@@ -120,7 +120,7 @@ def test_what_looks_like_a_folder_is_not_asked_of_the_hub(hub, server, tmp_path,
 
 @pytest.mark.parametrize("answer, env, words", [
     ((404, ""), {}, "org/x on the hub has no .*config.json"),
-    ((401, ""), {}, "401.*it wants an HF_TOKEN"), ((200, "a page"), {}, "is HF_ENDPOINT right"),
+    ((401, ""), {}, "401.*it needs an HF_TOKEN"), ((200, "a page"), {}, "is HF_ENDPOINT right"),
     (None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "is the address right.*4 times"),
     (None, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")], ids=str)
 def test_what_cannot_be_had_is_one_line(hub, server, monkeypatch, answer, env, words):

@@ -612,7 +612,7 @@ def test_shots_are_dropped_until_the_row_fits(make, world, capsys):
     tok = model.train_bpe([r["prompt"] + r["accept_response"] for r in rows["train"]], 400)
     whole = encode_rows(rows["train"], tok, meta, 10_000)
     cut = encode_rows(rows["train"], tok, meta, 200)
-    assert "40 of 40 rows given fewer shots, longer than 200 tokens" in capsys.readouterr().err
+    assert "40 of 40 rows given fewer shots: longer than 200 tokens" in capsys.readouterr().err
     for long, short, row in zip(whole, cut, rows["train"]):
         assert data.longest(short) <= 200 < data.longest(long)
         text, (first, *shots) = tok.decode(short.prompt), row["context"]

@@ -117,7 +117,7 @@ def test_a_question_that_the_table_repeats_is_held_out_in_both_rows(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (["--country", "Chilli"], "no country 'Chilli'; there is Chile (rural), Côte d'Ivoire"),
     (["--writer", "llm"], "no key for api.openai.com: set OPENAI_API_KEY"),
-    (["--writer", "llm", "--base_url", "localhost"], "is no http(s) address"),
+    (["--writer", "llm", "--base_url", "localhost"], "is not an http(s) address"),
     (["--max_usd", 1], "--max_usd needs prices"), (["--csv", "no.csv"], "no.csv"),
     (["--holdout_questions", 3], "must leave some of the 3 questions"),
     (["--paraphrases", 1000], "knows 48 paraphrases of a question, not 1000"),

@@ -201,7 +201,7 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     part = [*flags, "--out", "part"]
     p = start(part, sft)
     wait_for_lines(sft / "part", 1, p)
-    refused(call, "another process is at work in part", *part, "--overwrite", cwd=sft)
+    refused(call, "another process is using part", *part, "--overwrite", cwd=sft)
     wait_for_lines(sft / "part", 15, p)
     p.kill()
     p.communicate()
@@ -291,7 +291,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
             Path(path).write_bytes(b"half")
             raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64")
     monkeypatch.setattr(torch, "save", full)
-    refused(call, "(is the disk full?); --resume goes on", *flags, cwd=sft)
+    refused(call, "(is the disk full?); --resume continues", *flags, cwd=sft)
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     assert call(train, *flags, "--resume", cwd=sft).stdout
@@ -304,15 +304,15 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss", "gpdo"], "--loss 'gpdo' is unknown; there is: sft, uniform-sft, sft-kl, both-kl"),
-    (["--beta", "big"], "argument --beta: 'big' is no float"),
-    (["--epochs", "nan"], "argument --epochs: nan is not a number from 0 on"),
+    (["--loss", "gpdo"], "--loss 'gpdo' is unknown: choose from sft, uniform-sft, sft-kl, both-kl"),
+    (["--beta", "big"], "argument --beta: 'big' is not of type float"),
+    (["--epochs", "nan"], "argument --epochs: nan is not a finite number >= 0"),
     (["--n_layer", "0"], "--n_... must be more than 0"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no/where"),
     (["--data", "x,"], "has an empty name"),
     (["--loss", "sft", "--max_length", "12"], "do not fit the context of 12"),
-    (["--loss", "sft", "--n_head", "5"], "n_embd must divide into n_head"),
+    (["--loss", "sft", "--n_head", "5"], "n_embd divisible by n_head"),
 ])
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
         world, tmp_path, flags, message, monkeypatch, call):
