@@ -61,7 +61,8 @@ def question_of(row):
 # ---------------------------------------------------------------------------------------------
 # Pieces
 
-BELIEF, CLOSE, RESPONSE = range(3)     # belief without its closing token | that token | response
+# A scored token belongs to piece 0 (the belief without its closing token), 1 (that token) or 2 (the
+# response): BELIEF, CLOSE and RESPONSE in losses.py.
 BRANCHES = {                           # name -> belief and response: 0 accepted, 1 rejected
     "chosen": (0, 0),
     "own": (1, 1),                     # rejected response after its own belief (DPO)
@@ -69,7 +70,7 @@ BRANCHES = {                           # name -> belief and response: 0 accepted
     "flip": (1, 0),                    # accepted response after the rejected belief (a metric)
     "mismatch": (2, 2),                # another row's accepted answer (KTO's z0); see mismatch()
 }
-EVAL_BRANCHES = ("chosen", "own", "given")
+EVAL_BRANCHES = ("chosen", "own", "given")             # what margins() compares
 
 
 @dataclass
@@ -205,14 +206,14 @@ def epoch_batches(lengths, batch_size, seed, epoch, window=16):
 
 def collate(items, branches, classes):
     """Items -> one batch. A row is a small tree, prompt -> belief -> response. A piece is stored
-    once, however many of its S branches use it, and ids holds no padding.
+    once, however many of its S branches use it. Attention alone sees padding, in its (R, T) table.
     classes: ids of the K class tokens. Returns a dict of arrays:
 
     ids (N,)         the tokens of all pieces, one after the other
     paths (R, T)     the places in ids of each sequence's tokens, its last one repeated up to T;
                      R is B * S
-    places (N,)      the way back: where each token stands in the flat (R, T) table. A token of
-                     more than one sequence stands in several places, with one past: any will do
+    cells (N,)       the way back: each token's cell in the flat (R, T) table. A token that is in
+                     more than one sequence has the same past in each, so any of its cells will do
     at (M,)          places in ids whose hidden state predicts a scored token
     tokens (M, 1+K)  the scored token's id, then the class ids: the columns to read there
     slot (M,)        where its log-prob adds up: index into the flat (B, S, 3) table
@@ -226,13 +227,13 @@ def collate(items, branches, classes):
     ids, paths, at, tokens, slot, first = [], [], [], [], [], []
     counts = np.zeros((len(items), len(branches), 3), np.int64)
     for b, item in enumerate(items):
-        spans = {}                                     # piece -> its places in ids
+        spans = {}                                     # "prompt", k or (k, r) -> places in ids
         first.append(len(at))                          # the first branch's class token
         for s, branch in enumerate(branches):
             k, r = BRANCHES[branch]
             belief, response = item.beliefs[k], item.responses[r]
             close = int(item.has_close and len(belief) > 1)              # tokens of the final `>`
-            n = [0, 0] if k in spans else [len(belief) - close, close]   # scored belief tokens
+            n = [0, 0] if k in spans else [len(belief) - close, close]   # a belief counts once
             path = []
             for key, piece in ("prompt", item.prompt), (k, belief), ((k, r), response):
                 if key not in spans:
@@ -246,12 +247,12 @@ def collate(items, branches, classes):
             slot += [3 * len(paths) + piece for piece in range(3) for _ in range(n[piece])]
             paths.append(path)
     T = max(map(len, paths))
-    places = np.zeros(len(ids), np.int64)
+    cells = np.zeros(len(ids), np.int64)
     for r, path in enumerate(paths):
-        places[path] = r * T + np.arange(len(path))
+        cells[path] = r * T + np.arange(len(path))
         path += path[-1:] * (T - len(path))            # attention is causal: no token sees these
     columns = np.broadcast_to(np.asarray(classes), (len(at), len(classes)))              # (M, K)
-    return {"ids": np.array(ids), "paths": np.array(paths), "places": places, "at": np.array(at),
+    return {"ids": np.array(ids), "paths": np.array(paths), "cells": cells, "at": np.array(at),
             "tokens": np.column_stack([tokens, columns]), "slot": np.array(slot),
             "first": np.array(first), "counts": counts,
             "target": np.array([i.target for i in items], np.float32),

@@ -16,14 +16,14 @@ add it to PREFS; to add any other loss, write an objective and add it to LOSSES.
 Letters as in model.py. All log-probs are in nats and float32; "logps" are summed over tokens.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-BELIEF, CLOSE, RESPONSE = range(3)     # pieces of an answer, as in data.py
+BELIEF, CLOSE, RESPONSE = range(3)     # belief without its closing `>` | the `>` | response
 ANSWER = slice(0, 3)                   # belief and response together
 CHUNK = 4096                           # positions whose logits are in memory at once
 
@@ -59,17 +59,18 @@ def chunk_logps(hidden, head, tokens):
 
 
 def score(model, head, batch):
-    """Score a batch (tensors from data.collate) -> Scores. model turns its N packed tokens into
-    hidden states (N, C); only those at batch["at"] are multiplied by the head (V, C)."""
-    hidden = model(*(batch[k] for k in ("ids", "paths", "places")))
+    """Score a batch -> Scores. batch: tensors from data.collate, perhaps with ref and mismatch. The
+    model turns N packed tokens into hidden states (N, C), of which those `at` meet the head (V, C).
+    """
+    hidden = model(*(batch[k] for k in ("ids", "paths", "cells")))
     # The head runs in float32 even under autocast: bfloat16 can only step by 0.5 nats near -100,
     # where GPT-2's logits usually are, and GDPO reads a distribution from them.
     with torch.autocast(hidden.device.type, enabled=False):
-        columns = token_logps(hidden.float()[batch["at"]], head, batch["tokens"])     # (M, 1+K)
+        columns = token_logps(hidden[batch["at"]].float(), head, batch["tokens"])     # (M, 1+K)
     counts = batch["counts"]
     logps = columns.new_zeros(counts.numel()).index_add(0, batch["slot"], columns[:, 0])  # (B*S*3,)
     return Scores(logps.view(counts.shape), counts, columns[batch["first"], 1:],
-                  *(batch[k] for k in ("target", "pair", "n_options")))
+                  *map(batch.get, ("target", "pair", "n_options", "ref", "mismatch")))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -191,11 +192,18 @@ def hdpo(s, pieces, o):
     return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))
 
 
+def goal(o):
+    """1 / (2 beta), where IPO and Cal-DPO pull the log-ratios."""
+    if o.beta == 0:
+        raise ValueError("--beta must be more than 0 for this loss")
+    return 1 / (2 * o.beta)
+
+
 def ipo(s, pieces, o):
     """IPO (arXiv 2310.12036, Eq. 17), with beta for its tau. Log-ratios are summed; some
     implementations average them, which changes the strength of a given beta."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    return (chosen - rejected - 1 / (2 * o.beta)) ** 2
+    return (chosen - rejected - goal(o)) ** 2
 
 
 def kto(s, pieces, o):
@@ -212,8 +220,8 @@ def cal_dpo(s, pieces, o):
     """Cal-DPO (arXiv 2412.14516): no beta in the sigmoid; each log-ratio is pulled to +-1/(2 beta).
     The squares are halved, as in the released code; another paper quotes them without the half."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    goal = 1 / (2 * o.beta)
-    return -F.logsigmoid(chosen - rejected) + ((chosen - goal) ** 2 + (rejected + goal) ** 2) / 2
+    squares = (chosen - goal(o)) ** 2 + (rejected + goal(o)) ** 2
+    return -F.logsigmoid(chosen - rejected) + squares / 2
 
 
 def dil(s, pieces, o):
@@ -285,6 +293,9 @@ class Loss:
     reference: bool = False            # starts from an SFT checkpoint, which is its reference
     mismatch: bool = False             # reads Scores.mismatch
 
+    def __post_init__(self):           # calibration and margins read branch 0
+        assert self.branches[0] == "chosen", self.branches
+
 
 JOINT = ("own", ANSWER)                # Eq. 1: each answer with its own belief; both count
 CONDITIONED = ("given", [RESPONSE])    # Eq. 7: both after the accepted belief; responses count
@@ -300,17 +311,17 @@ def preference(pref, other, pieces):
 
 def gdpo(pref):
     """Eq. 5: calibration plus conditioned preference; conflicting preferences no longer cancel."""
-    conditioned = preference(pref, *CONDITIONED)
+    other, pieces = CONDITIONED
 
     def objective(s, o):
         calibrate, parts = calibration(s, o)
-        prefer, prefs = conditioned.objective(s, o)
+        prefer = pref.term(s, pieces, o)
         # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
         # response likely; the preference term alone may lower it to widen the margin.
         anchor = response_nll(s)[:, 0]
-        loss = calibrate + prefer + o.w_anchor * anchor
-        return loss, parts | prefs | {"response_nll": anchor}
-    return replace(conditioned, objective=objective)
+        loss = calibrate + o.w_pref * prefer + o.w_anchor * anchor
+        return loss, parts | {"pref": prefer, "response_nll": anchor}
+    return Loss(objective, ("chosen", other), reference=True, mismatch=pref.mismatch)
 
 
 LOSSES = {

@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(cfg.n_embd, sum(self.heads) * D, bias=cfg.qkv_bias)
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, x, rope, mask=None, cache=None, pos=None, paths=None, places=None):
+    def forward(self, x, rope, mask=None, cache=None, pos=None, paths=None, cells=None):
         """x (B, T, C) -> (B, T, C); packed x (N, C) -> (N, C). The rest: see GPT.forward."""
         qkv = self.c_attn(x)                           # (B, T, 3C), less if heads share k and v
         if paths is not None:                          # packed (N, 3C): gather the R sequences
@@ -92,7 +92,7 @@ class Attention(nn.Module):
                                            enable_gqa=self.heads[1] < self.heads[0])
         y = y.transpose(1, 2).flatten(2)                         # (B, T, C)
         if paths is not None:                          # give each packed token its output back
-            y = F.embedding(places, y.flatten(0, 1))             # (N, C)
+            y = F.embedding(cells, y.flatten(0, 1))             # (N, C)
         return self.c_proj(y)
 
 
@@ -169,10 +169,10 @@ class GPT(nn.Module):
         angle = pos[..., None, None].float() * freq                            # (B, T, 1, n / 2)
         return angle.cos(), angle.sin()
 
-    def forward(self, ids, paths=None, places=None, pos=None, mask=None, cache=None):
+    def forward(self, ids, paths=None, cells=None, pos=None, mask=None, cache=None):
         """ids (B, T), or packed (N,) -> hidden states (B, T, C) or (N, C) after the last norm.
-        paths (R, T): which packed tokens make up the R sequences. places (N,): where each token
-        sits in that flat table, at position places % T. pos (B, T): positions, default 0..T-1.
+        paths (R, T): which packed tokens make up the R sequences. cells (N,): where each token
+        sits in that flat table, at position cells % T. pos (B, T): positions, default 0..T-1.
         mask: broadcastable to (B, H, T, T_keys), True = may attend; default causal.
         cache: (2, B, T_max, H, D) per layer, filled in place at `pos` (see generate)."""
         T = ids.shape[-1] if paths is None else paths.shape[-1]
@@ -181,10 +181,10 @@ class GPT(nn.Module):
         pos = torch.arange(T, device=ids.device)[None] if pos is None else pos   # (B or 1, T)
         x = self.wte(ids)                                                      # (B, T, C) or (N, C)
         if not self.cfg.rotary:
-            x = x + self.wpe(pos if places is None else places % T)
+            x = x + self.wpe(pos if cells is None else cells % T)
         rope = self.rope(pos)                                                  # (cos, sin) or None
         for block, layer in zip(self.h, cache or [None] * len(self.h)):
-            where = (rope, mask, layer, pos, paths, places)
+            where = (rope, mask, layer, pos, paths, cells)
             if self.checkpointing and torch.is_grad_enabled():  # keep only x; backward redoes it
                 x = checkpoint(block, x, *where, use_reentrant=False)
             else:

@@ -43,7 +43,7 @@ class Config:
     lambda_u: float = 1.0         # KTO: weight of undesirable answers
     w_kl: float = 1.0             # weight of the KL term, in every loss that has one
     w_belief: float = 1.0         # GDPO: weight of the belief's likelihood
-    w_pref: float = 1.0           # GDPO: weight of the preference term
+    w_pref: float = 1.0           # weight of the preference term
     w_anchor: float = 0.0         # GDPO: weight of the accepted response's likelihood
     # data and model
     data: str = "data/toy"        # dataset folder, or several to mix, separated by commas
@@ -64,13 +64,13 @@ class Config:
     lr: float = None              # peak learning rate
     warmup: int = None            # steps of linear warm-up
     schedule: Literal["constant", "cosine"] = None  # after warm-up; cosine falls to zero
-    clip: float = 10.0            # gradients are clipped to this norm
+    clip: float = 10.0            # gradients are clipped to this norm; 0: not at all
     # the run
     out: str = ""                 # run folder; empty: out/DATA-LOSS-seedN
     seed: int = 0                 # seeds initialisation and row order
     resume: bool = False          # continue the run in OUT
     overwrite: bool = False       # discard the run in OUT
-    eval_every: int = None        # examples between evaluations
+    eval_every: int = None        # examples between evaluations; 0: only at the end
     log_every: int = 10           # steps between lines of metrics.jsonl
     select: Literal["jsd", "loss"] = "jsd"  # eval metric that picks OUT/best; lower is better
     # the machine
@@ -83,15 +83,15 @@ class Config:
 
 # Defaults in place of None. Those for checkpoints are the paper's (Appendix G; eval_every is from
 # the authors' code); those for the small model were found by trial and error.
-PRESETS = {  # (from scratch?, starts from an SFT checkpoint?)
-    (True, False): dict(epochs=10.0, batch_size=64, lr=4e-3, warmup=20, schedule="cosine",
-                        optimizer="adamw", beta=0.1, eval_every=8000),
-    (True, True): dict(epochs=2.0, batch_size=32, lr=4e-4, warmup=10, schedule="cosine",
-                       optimizer="rmsprop", beta=1.0, eval_every=1600),
-    (False, False): dict(epochs=40.0, batch_size=128, lr=5e-7, warmup=150, schedule="constant",
-                         optimizer="rmsprop", beta=0.1, eval_every=10000),
-    (False, True): dict(epochs=20.0, batch_size=32, lr=5e-7, warmup=150, schedule="constant",
-                        optimizer="rmsprop", beta=0.1, eval_every=10000)}
+PRESETS = {              # scratch: SFT, others | checkpoint: SFT, others
+    "epochs":            (10.0, 2.0, 40.0, 20.0),
+    "batch_size":        (64, 32, 128, 32),
+    "optimizer":         ("adamw", "rmsprop", "rmsprop", "rmsprop"),
+    "lr":                (4e-3, 4e-4, 5e-7, 5e-7),
+    "warmup":            (20, 10, 150, 150),
+    "schedule":          ("cosine", "cosine", "constant", "constant"),
+    "beta":              (0.1, 1.0, 0.1, 0.1),
+    "eval_every":        (8000, 1600, 10000, 10000)}
 
 
 def flags():
@@ -141,7 +141,7 @@ def score_rows(model, items, branches, classes, dtype="float32", desc="scoring",
 def train_step(r, batch):
     """One forward, backward and update on `batch` (indices of training items). The loss is the mean
     over its rows, however they are split into micro-batches and processes. Returns the sums of the
-    loss and its parts over these rows, and the gradient norm."""
+    loss and its parts over these rows, and the gradient norm. r: a Run (see below)."""
     o, loss, items, ref = r.o, r.loss, r.items["train"], r.ref.get("train")
     rank, size = rank_and_size()
     device, mine = r.model.head.device, batch[rank::size]
@@ -155,18 +155,18 @@ def train_step(r, batch):
     for k, index in enumerate(micros):
         # processes exchange gradients once per step, after the last micro-batch
         with nullcontext() if k + 1 == len(micros) or size == 1 else r.policy.no_sync():
-            rows = index or batch[:1]                  # a process without rows still has to join in
+            rows = index or batch[:1]                  # no rows: run one, with weight 0, for DDP
             b = to_tensors(collate([items[i] for i in rows], loss.branches, r.classes), device)
+            b |= {"ref": None if ref is None else ref[rows, :len(loss.branches)].to(device),
+                  "mismatch": z0}
             with autocast(device, o.dtype):
                 s = score(r.policy, r.model.head, b)
-            s.ref = None if ref is None else ref[rows, :len(loss.branches)].to(device)
-            s.mismatch = z0
             values, parts = loss.objective(s, o)       # (B,), {name: (B,)}
             # DDP takes the mean over processes, this is to be the mean over rows
             (values[:len(index)].sum() * size / len(batch)).backward()
         parts = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
         logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
-    norm = float(torch.nn.utils.clip_grad_norm_(r.model.parameters(), o.clip))
+    norm = float(torch.nn.utils.clip_grad_norm_(r.model.parameters(), o.clip or math.inf))
     rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # on this process
     sums = sum_over_ranks(torch.stack([v.sum().double() for v in rows.values()]), device)
     sums = dict(zip(rows, sums.tolist()))
@@ -193,9 +193,11 @@ def lr_at(o, step, total):
 def train(o, wait=0):
     """Train from the first or the last saved step to the end, and return the Run. wait: how many
     seconds to wait if another process is using OUT."""
+    can_resume(o)                      # if OUT is in use, say so before minutes of other work
     r = Run(o)
     with lock(r.out / ".lock", wait):
-        if on_first_rank(lambda: begin(r)):
+        resuming = on_first_rank(lambda: begin(r))
+        if resuming:
             r.load_state()
         else:                          # the policy is still the reference: cache its log-probs
             if r.loss.reference:
@@ -225,7 +227,8 @@ def loop(r):
     o, items, batches, clock = r.o, r.items["train"], None, time.time()
     lengths = [cost(i, r.loss.branches) for i in items]
     per_epoch = math.ceil(len(items) / o.batch_size)
-    total, every = max(1, round(o.epochs * per_epoch)), max(1, o.eval_every // o.batch_size)
+    total = max(1, round(o.epochs * per_epoch))
+    every = max(1, o.eval_every // o.batch_size) if o.eval_every else total
     say(f"{o.out}: {o.loss}, {len(items)} rows, {total} steps of {o.batch_size}, "
         f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {o.device}, {o.dtype}")
     with stop_signals() as stop, progress(total=total, initial=r.step, desc=o.loss, unit="step",
@@ -303,10 +306,10 @@ def margins(s, items, beta):
 
 def eval_metrics(s, items, loss, o):
     """Means over the eval split: the loss and its parts, JSD, class mass, margins."""
-    at = [EVAL_BRANCHES.index(b) for b in loss.branches]
+    at = [list(dict.fromkeys(EVAL_BRANCHES + loss.branches)).index(b) for b in loss.branches]
     ref = None if s.ref is None else s.ref[:, at]
-    own = replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref)
-    values, parts = loss.objective(own, o)
+    trained = replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref)
+    values, parts = loss.objective(trained, o)
     rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1), **belief_metrics(s)}
     if s.ref is not None:
         rows |= margins(s, items, o.beta)
@@ -414,9 +417,11 @@ def stop_signals():
     asked = []
     ask = lambda *_: sys.exit(130) if asked else asked.append(1)
     old = {sig: signal.signal(sig, ask) for sig in (signal.SIGINT, signal.SIGTERM)}
-    yield asked
-    for sig, handler in old.items():
-        signal.signal(sig, handler)
+    try:
+        yield asked
+    finally:
+        for sig, handler in old.items():
+            signal.signal(sig, handler)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,12 +433,15 @@ def resolve(o):
         raise ValueError(f"--loss {o.loss!r} is unknown: choose from {', '.join(LOSSES)}")
     if 0 in (o.batch_size, o.log_every, o.n_layer, o.n_head, o.n_embd):
         raise ValueError("--batch_size, --log_every and --n_... must be more than 0")
+    if not 0 < o.prior < 1:
+        raise ValueError("--prior must be between 0 and 1")
     if o.init and o.model == "scratch":                # from a run, or from a plain checkpoint
         made = Path(o.init).parent / "config.json"
         o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
-    for name, value in PRESETS[o.model == "scratch", LOSSES[o.loss].reference].items():
+    column = 2 * (o.model != "scratch") + LOSSES[o.loss].reference
+    for name, values in PRESETS.items():
         if getattr(o, name) is None:
-            setattr(o, name, value)
+            setattr(o, name, values[column])
     o.device = device_of(o.device)
     o.dtype = {"auto": "bfloat16" if o.device == "cuda" else "float32"}.get(o.dtype, o.dtype)
     o.data, o.model = o.data.rstrip("/"), o.model.rstrip("/")
@@ -480,7 +488,8 @@ class Run:
             "hash_of_rows": hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]}
         if sft:
             check_same(sft, self.config, (*SHARED, "hash_of_rows"))
-        self.branches = {"train": self.loss.branches, "eval": EVAL_BRANCHES}
+        self.branches = {"train": self.loss.branches,
+                         "eval": tuple(dict.fromkeys(EVAL_BRANCHES + self.loss.branches))}
         if self.loss.mismatch:
             for split, items in self.items.items():
                 self.branches[split] += ("mismatch",)
@@ -590,19 +599,25 @@ def reading(path):
                          "restore it, or start that run again with --overwrite") from None
 
 
-def begin(r):
-    """Return True if OUT holds a state to resume; if not, prepare OUT for a new run. ValueError if
-    that would destroy another run, or resume a different one."""
-    o, out = r.o, r.out
+def can_resume(o):
+    """True if OUT holds a state to resume, False if it is free. ValueError if a new run would
+    destroy what it holds."""
     # a failed start leaves nothing but these two
-    made = sorted({path.name for path in out.glob("[!.]*")} - {"config.json", "state.pt.tmp"})
-    if o.resume and "state.pt" in made:
+    made = {path.name for path in Path(o.out).glob("[!.]*")} - {"config.json", "state.pt.tmp"}
+    # a run killed before its first save has only a log line to lose
+    harmless = o.overwrite or o.resume and ("state.pt" in made or made == {"metrics.jsonl"})
+    if made and not harmless:
+        raise ValueError(f"{o.out} is in use ({', '.join(sorted(made)[:4])}): --resume continues "
+                         "from its state.pt, --overwrite discards it, --out sets another folder")
+    return o.resume and "state.pt" in made
+
+
+def begin(r):
+    """Return True if OUT holds a state to resume; if not, prepare OUT for a new run."""
+    out = r.out
+    if can_resume(r.o):
         check_same(out, r.config, r.config.keys() - {*MACHINE, "out", "resume", "overwrite"})
         return True
-    # a run killed before its first save has only a log line to lose
-    if made and not o.overwrite and not (o.resume and made == ["metrics.jsonl"]):
-        raise ValueError(f"{out} is in use ({', '.join(made[:4])}): --resume continues from its "
-                         "state.pt, --overwrite discards its run, --out sets another folder")
     for name in ("metrics.jsonl", "best", "last", "state.pt", "eval.json", "samples.jsonl"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

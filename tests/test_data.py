@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BELIEF, BRANCHES, CLOSE, RESPONSE, Item, class_ids, collate, cost, encode_rows,
+from data import (BRANCHES, Item, class_ids, collate, cost, encode_rows,
                   epoch_batches, kind_of, load_dataset, load_meta, load_rows, problem_of,
                   question_of)
-from losses import score
+from losses import BELIEF, CLOSE, RESPONSE, score
 from model import Tokenizer, load_model, train_bpe
 from train import to_tensors
 
@@ -68,13 +68,13 @@ def test_paths_make_the_sequences_and_places_lead_back(branches):
     sequences = [i.prompt + i.beliefs[k] + i.responses[r]
                  for i in items for k, r in (BRANCHES[b] for b in branches)]
     b = collate(items, branches, CLASS_IDS)
-    ids, paths, places = (b[k] for k in ("ids", "paths", "places"))
+    ids, paths, cells = (b[k] for k in ("ids", "paths", "cells"))
     for path, expected in zip(paths, sequences):
         assert ids[path[:len(expected)]].tolist() == expected
         assert (path[len(expected):] == path[len(expected) - 1]).all()
-        assert (places[path] % paths.shape[1] == np.minimum(
+        assert (cells[path] % paths.shape[1] == np.minimum(
             np.arange(len(path)), len(expected) - 1)).all()              # its position
-    assert (paths.flat[places] == np.arange(len(ids))).all()         # each token is in its sequence
+    assert (paths.flat[cells] == np.arange(len(ids))).all()         # each token is in its sequence
     assert len(ids) == sum(cost(i, branches) for i in items) < sum(map(len, sequences))
 
 
@@ -171,8 +171,8 @@ def test_packing_and_shared_pieces_change_no_number(family, branches):
     for parts, pad in (([items], False), ([[i] for i in items], False), ([items], True)):
         model = load_model(GOLDEN / f"{family}_tiny")
 
-        def run(ids, paths, places):
-            return model(ids[paths]).flatten(0, 1)[places] if pad else model(ids, paths, places)
+        def run(ids, paths, cells):
+            return model(ids[paths]).flatten(0, 1)[cells] if pad else model(ids, paths, cells)
         found = [score(run, model.head, to_tensors(collate(part, branches, CLASS_IDS), "cpu"))
                  for part in parts]
         logps, classes = (torch.cat([getattr(s, name) for s in found])

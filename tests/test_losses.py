@@ -323,7 +323,7 @@ def test_the_class_distribution_is_float32_under_bfloat16_autocast(offset):
     torch.manual_seed(0)
     hidden, head = torch.randn(200, 33), torch.randn(50, 33)
     hidden[:, -1], head[:, -1] = 1, offset
-    batch = dict.fromkeys(("ids", "paths", "places", "target", "pair", "n_options"), 0) | {
+    batch = dict.fromkeys(("ids", "paths", "cells", "target", "pair", "n_options"), 0) | {
         "at": torch.arange(200), "first": torch.arange(200), "counts": torch.zeros(1, 1, 3),
         "tokens": torch.arange(7).expand(200, 7), "slot": torch.zeros(200, dtype=torch.long)}
     want = score(lambda *where: hidden, head, batch).class_logps

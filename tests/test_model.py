@@ -53,12 +53,12 @@ def test_packing_and_activation_checkpointing_change_no_gradient(name):
     """Two sequences that share 4 tokens, and one of 5, as 19 packed tokens."""
     paths = torch.tensor([[*range(10)], [*range(4), *range(10, 14), 0, 0],
                           [*range(14, 19), 0, 0, 0, 0, 0]])
-    places, ids = torch.tensor([*range(10), *range(14, 18), *range(20, 25)]), IDS[0, :19]
+    cells, ids = torch.tensor([*range(10), *range(14, 18), *range(20, 25)]), IDS[0, :19]
     results = []
     for packed, checkpointing in ((False, False), (True, False), (True, True)):
         model = random_model(SHAPES[name])
         model.checkpointing = checkpointing
-        h = model(ids, paths, places) if packed else model(ids[paths]).flatten(0, 1)[places]
+        h = model(ids, paths, cells) if packed else model(ids[paths]).flatten(0, 1)[cells]
         F.linear(h, model.head).log_softmax(-1)[:, 0].sum().backward()
         results.append([h, *(p.grad for p in model.parameters())])
     for plain, *others in zip(*results):

@@ -19,10 +19,10 @@ from test_data import CLASS_IDS, ROW, encode
 from test_losses import LOSS_OF, items_of
 
 import train
-from data import mismatch
-from losses import LOSSES
+from data import EVAL_BRANCHES, mismatch
+from losses import LOSSES, Loss
 from model import load_model
-from train import Config, lr_at, optimizer_of, resolve, score_rows, train_step
+from train import Config, eval_metrics, lr_at, optimizer_of, resolve, score_rows, train_step
 
 torch.set_num_threads(1)               # as in the child processes: runs must be equal bit for bit
 
@@ -76,6 +76,14 @@ def run_of(name, items, **options):
     return SimpleNamespace(o=o, loss=loss, model=model, policy=model, classes=CLASS_IDS,
                            items={"train": items}, ref={"train": ref},
                            optimizer=optimizer_of(o, model))
+
+
+def test_an_objective_may_read_any_branch():
+    loss = Loss(lambda s, o: (s.logps[:, 1].sum(-1), {}), ("chosen", "flip"))
+    items = encode(ROW, ROW | {"prompt": "And now?"})
+    r = run_of("sft", items)
+    s = score_rows(r.model, items, (*EVAL_BRANCHES, "flip"), CLASS_IDS)
+    assert eval_metrics(s, items, loss, r.o)["loss"] == pytest.approx(s.logps[:, 3].sum(-1).mean())
 
 
 def one_step(name, **options):
@@ -232,14 +240,14 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_
     path, out = tmp_path / "d/train.jsonl", tmp_path / "o"
     flags = argv("d", "--epochs", 1, "--out", "o")
     assert "training SFT first" in call(train, *flags, cwd=tmp_path).stderr
-    again = [*flags, "--resume", "--init", "out/d-sft-seed0/best"]
+    again, new = [*flags, "--resume", "--init", "out/d-sft-seed0/best"], [*flags[:-1], "p"]
     rows, log = path.read_text(), lines(out)
     other = "".join(reversed(rows.splitlines(keepends=True)))
     for text, more, message in (
             (other, again, "the run in o differs from this one: hash_of_rows"),
-            (other, flags, "the run in out/d-sft-seed0 differs from this one: hash_of_rows"),
+            (other, new, "the run in out/d-sft-seed0 differs from this one: hash_of_rows"),
             (rows, [*again, "--beta", 0.3], "o differs from this one: beta 1.0 (here: 0.3); use"),
-            (rows, [*flags, "--form", "{prompt}:"], "form <Q>{prompt}<A> (here: {prompt}:)"),
+            (rows, [*new, "--form", "{prompt}:"], "form <Q>{prompt}<A> (here: {prompt}:)"),
             (rows, flags, "is in use (best, last, metrics.jsonl, state.pt): --resume")):
         path.write_text(text)
         refused(call, message, *more, cwd=tmp_path)
@@ -308,6 +316,7 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
     (["--beta", "big"], "argument --beta: 'big' is not of type float"),
     (["--epochs", "nan"], "argument --epochs: nan is not a finite number >= 0"),
     (["--n_layer", "0"], "--n_... must be more than 0"),
+    (["--prior", "1"], "--prior must be between 0 and 1"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no/where"),
     (["--data", "x,"], "has an empty name"),
