@@ -5,9 +5,9 @@
     python evaluate.py out/* --judge gpt-4o-mini --embeddings sentence-transformers/all-MiniLM-L6-v2
     python evaluate.py gpt2-large chat:gpt-4o --data data/usa-icf     # few-shot prompting
 
-Fifth in reading order. Prints tables; OUT/eval.json holds the same numbers, OUT/samples.jsonl the
-sampled answers. Works under torchrun. A new metric is an array over the rows and a name in METRICS.
-Letters: B rows, K belief classes, k answers to a row. NaN: not for this row.
+Fifth in reading order. Prints tables, and writes their numbers to OUT/eval.json and the sampled
+answers to OUT/samples.jsonl. Works under torchrun. A new metric is an array with one value per row
+and a name in METRICS. Letters: B rows, K belief classes, k answers per row. NaN: does not apply.
 """
 import json
 import re
@@ -28,22 +28,22 @@ from synth import PROMPTS, Chat, Client, chat, closed, embed, read_label
 
 @dataclass
 class Config:
-    split: Literal["train", "eval", "test"] = "test"  # which rows
-    checkpoint: Literal["best", "last"] = "best"  # which weights of a run
-    data: str = ""               # dataset, or more with commas; empty: the one the run trained on
-    samples: int = None          # answers per row, 8 (the authors' number); --ask: per class, 1
-    max_new_tokens: int = 64     # longest answer
-    seed: int = 0                # of the samples
+    split: Literal["train", "eval", "test"] = "test"  # rows to measure
+    checkpoint: Literal["best", "last"] = "best"  # which of a run's checkpoints
+    data: str = ""               # dataset, or several joined by commas; empty: the run's own
+    samples: int = None          # answers per row (8, like the authors); --ask: per class (1)
+    max_new_tokens: int = 64     # maximum length of an answer
+    seed: int = 0                # seed for sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
-    against: str = ""            # a run: also print how the others differ from it, row by row
-    judge: str = ""              # LLM that judges the answers (BPC), as gpt-4o-mini
-    judge_check: int = 0         # first ask it for the ratings of this many labelled reviews
-    embeddings: str = ""         # RS by all-MiniLM-L6-v2 (folder or hub name), or by api:MODEL
-    belief: str = ""             # --ask: answers with this belief, "4<Somewhat good>" or 4
-    shares: str = ""             # --ask: draw the classes from these shares, as 0,0,0,0,0.5,0.5
+    against: str = ""            # baseline run: also print the others' paired differences to it
+    judge: str = ""              # LLM that judges the answers (BPC), e.g. gpt-4o-mini
+    judge_check: int = 0         # first test the judge on this many labelled reviews
+    embeddings: str = ""         # RS encoder: all-MiniLM-L6-v2 (folder or hub name) or api:MODEL
+    belief: str = ""             # --ask: answer with this belief, e.g. "4<Somewhat good>" or 4
+    shares: str = ""             # --ask: draw classes from these shares, e.g. 0,0,0,0,0.5,0.5
     group: str = ""              # --ask: the group to speak for
     json: bool = False           # --ask: one JSON object per question
-    ask: list = None             # questions to ask; without one: the lines of standard input
+    ask: list = None             # questions to ask; if none is given, the lines of standard input
 
 
 SERVER = [field.name for field in fields(Chat) if field.name not in ("llm", "temperature")]
@@ -51,16 +51,16 @@ SERVER = [field.name for field in fields(Chat) if field.name not in ("llm", "tem
 
 def flags():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("OUT", nargs="+", help="runs; with --ask or --data checkpoints, too; with "
-                        "--data chat:MODEL")
+    parser.add_argument("OUT", nargs="+", help="runs; with --ask or --data also checkpoints; with "
+                        "--data also chat:MODEL")
     parser.add_argument("--ask", action="append", nargs="?", const="-", metavar="QUESTION",
-                        help="print beliefs and answers; no QUESTION: one per line of stdin")
+                        help="print beliefs and answers; without QUESTION, read stdin line by line")
     add_flags(parser, Config, skip=("ask",))
     add_flags(parser, Chat, SERVER)
     return parser
 
 
-help_first(__name__, flags)            # before torch, which takes a second
+help_first(__name__, flags)            # answers --help without waiting for torch
 
 import numpy as np
 import regex                           # comes with tiktoken
@@ -74,27 +74,27 @@ from train import (Config as Flags, autocast, belief_metrics, device_of, gather,
 
 
 # ---------------------------------------------------------------------------------------------
-# Metrics of probabilities, and of sampled answers
+# Metrics computed from probabilities and from sampled answers
 
 def ordinal_metrics(q, p, meta):
-    """What JSD does not see of distributions q (model) and p (target), (B, K). w1 (B,): Wasserstein
+    """What JSD misses about distributions q (model) and p (target), (B, K). w1 (B,): Wasserstein
     distance over the ordered classes on the scale, 0 to 1. minority (B, 2): the model's and the
-    group's share of the group's smallest class, of which a ratio of sums is reported."""
+    group's share of the group's smallest class; we report the ratio of their sums."""
     q, p = (x / x.sum(-1, keepdims=True) for x in np.array([q, p], np.float64))
-    on = np.array([c != meta.get("off_scale") for c in meta["classes"]])
-    with np.errstate(invalid="ignore"):                # 0 / 0: nothing is on the scale
+    on = np.array([c != meta.get("off_scale") for c in meta["classes"]])    # (K,)
+    with np.errstate(invalid="ignore"):                # 0 / 0: no mass is on the scale
         cdf = [(x[:, on] / x[:, on].sum(-1, keepdims=True)).cumsum(-1) for x in (q, p)]
-    smallest = np.where(p > 0, p, np.inf).argmin(-1)[:, None]
+    smallest = np.where(p > 0, p, np.inf).argmin(-1)[:, None]          # (B, 1), of the held classes
     return {"w1": np.abs(cdf[0] - cdf[1]).sum(-1) / max(1, on.sum() - 1),
             "minority": np.hstack([np.take_along_axis(x, smallest, 1) for x in (q, p)])}
 
 
 def preference_metrics(s, items, beta):
-    """Do preferences follow from beliefs? {name: (B,)}; NaN where both beliefs are of one class.
-    h_b: the accepted answer's log-prob less the rejected one's after belief b, or, for flip_r and
-    vote_r, its reward. flip: h > 0 after the accepted belief, < 0 after the rejected one. vote: how
-    far sum_b pi(b|x) sigmoid(h_b) is from p_w / (p_w + p_l), squared (arXiv 2506.06298)."""
-    pair, out = torch.tensor([[i.accept, i.reject] for i in items]), {}
+    """Do preferences follow from beliefs? {name: (B,)}; NaN where both beliefs share a class.
+    h_b: the accepted answer's log-prob minus the rejected one's, given belief b; flip_r and vote_r
+    use rewards instead. flip: h > 0 given the accepted belief and h < 0 given the rejected one.
+    vote: (sum_b pi(b|x) sigmoid(h_b) - p_w / (p_w + p_l)) squared (arXiv 2506.06298)."""
+    pair, out = torch.tensor([[i.accept, i.reject] for i in items]), {}           # (B, 2)
     belief = s.class_logps.double().gather(1, pair).softmax(-1)                       # (B, 2)
     scores = {"": s.logps} | ({} if s.ref is None else {"_r": beta * (s.logps - s.ref)})
     for name, values in scores.items():
@@ -103,15 +103,15 @@ def preference_metrics(s, items, beta):
         votes = (belief * torch.sigmoid(h)).sum(-1)
         out["flip" + name] = ((h[:, 0] > 0) & (h[:, 1] < 0)).double()
         out["vote" + name] = (votes - s.pair[:, 0] / s.pair.sum(-1)) ** 2
-    same = pair[:, 0] == pair[:, 1]
+    same = pair[:, 0] == pair[:, 1]                    # (B,): nothing to flip
     return {k: v.masked_fill(same, torch.nan).numpy() for k, v in out.items()}
 
 
 def reference_distributions(target):
-    """{name: (B, K)}: what a model without training would say (Figure 4). target (B, K)."""
+    """{name: (B, K)}: baselines that need no training (Figure 4). target (B, K)."""
     top, bottom = (np.eye(target.shape[1])[at] for at in (target.argmax(-1), target.argmin(-1)))
-    # differs: the authors' code sorts the shares; as in the text, the largest is swapped with the
-    # smallest, the second largest with the second smallest, and so on.
+    # differs: the authors' code sorts the shares. Like the paper's text, we swap the largest with
+    # the smallest, the second largest with the second smallest, and so on.
     order, reverse = np.argsort(target, -1, kind="stable"), np.empty_like(target)
     np.put_along_axis(reverse, order, np.take_along_axis(target, order[:, ::-1], 1), 1)
     return {"majority": top, "reverse": reverse, "uniform": np.ones_like(target),
@@ -120,16 +120,16 @@ def reference_distributions(target):
 
 @torch.no_grad()
 def sample_rows(model, items, tokenizer, o, dtype):
-    """o.samples answers to every item's prompt, at temperature 1 from all tokens (section 5.1.1): a
-    list of lists of texts. The randomness of an answer depends only on the seed, row and number."""
+    """Sample o.samples answers per item, at temperature 1 from all tokens (section 5.1.1): a list
+    of lists of texts. An answer's randomness depends only on the seed, its row and its number."""
     rank, size = rank_and_size()
     order = sorted(range(len(items)), key=lambda i: len(items[i].prompt))[rank::size]
     jobs, texts = [(i, k) for i in order for k in range(o.samples)], {}
-    # Keys and values may take half of the GPU's free memory, or 4 GB of a CPU's.
+    # The key/value cache may take half of the GPU's free memory, or 4 GB on a CPU.
     room = torch.cuda.mem_get_info()[0] / 2 if model.head.is_cuda else 4e9
     longest = max(len(i.prompt) for i in items) + o.max_new_tokens
-    batch = int(room / (8 * model.cfg.n_layer * model.cfg.n_embd * longest))
-    batch = max(1, min(512, batch) // o.samples) * o.samples           # a row's share a prefill
+    batch = int(room / (8 * model.cfg.n_layer * model.cfg.n_embd * longest))   # K, V: 4 bytes each
+    batch = max(1, min(512, batch) // o.samples) * o.samples   # a row's answers share a prefill
     for start in progress(range(0, len(jobs), batch), desc="sampling", disable=rank > 0, delay=1):
         part = jobs[start:start + batch]
         with autocast(model.head.device, dtype):
@@ -142,9 +142,9 @@ def sample_rows(model, items, tokenizer, o, dtype):
 
 
 def parse_answer(text, meta, few_shot=False):
-    """(class label, belief text, response) of an answer; None for a part that is missing. The
-    belief is one that the dataset knows, or whatever comes before the first `>`. A few_shot answer
-    ends at an empty line, or where the model goes on with a question of its own."""
+    """Split an answer into (class label, belief text, response); a missing label or belief is None.
+    The belief is one that the dataset knows, or else the text before the first `>`. A few_shot
+    answer ends at an empty line, or where the model starts a question of its own."""
     text = re.split(r"\n\s*\n|Question:", text.strip())[0].strip() if few_shot else text
     labels = "|".join(map(re.escape, sorted(meta["classes"], key=len, reverse=True)))
     # "10 out of 10" and "4.5 stars" do not begin with a label
@@ -156,8 +156,8 @@ def parse_answer(text, meta, few_shot=False):
 
 
 def expressed_opinion(answers, meta):
-    """Whether each response expresses the class that the model announced, (B, k), by the rule of
-    the templates: its first stance phrase is one of that class. No phrase: not expressed."""
+    """Whether each response expresses the class that the model announced, (B, k). The templates'
+    rule: its first stance phrase must belong to that class. No phrase: not expressed."""
     stances = {phrase.lower(): str(label) for phrase, label in meta["stances"].items()}
     find = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in sorted(stances, key=len)[::-1]))
     found = [[(label, find.search(text.lower())) for label, _, text in x] for x in answers]
@@ -167,9 +167,9 @@ def expressed_opinion(answers, meta):
 def answer_metrics(answers, target, meta):
     """{name: (B,)} of parsed answers [[(label, belief, response), ...], ...]; target (B, K)."""
     k, p, rng = len(answers[0]), target / target.sum(-1, keepdims=True), np.random.default_rng(0)
-    # Without a label an answer is off the scale. Where no class is, it is of one that nobody holds.
+    # An answer without a label counts as off the scale or, if no class is, as one nobody holds.
     labels = [[label or meta.get("off_scale") for label, _, _ in x] for x in answers]
-    counts = np.array([[x.count(c) for c in (*meta["classes"], None)] for x in labels])
+    counts = np.array([[x.count(c) for c in (*meta["classes"], None)] for x in labels])  # (B, K+1)
     out = {"sampled_jsd": jsd(counts, np.pad(p, ((0, 0), (0, 1)))),
            "sampling_floor": np.mean([jsd(rng.multinomial(k, p), p) for _ in range(64)], axis=0)}
     if to_class := meta.get("belief_to_class"):        # CBC, section 5.1.1
@@ -184,13 +184,13 @@ def answer_metrics(answers, target, meta):
 # Judges of the responses: an LLM (BPC), a sentence encoder (RS)
 
 YES_OR_NO = re.compile(r"(?i)[\W_]*(?:answer[\W_]+)?(yes|no)\b(?![\s,]*(/|or\b|and\b|yes\b|no\b))")
-THREE = dict(zip("12345", "11233"))    # Appendix H: ratings in three classes
+THREE = dict(zip("12345", "11233"))    # Appendix H: ratings 1 to 5 as three classes
 
 
 def judge(client, model, asked, desc="judging"):
-    """Ask an LLM about [(question, belief, answer), ...] with the prompts of Appendix H: whether
-    the answer expresses the belief or, if that is None, the rating that a review gives. Returns a
-    list of labels, None where the judge failed, all None if more than 5% are; and a line on it."""
+    """Ask an LLM about [(question, belief, answer), ...] with Appendix H's prompts: does the
+    answer express the belief or, if the belief is None, which rating does the review give? Returns
+    labels, None where the judge failed (all None if over 5% failed), and a summary line."""
     name, labels = ("expresses", ["Yes", "No"]) if asked and asked[0][1] else ("rating", [*"123"])
     prompts = [PROMPTS[name].format(question=q, belief=b, answer=a) for q, b, a in asked]
     replies = chat(client, prompts, desc, closed(answer={"enum": labels}), llm=model,
@@ -200,7 +200,7 @@ def judge(client, model, asked, desc="judging"):
         words = YES_OR_NO.match(text)
         label = read_label(text, labels) or words and words[1].title()
         found.append(label if label in labels and ended != "refused" else None)
-        if not found[-1] and ended != "refused":       # chat() has shown the refused prompts
+        if not found[-1] and ended != "refused":       # chat() has already shown refusals
             unread = f" (one: {text!r:.80})"
     line = f"{model}: {found.count(None)} of {len(found)} judgements failed{unread}"
     if found.count(None) > 0.05 * len(found):
@@ -209,8 +209,8 @@ def judge(client, model, asked, desc="judging"):
 
 
 def belief_preference_consistency(answers, rows, client, model):
-    """BPC (B, k), whether an LLM finds the announced belief (of reviews: class) in the response,
-    and a line on failures, which are NaN. No belief or no response: 0, without asking."""
+    """BPC (B, k): does an LLM find the announced belief (for reviews, the class) in the response?
+    NaN where the judge failed; 0, without asking, if either is missing. And a summary line."""
     reviews, asked = not rows[0].get("accept_choice"), {}
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (label, belief, response) in enumerate(parsed):
@@ -225,7 +225,7 @@ def belief_preference_consistency(answers, rows, client, model):
 
 
 def check_judge(rows, client, model, n):
-    """How well the judge tells the ratings of n labelled reviews (Appendix H): a line to print."""
+    """Compare the judge with the ratings of n labelled reviews (Appendix H): a line to print."""
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:n]]
     truth = [THREE.get(str(row["accept_choice_id"])) for row in rows]
     if None in truth or rows[0].get("accept_choice"):
@@ -234,20 +234,20 @@ def check_judge(rows, client, model, n):
     pairs, f1 = np.array([pair for pair in zip(found, truth) if pair[0]]), 0.0
     if not len(pairs):
         return line
-    for told, true in ((pairs == c).T for c in "123"):   # weighted by how often a class is true
+    for told, true in ((pairs == c).T for c in "123"):   # weighted by a class's true frequency
         f1 += true.mean() * 2 * (told & true).sum() / max(1, told.sum() + true.sum())
     hits = (pairs[:, 0] == pairs[:, 1]).mean()
     return f"{line}; in 3 classes accuracy {hits:.3f}, weighted F1 {f1:.3f}"
 
 
 def response_similarity(answers, rows, encode):
-    """RS (B, k): cosine of each response to the dataset's for the announced belief, the row's own
-    or the first. 0 without a belief of the question or a response; NaN if the dataset has none."""
+    """RS (B, k): cosine of each response to the dataset's for the announced belief, of its own row
+    if possible. 0 if the belief is not an option or the response empty; NaN if there is none."""
     known, pairs, rs = {}, {}, np.zeros((len(answers), len(answers[0])))
     for row, side in product(rows, ("accept", "reject")):
         belief, text = row.get(f"{side}_choice"), row[f"{side}_response"]
         known.setdefault((row["prompt"], belief), text)
-        known.setdefault((question_of(row), belief), text)             # in any wording
+        known.setdefault((question_of(row), belief), text)             # for any other wording
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (_, belief, response) in enumerate(parsed):
             if belief in row["options"] and response.strip():
@@ -256,20 +256,20 @@ def response_similarity(answers, rows, encode):
     texts = list(dict.fromkeys(text for pair in pairs.values() for text in pair if text))
     vectors = dict(zip(texts, encode(texts))) if texts else {}
     for at, (response, theirs) in pairs.items():
-        rs[at] = vectors[response] @ vectors[theirs] if theirs else np.nan
+        rs[at] = vectors[response] @ vectors[theirs] if theirs else np.nan   # unit vectors
     return rs
 
 
 @torch.no_grad()
 def encode(texts, name, client=None, device="cpu"):
-    """Unit vectors (N, C) of texts by a server's model, as api:NAME, or by all-MiniLM-L6-v2, a
-    small BERT, whose last layer is averaged over a text's tokens."""
+    """Embed texts as unit vectors (N, C), with a server's model (api:NAME) or all-MiniLM-L6-v2, a
+    small BERT whose last layer is averaged over each text's tokens."""
     if name.startswith("api:"):
         return embed(client, texts, name[4:])
     folder = find_checkpoint(name)
     c, vocab = (read_json(folder / f"{file}.json") for file in ("config", "tokenizer"))
     if (c.get("model_type"), c.get("hidden_act")) != ("bert", "gelu"):
-        raise ValueError(f"{folder} is no BERT with exact GELUs: all-MiniLM-L6-v2 is one")
+        raise ValueError(f"{folder} is not a BERT with exact GELUs, as all-MiniLM-L6-v2 is")
     w = {k.removeprefix("bert."): v.float().to(device) for k, v in read_weights(folder).items()}
     linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"],
@@ -277,13 +277,13 @@ def encode(texts, name, client=None, device="cpu"):
     heads = lambda x: x.unflatten(1, (c["num_attention_heads"], -1)).transpose(0, 1)  # (H, T, D)
     table = lambda name: w[f"embeddings.{name}_embeddings.weight"]
     vectors = []
-    for text in texts:                                 # one by one: nothing is padded
+    for text in texts:                                 # one at a time, so nothing is padded
         ids = torch.tensor(wordpiece(text, vocab["model"]["vocab"]), device=device)
         x = table("word")[ids] + table("position")[:len(ids)] + table("token_type")[0]    # (T, C)
         x = norm(x, "embeddings.LayerNorm")
         for at in (f"encoder.layer.{i}" for i in range(c["num_hidden_layers"])):
             qkv = (heads(linear(x, f"{at}.attention.self.{k}")) for k in ("query", "key", "value"))
-            y = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)
+            y = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)             # (T, C)
             y = linear(y, f"{at}.attention.output.dense")
             x = norm(x + y, f"{at}.attention.output.LayerNorm")
             y = F.gelu(linear(x, f"{at}.intermediate.dense"))
@@ -296,13 +296,13 @@ MARK = r"[\p{P}$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002
 
 
 def wordpiece(text, vocab, most=256):
-    """BERT's uncased tokenizer, at most `most` ids: each word or mark, in lower case and without
-    accents, as the longest pieces of the vocabulary; those within a word begin with ##."""
+    """BERT's uncased tokenizer, at most `most` ids: lower-cases, strips accents, and splits each
+    word greedily into the longest pieces in the vocabulary; pieces inside a word begin with ##."""
     text = unicodedata.normalize("NFD", "".join(c.lower() for c in text))
-    text = regex.sub(r"(?V1)\p{Mn}|[\p{C}--[\t\n\r]]|\ufffd", "", text)   # accents, controls
+    text = regex.sub(r"(?V1)\p{Mn}|[\p{C}--[\t\n\r]]|\ufffd", "", text)  # no accents, controls
     ids = [vocab["[CLS]"]]
     for word in regex.findall(rf"{MARK}|(?:(?!{MARK})\S)+", text):
-        pieces, prefix = [None] if len(word) > 100 else [], ""
+        pieces, prefix = [None] if len(word) > 100 else [], ""         # None: unknown, as in BERT
         while word and None not in pieces:
             ends = (n for n in range(len(word), 0, -1) if prefix + word[:n] in vocab)
             end = next(ends, 1)
@@ -316,15 +316,15 @@ def wordpiece(text, vocab, most=256):
 # Runs, intervals and tables
 
 load_once = lru_cache(load_dataset)    # the runs of a study share their dataset
-SEED = re.compile(r"-seed\d+$")        # runs whose folders differ only in it are one method
+SEED = re.compile(r"-seed\d+$")        # runs that differ only in this suffix are one method
 
 
 def read_run(out, o):
-    """A run's flags (their defaults for a checkpoint that is no run), the folder of its `weights`,
-    the fingerprint that it `began` with, `meta` and `splits` to measure, rows it `trained` on."""
+    """Read a run's flags (defaults for a bare checkpoint). Adds the folder of its `weights`, the
+    fingerprint it `began` from, `meta` and `splits` to measure, and the rows it `trained` on."""
     r = Flags(data=o.data, dtype="bfloat16" if device_of(o.device) == "cuda" else "float32")
     r.weights, r.began, r.splits = out, None, {}
-    r.meta = {"classes": list("012345"), "form": FORM}     # the opinion task's
+    r.meta = {"classes": list("012345"), "form": FORM}     # the opinion task's, if there is no data
     folder, weights = Path(out), Path(out, o.checkpoint)
     if o.ask and not o.data and Path(out, "../metrics.jsonl").is_file():          # OUT/best
         folder, weights = Path(out, ".."), Path(out)
@@ -334,7 +334,7 @@ def read_run(out, o):
             began = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])["init"]
             vars(r).update(read_json(folder / "config.json"), weights=weights, began=began)
         except (LookupError, TypeError, ValueError, OSError) as e:
-            raise ValueError(f"{out} is no finished run of train.py ({e!r}): finish it with "
+            raise ValueError(f"{out} is not a finished run of train.py ({e!r}): finish it with "
                              "--resume; a checkpoint or chat:MODEL needs --data") from None
     if o.data or r.data:
         splits = SPLITS if o.ask else ("train", "eval", o.split)
@@ -344,9 +344,9 @@ def read_run(out, o):
 
 
 def measure(out, r, o, client, device):
-    """Measure a run by all that needs no judge, and save it. New: r.metrics {name: (B,), or (B, 2)
-    for a ratio of sums}; r.answers [[(label, belief, response), ...], ...]; r.seen (B,), whether
-    training rows ask the question; r.about, the rest of eval.json."""
+    """Compute and save every metric that needs no judge. Adds r.metrics {name: (B,), or (B, 2) for
+    a ratio of sums}; r.answers [[(label, belief, response), ...], ...]; r.seen (B,), whether
+    training rows ask the question; and r.about, the rest of eval.json."""
     r.rows, r.metrics, data = r.splits[o.split], {}, o.data or r.data
     if out.startswith("chat:"):
         texts = on_first_rank(lambda: chat_answers(out[5:], r, o, client))
@@ -360,7 +360,7 @@ def measure(out, r, o, client, device):
         r.metrics |= answer_metrics(r.answers, target, r.meta)
     wordings = lambda row: {question_of(row), normal(row["prompt"])}
     trained = set().union(*map(wordings, r.trained))
-    r.seen = np.array([bool(wordings(row) & trained) for row in r.rows])
+    r.seen = np.array([bool(wordings(row) & trained) for row in r.rows])     # (B,)
     name = f"out/{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
     r.folder = Path(out if r.began else name)
     r.about = {"split": o.split, "checkpoint": o.checkpoint, "data": data, "reference_jsd": {
@@ -373,7 +373,7 @@ def measure(out, r, o, client, device):
 
 
 def chat_answers(model, r, o, client):
-    """A chat model's answers, after few-shot context (Appendix E); empty where it refuses."""
+    """A chat model's answers after few-shot context (Appendix E); empty where it refused."""
     if not all(row.get("context") for row in r.rows):
         raise ValueError("the rows have no few-shot context: make them with `synth.py icf`")
     prompts = ["".join(row["context"]) + prompt_text(row, r.meta["form"]) for row in r.rows]
@@ -382,8 +382,8 @@ def chat_answers(model, r, o, client):
 
 
 def measure_weights(out, r, o, device):
-    """Measure the probabilities of a model on the rows that fit its context, which become r.rows;
-    returns the answers that it samples, as texts."""
+    """Score the rows that fit the model's context (they become r.rows) and compute the metrics of
+    its probabilities; returns its sampled answers as texts."""
     model, tokenizer = load_checkpoint(r.weights, device)
     limit = min(r.max_length or model.cfg.n_ctx, model.cfg.n_ctx)
     items = encode_rows(r.rows, tokenizer, r.meta, limit, r.overlong, f"{out}, {o.split} rows")
@@ -391,15 +391,15 @@ def measure_weights(out, r, o, device):
     score = lambda model: score_rows(model, items, ("chosen", "own", "given", "flip"),
                                      class_ids(tokenizer, r.meta["classes"]), r.dtype)
     s = score(model)
-    q = s.class_logps.double().exp().numpy()
+    q = s.class_logps.double().exp().numpy()           # (B, K), sums to the class mass
     r.metrics = belief_metrics(s) | ordinal_metrics(q, s.target.numpy(), r.meta)
     texts = sample_rows(model, items, tokenizer, o, r.dtype) if o.samples else []
     if r.init:
         try:
             reference, _ = load_checkpoint(r.init, device)
             if fingerprint(reference) != r.began:
-                raise ValueError(f"{r.init} was trained again since")
-            s.ref = score(reference).logps
+                raise ValueError(f"{r.init} has been retrained since")
+            s.ref = score(reference).logps             # (B, branches, pieces)
             r.metrics |= margins(s, items, r.beta)
         except (ValueError, OSError) as e:
             say(f"{out}: no reference, no margins: {e}")
@@ -411,35 +411,35 @@ def save(r):
     write(r.folder / "eval.json", json.dumps(r.about | summary(r, r.metrics), indent=1) + "\n")
 
 
-METRICS = {  # name -> (header, whose arrow says what is better; what it is, for the legend)
+METRICS = {  # name: (header, whose arrow points to better; explanation for the legend)
     "jsd": ("JSD ↓", "Jensen-Shannon distance of class distributions, 0 to 0.833"),
-    "opinion": ("opinion ↑", "responses that express the announced class, by the templates' rule"),
-    "cbc": ("CBC ↑", "beliefs that belong to the class before them"),
-    "bpc": ("BPC ↑", "responses in which the judge finds the announced belief"),
-    "rs": ("RS ↑", "cosine of the response to one of the dataset's for the announced belief"),
-    "flip": ("flip ↑", "the accepted answer wins after its belief and loses after the other"),
+    "opinion": ("opinion ↑", "share of responses expressing the announced class (templates' rule)"),
+    "cbc": ("CBC ↑", "share of beliefs that belong to the class announced before them"),
+    "bpc": ("BPC ↑", "share of responses in which the judge finds the announced belief"),
+    "rs": ("RS ↑", "cosine between the response and the dataset's for the announced belief"),
+    "flip": ("flip ↑", "the accepted answer wins given its belief and loses given the other"),
     "vote": ("vote ↓", "squared error of the vote share that beliefs and answers imply"),
-    "flip_r": ("flip r ↑", "the same by rewards, the gain over the reference"),
-    "vote_r": ("vote r ↓", "the same by rewards"),
+    "flip_r": ("flip r ↑", "flip by rewards, i.e. by the gain over the reference"),
+    "vote_r": ("vote r ↓", "vote by rewards"),
     "w1": ("W1 ↓", "Wasserstein distance over the ordered classes, 0 to 1"),
-    "minority": ("minority →1", "the model's mass on the rows' smallest classes over the group's"),
-    "class_mass": ("mass ↑", "probability of all class tokens together"),
+    "minority": ("minority →1", "the model's mass on the smallest classes divided by the group's"),
+    "class_mass": ("mass ↑", "total probability of the class tokens"),
     "sampled_jsd": ("sampled ↓", "JSD of the sampled classes"),
     "sampling_floor": ("its floor", "the sampled JSD of a perfect model"),
     "given_majority": ("given maj ↑", "margin (nats) given the majority's belief; GDPO trains it"),
-    "given_minority": ("given min ↑", "the same given the belief of the smallest part"),
+    "given_minority": ("given min ↑", "the same given the minority's belief"),
     "joint_majority": ("joint maj", "margin of the majority's belief and answer; DPO trains it"),
-    "joint_minority": ("joint min", "the same for the smallest part; GDPO may lower both")}
+    "joint_minority": ("joint min", "the same for the minority; GDPO may lower both")}
 
 
 def interval(values, questions):
     """[value, low, high]: the mean of values (B,), or the ratio of sums of values (B, 2), and its
     95% bootstrap interval over questions, each drawn with all its rows; None if all are NaN."""
     pairs = values if values.ndim == 2 else np.stack([values, np.ones(len(values))], 1)
-    good = ~np.isnan(pairs).any(1)
+    good = ~np.isnan(pairs).any(1)                     # the metric applies to these rows
     if not good.any():
         return None
-    _, index = np.unique(np.asarray(questions)[good], return_inverse=True)
+    _, index = np.unique(np.asarray(questions)[good], return_inverse=True)   # row -> question
     top, bottom = (np.bincount(index, x) for x in pairs[good].T)      # sums by question
     n, value = len(top), float(top.sum() / bottom.sum())
     if n < 20:                                         # the interval would be too narrow
@@ -449,8 +449,8 @@ def interval(values, questions):
 
 
 def summary(r, metrics):
-    """{part: {metric: [value, low, high]}}: "unseen" questions, which no training row asks, "seen"
-    ones and, if there is more than one group, each group and, by metric, the worst of them."""
+    """{part: {metric: [value, low, high]}}. The parts are questions "unseen" and "seen" in training
+    and, if there is more than one group, each group and the worst group for each metric."""
     questions = np.array([question_of(row) for row in r.rows])
     groups = np.array([row.get("group") or "" for row in r.rows])
     parts, names = {"unseen": ~r.seen, "seen": r.seen}, sorted(set(groups))
@@ -467,10 +467,10 @@ def summary(r, metrics):
 
 
 def differences(r, base, name):
-    """A run's paired differences to another one on the same rows, as more parts of its tables."""
+    """Paired differences to a baseline run on the same rows, as extra parts of the tables."""
     if base is None or base is r or base.rows != r.rows:
         return {}
-    # Of a ratio of sums, the numerators' difference over the same denominator.
+    # For a ratio of sums: the difference of the numerators over the same denominator.
     metrics = {k: v - base.metrics[k] * (1 if v.ndim == 1 else [1, 0])
                for k, v in r.metrics.items() if k in base.metrics}
     return {f"{part}, difference to {name}": v for part, v in summary(r, metrics).items()
@@ -478,8 +478,8 @@ def differences(r, base, name):
 
 
 def mean_over_seeds(values):
-    """The mean of [value, low, high] of each seed; None if one has none. Its interval is the larger
-    of the values' standard deviation and the mean half-width of their intervals."""
+    """Average [value, low, high] over seeds; None if any seed has none. The half-width is the
+    larger of the values' standard deviation and the mean half-width of their intervals."""
     if not values or not all(values):
         return None
     means, halves = [v[0] for v in values], [(v[2] - v[1]) / 2 for v in values if v[1] is not None]
@@ -488,7 +488,7 @@ def mean_over_seeds(values):
 
 
 def over_seeds(results):
-    """The results by run, where those of a method with more than one seed become one."""
+    """Results by run, with the seeds of a method merged into one entry."""
     methods, out = {}, {}
     for name, result in results.items():
         methods.setdefault(SEED.sub("", name), {})[name] = result
@@ -501,10 +501,10 @@ def over_seeds(results):
 
 
 def print_report(results):
-    """For each part a line per run, in blocks of 100 characters, and what the columns mean."""
+    """Print a line per run for each part, in blocks 100 characters wide, and a legend."""
     results, shown = over_seeds(results), {}
     width = min(30, max(map(len, results)))
-    per_block = (100 - width) // 14
+    per_block = (100 - width) // 14                    # each column takes 14 characters
     half = lambda v: f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}"
     cell = lambda v: f"{v[0]:.3f} {half(v)}" if v else "-"
     for part in dict.fromkeys(part for r in results.values() for part in r):
@@ -518,18 +518,18 @@ def print_report(results):
             print("\n" + " " * width + "".join(f" {METRICS[k][0]:>13}" for k in block))
             for name, r in runs.items():
                 print(f"{name[-width:]:{width}}" + "".join(f" {cell(r.get(k)):>13}" for k in block))
-    print("\nunseen: questions that no training row asks; seen: that one does, in any wording\n"
+    print("\nunseen: questions that no training row asks in any wording; seen: the others\n"
           "±: half of the 95% bootstrap interval over questions, or the standard deviation "
-          "of seeds\nif that is larger; *: fewer than 20 questions, too few for an interval")
+          "over seeds\nif that is larger; *: fewer than 20 questions, too few for an interval")
     for k in shown:
         print(textwrap.fill(": ".join(METRICS[k]), 100))
 
 
 # ---------------------------------------------------------------------------------------------
-# The command: questions to a model, or tables over runs
+# The command: ask models, or print tables over runs
 
 def ask(outs, o):
-    """Put the questions of --ask to each model; print bars and answers, or JSON."""
+    """Ask each model the questions; print bars and answers, or JSON."""
     models = {out: open_model(out, o) for out in outs}
     lines = (line.strip() for text in o.ask for line in (sys.stdin if text == "-" else [text]))
     for question in filter(None, lines):
@@ -541,7 +541,7 @@ def ask(outs, o):
 
 
 def open_model(out, o):
-    """A run, or a checkpoint as if for the opinion task, with its `model` and `tokenizer`."""
+    """Load a run with its `model` and `tokenizer`; a bare checkpoint counts as an opinion run."""
     r = read_run(out, o)
     r.rows = sum(r.splits.values(), [])
     groups = {row["group"] for row in r.rows if row.get("group")}
@@ -554,7 +554,7 @@ def open_model(out, o):
 
 @torch.no_grad()
 def opinion_of(question, r, o):
-    """What a model believes about a question, read in float32, and what it says: a dict."""
+    """What a model believes about a question (in float32) and what it says: a dict."""
     model, tokenizer, classes = r.model, r.tokenizer, r.meta["classes"]
     prompt = tokenizer.encode(prompt_text({"prompt": question, "group": o.group}, r.meta["form"]))
 
@@ -569,7 +569,7 @@ def opinion_of(question, r, o):
     logps = logps[class_ids(tokenizer, classes)]                                      # (K,)
     if not torch.isfinite(logps).all():
         raise FloatingPointError("the model's log-probs are not finite: its training diverged")
-    # The likeliest text of a belief is what the model writes greedily after the class.
+    # The likeliest belief text of a class is what the model writes greedily after it.
     texts = [parse_answer(c + x, r.meta)[1] for c, x in zip(classes, generate(classes, 0))]
     beliefs = [f"{c}<{x}>" if x else c for c, x in zip(classes, texts)]
     starts = beliefs_to_speak(beliefs, r.meta, o)
@@ -580,8 +580,8 @@ def opinion_of(question, r, o):
 
 
 def beliefs_to_speak(likeliest, meta, o):
-    """The belief of each answer to sample: each class's likeliest, or --belief, or the likeliest of
-    classes drawn from --shares. likeliest: a belief for each class."""
+    """The belief that each sampled answer starts from: the likeliest of each class, --belief, or
+    the likeliest of classes drawn from --shares. likeliest: a belief for each class."""
     classes, belief = meta["classes"], o.belief.strip()
     if belief:
         label, text, more = parse_answer(belief, meta)
@@ -591,7 +591,7 @@ def beliefs_to_speak(likeliest, meta, o):
         return [belief if text else likeliest[classes.index(label)]] * o.samples
     if not o.shares:
         return [belief for belief in likeliest for _ in range(o.samples)]
-    p = np.genfromtxt([o.shares], delimiter=",", ndmin=1)              # NaN for what is no number
+    p = np.genfromtxt([o.shares], delimiter=",", ndmin=1)              # NaN if it is not a number
     if len(p) != len(classes) or min(p) < 0 or not abs(p.sum() - 1) < 0.01:
         raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, for "
                          f"the classes {', '.join(classes)}")
@@ -600,8 +600,8 @@ def beliefs_to_speak(likeliest, meta, o):
 
 
 def group_shares(question, rows, group):
-    """The group's shares of the one question of the dataset that has these words, whatever is said
-    before and after them. None if there is no such question, or more than one."""
+    """The group's shares for the one question in the dataset that contains these words, whatever
+    comes before and after them. None if no question does, or more than one."""
     words = f" {normal(question)} "
     fit = {tuple(row["probabilities"]) for row in rows
            if group in ("", row.get("group")) and words in f" {normal(row['prompt'])} "}
@@ -609,14 +609,14 @@ def group_shares(question, rows, group):
 
 
 def print_opinions(question, found):
-    """One question in 80 columns: a line per class for the group and each model, then answers."""
+    """Print, in 80 columns, a line per class for the group and each model, then the answers."""
     if len({str(f["classes"]) for f in found.values()}) > 1:
-        raise ValueError("these models have different classes: ask them one by one")
+        raise ValueError("these models have different classes: ask them one at a time")
     clean = lambda text: "".join(c if c.isprintable() else " " for c in text)
     bar = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     print("\n" + textwrap.fill(clean(question), 80))
     for i, label in enumerate(next(iter(found.values()))["classes"]):
-        lines = {}                                     # models of one group: its line once
+        lines = {}                                     # show a shared group's line once
         for out, f in found.items():
             if f["group_shares"]:
                 lines["the group", f["group_shares"][i]] = ""
@@ -632,7 +632,7 @@ def print_opinions(question, found):
 
 
 def each(action, outs):
-    """{out: action(out)}. A run that cannot be measured is left out with a line."""
+    """{out: action(out)}. A run that cannot be measured is reported and left out."""
     done, problems = {}, []
     for out in outs:
         try:
@@ -647,7 +647,7 @@ def each(action, outs):
 
 
 def try_servers(rows, o, client, device):
-    """Find out whether judge and encoder work, before hours of other work."""
+    """Check that the judge and the encoder work before hours of other work."""
     if o.judge:
         client.check(llm=o.judge)
     if o.embeddings:
@@ -657,7 +657,7 @@ def try_servers(rows, o, client, device):
 
 
 def finish(runs, o, client, device):
-    """Add RS and BPC as far as they are asked for, and print all tables."""
+    """Add RS and BPC if requested, and print all tables."""
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
     vectors = lambda texts: encode(texts, o.embeddings, client, device)
     try:
@@ -677,20 +677,20 @@ def finish(runs, o, client, device):
 def main():
     given = vars(flags().parse_args())
     outs = [x if x.startswith("chat:") else str(Path(x)) for x in given.pop("OUT")]
-    outs = list(dict.fromkeys(x for x in outs if not Path(x).is_file()))       # of out/*, say
+    outs = list(dict.fromkeys(x for x in outs if not Path(x).is_file()))     # e.g. in out/*
     server = Chat(**{k: given.pop(k) for k in SERVER})
     o = Config(**given)
     o.samples = (1 if o.ask else 8) if o.samples is None else o.samples
     o.against = o.against and str(Path(o.against))
     for wrong, words in (
-            (not outs or "chat:" in outs, "OUT must name folders, or a model as in chat:gpt-4o"),
+            (not outs or "chat:" in outs, "OUT must name folders or a model such as chat:gpt-4o"),
             ((o.judge or o.embeddings) and not o.samples, "--judge, --embeddings need --samples"),
             (o.judge_check and not o.judge, "--judge_check needs a --judge"),
-            (o.against and o.against not in outs, f"--against {o.against} is none of the runs"),
+            (o.against and o.against not in outs, f"--against {o.against} is not one of the runs"),
             ("" in map(str.strip, o.ask or ()), "--ask: a question is empty"),
             ((o.belief or o.shares or o.group or o.json) and not o.ask,
              "--belief, --shares, --group and --json need --ask"),
-            (o.belief and o.shares, "--belief holds a belief, --shares draws it: give one"),
+            (o.belief and o.shares, "--belief fixes the belief, --shares draws it: give one"),
             (o.ask and any(x.startswith("chat:") for x in outs),
              "--ask reads probabilities, which chat:MODEL does not give")):
         if wrong:

@@ -1,8 +1,8 @@
-"""Figures 2 to 5 and Tables 2 and 3 of the paper, from the files of runs; pip install matplotlib.
+"""Draw the paper's Figures 2 to 5 and Tables 2 and 3 from finished runs; needs matplotlib.
 
     python assets/figures.py out/toy-*-seed? --to figures
 
-Runs whose folders differ only in -seedN are one method: the mean over seeds, and their spread.
+Runs whose folders differ only in -seedN are one method, shown by their mean and spread.
 """
 import json
 import sys
@@ -30,7 +30,7 @@ def read_run(out):
     evals = {x["step"] * config["batch_size"]: x["eval"] for x in map(json.loads, lines)
              if "eval" in x}
     if len(evals) < 2:
-        raise ValueError("its training has not come far")
+        raise ValueError("it has fewer than two evaluations")
     rows = [json.loads(x) for x in text.get("samples.jsonl", "").splitlines()]
     answers = {row["prompt"]: row["answers"][0] for row in rows[::max(1, len(rows) // 3)][:3]}
     return config["loss"], evals, json.loads(text.get("eval.json", "{}")), answers
@@ -46,7 +46,7 @@ def plot_curve(ax, runs, metric, **style):
 
 
 def draw_margins(ax, method, runs):
-    """Figures 2 and 3: majority against minority, of the margin that the method trains."""
+    """Figures 2 and 3: the margin that the method trains, for majority and minority."""
     given = "gdpo" in runs[0][0]
     for side, colour, dash in zip(("majority", "minority"), COLOURS, "-:"):
         plot_curve(ax, runs, f"{'given' if given else 'joint'}_{side}", color=colour,
@@ -58,7 +58,7 @@ def draw_margins(ax, method, runs):
 
 
 def draw_jsd(ax, title, methods):
-    """Figure 4: JSD over training; dashed: what a model without training would have, if it fits."""
+    """Figure 4: JSD over training; dashed: baselines that need no training, if they fit."""
     for n, (method, runs) in enumerate(methods.items()):
         plot_curve(ax, runs, "jsd", color=COLOURS[n % 8], marker="osD^v<>*"[n % 8],
                    linestyle=["-", "--", "-."][n // 8 % 3], markersize=4, label=method)
@@ -87,7 +87,7 @@ def measured(runs, metric):
 
 
 def tables(methods, values):
-    """Table 2, a row per method and a column per metric, and Table 3, answers; Markdown."""
+    """Markdown: Table 2, a row per method and a column per metric, and Table 3, answers."""
     rows = [["Table 2", *(METRICS[k][0] for k in values)], ["---"] * (len(values) + 1)]
     cell = lambda v: f"{v[0]:.3f} ± {(v[2] - v[1]) / 2:.3f}" if v else ""
     rows += [[m, *(cell(v.get(m)) for v in values.values())] for m in methods]
@@ -109,7 +109,7 @@ def main():
             found = read_run(out)
             methods.setdefault(SEED.sub("", out.name), []).append(found)
         except (OSError, ValueError, KeyError) as e:
-            print(f"left out, no finished run: {out}: {e!r}", file=sys.stderr)
+            print(f"left out, not a finished run: {out}: {e!r}", file=sys.stderr)
     if not methods:
         raise ValueError("none of these folders holds a finished run")
     tuned = {m: runs for m, runs in methods.items() if "joint_majority" in runs[0][1][0]}

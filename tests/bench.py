@@ -1,15 +1,15 @@
-"""What the work costs, by hand; each command takes --shape, the first two --task and --loss:
+"""Measure what a run costs; each command takes --shape, the first two also --task and --loss:
 
     python tests/bench.py                # operations of a step over the floor, GPT-2's shape
     python tests/bench.py speed          # whole steps: seconds, tokens/s, utilisation, peak memory
     python tests/bench.py memory         # what a run needs, computed, at each --micro_batch
     python tests/bench.py sampling       # answers/s of model.generate
 
-Operations are counted by torch's FlopCounterMode. The floor is what the method needs at least:
-forward and backward over the tokens that differ, the prompt and belief of a pair once, no padding,
-logits only where a loss reads them, the reference's log-probs known:
+torch's FlopCounterMode counts operations. The floor is the least that the method needs: forward and
+backward over distinct tokens (a pair shares its prompt and belief), no padding, logits only where
+a loss reads them, and the reference's log-probs already known:
     sum over tokens of 3 x (2 x weights of the layers + 4 x C x layers x tokens it attends to)
-    + 3 x 2 x C x V x positions that are scored   (KTO: and a third of it, forward alone, for z0).
+    + 3 x 2 x C x V x positions that are scored   (KTO: plus its mismatched pairs, forward only).
 """
 import argparse
 import sys
@@ -46,7 +46,7 @@ DEVICE, DTYPE = ("cuda", "bfloat16") if CUDA else ("cpu", "float32")
 
 
 def some_items(task, n, vocab, seed=0):
-    """Rows of random tokens whose pieces vary by half around the task's means."""
+    """Rows of random tokens; a piece has 0.5 to 1.5 times the task's mean length."""
     rng = np.random.default_rng(seed)
     draw = lambda mean: rng.integers(vocab // 2, vocab, max(1, int(mean * rng.uniform(0.5, 1.5))))
     prompt, belief, response = TASKS[task]
@@ -67,7 +67,7 @@ def batches_of(o, cfg, task, name):
 
 
 def forward_floor(items, branches, cfg):
-    """Operations of a forward pass in which each token is computed once for each past it has."""
+    """Operations of a forward pass that computes each token once per distinct prefix."""
     weights = cfg.n_layer * (4 * cfg.n_embd ** 2 + 2 * cfg.n_embd * cfg.n_inner)
     tokens = attended = 0
     for i in items:
@@ -82,13 +82,13 @@ def forward_floor(items, branches, cfg):
 
 
 def floor(items, loss, cfg):
-    """Operations that one step needs at least, by the formula above."""
+    """The fewest operations that a step can take, by the formula above."""
     between = forward_floor(items, ("mismatch",), cfg) if loss.mismatch else 0
     return 3 * forward_floor(items, loss.branches, cfg) + between
 
 
 def our_step(model, items, name):
-    """Forward and backward as train.train_step takes them."""
+    """Forward and backward as train.train_step runs them."""
     loss, o = LOSSES[name], train.resolve(train.Config(loss=name, device="cpu"))
 
     def scores(branches):
@@ -106,8 +106,8 @@ def our_step(model, items, name):
 
 
 def count(steps):
-    """Operations of some steps on the meta device, which knows no autocast; attention in its
-    mathematical form, which the counter knows whole."""
+    """Operations of some steps on the meta device, which has no autocast. Attention runs in its
+    mathematical form, because the counter counts all of it."""
     no_autocast = mock.patch.object(torch, "autocast", lambda *args, **kwargs: nullcontext())
     with no_autocast, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for step in steps:
@@ -116,36 +116,36 @@ def count(steps):
 
 
 def seconds(step):
-    """Of the processor on a CPU, by the clock on a GPU, in the precision that a run has there."""
+    """Processor time on a CPU, wall time on a GPU, in the precision that a run uses there."""
     clock = time.perf_counter if CUDA else time.process_time
     start = clock()
     with train.autocast(DEVICE, DTYPE):
         step()
-    if CUDA:                                           # kernels run on after the call
+    if CUDA:                                           # kernels run asynchronously
         torch.cuda.synchronize()
     return clock() - start
 
 
 def matmul_peak():
-    """Operations a second of a large matrix product in the precision of a run."""
+    """Operations per second of a large matrix product, in the precision of a run."""
     n = 8192 if CUDA else 2048
     a, b = (torch.randn(n, n, device=DEVICE, dtype=getattr(torch, DTYPE)) for _ in range(2))
     return 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(20))
 
 
 def operations(o, cfg, task, name):
-    """Operations of our steps, beside the floor."""
+    """Operations of our steps, and their ratio to the floor."""
     batches = batches_of(o, cfg, task, name)
     with torch.device("meta"):
         model = GPT(cfg)
     least = sum(floor(b, LOSSES[name], cfg) for b in batches)
     spent = count(our_step(model, b, name) for b in batches)
-    return f"{spent / 16e12:6.3f} TFLOP a step, {spent / least:5.2f} of the floor"
+    return f"{spent / 16e12:6.3f} TFLOP per step, {spent / least:5.2f} of the floor"
 
 
 def speed(o, cfg, task, name):
-    """Whole training steps (train.train_step), from rows to updated weights: ten after six."""
-    import resource                                    # here: Windows has none
+    """Ten whole training steps (train.train_step), rows to updated weights, after six warm-ups."""
+    import resource                                    # not at the top: Windows lacks it
     batches, loss, model = batches_of(o, cfg, task, name), LOSSES[name], GPT(cfg).init_weights(0)
     items = [i for b in batches for i in b]
     t = train.resolve(train.Config(loss=name, device=DEVICE, micro_batch=o.micro_batch, lr=1e-6,
@@ -164,19 +164,19 @@ def speed(o, cfg, task, name):
     tokens = sum(cost(i, loss.branches) for b in batches[6:] for i in b)
     held = (torch.cuda.max_memory_allocated() if CUDA else
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return (f"{spent / 10:.3f} s a step, {tokens / spent:,.0f} tokens/s (a shared prompt once), "
+    return (f"{spent / 10:.3f} s per step, {tokens / spent:,.0f} tokens/s (shared prompts once), "
             f"{work / spent / peak:.0%} of the {peak / 1e12:,.3g} TFLOP/s of a large {DTYPE} "
             f"product, peak memory {held / 1e9:.2f} GB")
 
 
 def memory(cfg, tokens, checkpointing):
-    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens, under
-    RMSprop and bfloat16 autocast. An upper bound, as no beginning is shared; GPT-2 and Pythia."""
+    """Bytes that a step holds at its peak, by purpose, for micro-batches of `tokens` tokens, with
+    RMSprop and bfloat16 autocast. An upper bound: shared prefixes count twice. GPT-2 and Pythia."""
     with torch.device("meta"):
         n = sum(p.numel() for p in GPT(cfg).parameters())
     # Kept for backward, per token of a layer: the float32 inputs of its LayerNorms (one where
-    # attention and MLP read the same) and, in bfloat16, their outputs, q, k, v, the attention's
-    # output by sequence and packed (rotary: q, k and that output once more), and the MLP's hidden
+    # attention and MLP share it) and, in bfloat16, their outputs, q, k, v, the attention's
+    # output by sequence and packed (rotary: q, k and that output twice), and the MLP's hidden
     # layer before and after its GELU.
     layer = (4 if cfg.parallel else 8) * cfg.n_embd + 2 * (
         (9 if cfg.rotary else 7) * cfg.n_embd + 2 * cfg.n_inner)
@@ -200,7 +200,7 @@ def memory_table(o, cfg):
 
 
 def sampling(o, cfg):
-    """Eight answers of 64 tokens to each prompt of the opinion task."""
+    """Sample eight answers of 64 tokens to each prompt of the opinion task."""
     prompts = [i.prompt for i in some_items("opinions", o.prompts, cfg.vocab_size)]
     jobs, n = [p for p in sorted(prompts, key=len) for _ in range(8)], 64
     model = GPT(cfg).init_weights(0).to(DEVICE)
@@ -220,17 +220,17 @@ def main():
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--task", choices=TASKS, help="default: all")
     parser.add_argument("--loss", choices=METHODS, help="default: all")
-    parser.add_argument("--rows", type=int, default=8, help="pairs a step")
-    parser.add_argument("--micro_batch", type=int, default=0, help="speed: pairs a forward pass")
-    parser.add_argument("--checkpointing", action="store_true", help="as train.py's")
-    parser.add_argument("--compile", action="store_true", help="as train.py's")
+    parser.add_argument("--rows", type=int, default=8, help="pairs per step")
+    parser.add_argument("--micro_batch", type=int, default=0, help="speed: pairs per forward pass")
+    parser.add_argument("--checkpointing", action="store_true", help="as in train.py")
+    parser.add_argument("--compile", action="store_true", help="as in train.py")
     parser.add_argument("--prompts", type=int, default=1843 if CUDA else 16, help="sampling")
     o = parser.parse_args()
     cfg = SHAPES[o.shape]
     if o.what in ("memory", "sampling"):
         return {"memory": memory_table, "sampling": sampling}[o.what](o, cfg)
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{o.shape}, {o.rows} pairs a step, {device}, torch {torch.__version__}")
+    print(f"{o.shape}, {o.rows} pairs per step, {device}, torch {torch.__version__}")
     measure = operations if o.what == "operations" else speed
     for task in [o.task] if o.task else TASKS:
         for name in [o.loss] if o.loss else METHODS:

@@ -1,6 +1,6 @@
-"""Shared by the tests: paths, golden numbers, a one-character tokenizer, the real command line.
+"""What the tests share: paths, golden numbers, a character tokenizer, the real command line.
 
-    python -m pytest                 # all, about two minutes on two cores
+    python -m pytest                 # everything: about two minutes on two cores
 """
 import csv
 import json
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from data import run  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"       # from runs of the authors' code and of transformers
-SHARED = ROOT.parent / "shared" / "data"  # real files that users do not have; tests skip without
+SHARED = ROOT.parent / "shared" / "data"  # real data that users lack; its tests are then skipped
 torch.set_num_threads(2)
 
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data files in {SHARED}")
@@ -40,7 +40,7 @@ class CharTokenizer:
 
 
 def cli(script, *args, cwd, check=0, nproc=0, **env):
-    """Run the real command; returns the finished process, its exit code checked."""
+    """Run the real command and check its exit code; returns the finished process."""
     launch = [sys.executable, str(ROOT / script)]
     if nproc:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -53,7 +53,7 @@ def cli(script, *args, cwd, check=0, nproc=0, **env):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """The same as cli, in this process: no start of Python and torch to wait for."""
+    """Like cli, but in this process, which saves starting Python and importing torch."""
     def call(module, *args, cwd, check=0):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
@@ -87,8 +87,8 @@ SMALL = ("--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--vocab_size", 400, "--
 
 @pytest.fixture
 def server():
-    """A local HTTP server, http://... at .url. Tests set .answer(request) -> (status, JSON or text,
-    headers...); a request has path, query, body, headers. .requests lists what came."""
+    """A local HTTP server at .url (http://...). Tests set .answer(request) -> (status, JSON or
+    text, headers...); a request has path, query, body, headers. .requests lists them all."""
     class Handler(BaseHTTPRequestHandler):
         def reply(self):
             url, size = urlparse(self.path), int(self.headers.get("Content-Length") or 0)
@@ -106,7 +106,7 @@ def server():
                 self.end_headers()
                 self.wfile.write(data)
             except OSError:
-                pass                                   # the client is gone, or was told too much
+                pass                                   # the client left, or got more than it wanted
 
         do_GET = do_POST = do_HEAD = reply
         log_message = lambda *args: None
@@ -120,7 +120,7 @@ def server():
 
 
 def completion(text, finish="stop"):
-    """A chat completion as OpenAI's API answers it."""
+    """A chat completion as OpenAI's API returns it."""
     return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
             "choices": [{"index": 0, "message": {"role": "assistant", "content": text},
                          "finish_reason": finish}],

@@ -219,7 +219,7 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, tmp_path):
     save_model(model, cwd / diverged / "best", 0)
     p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", gdpo, diverged,
             "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
-    assert "left out: out/begun is no finished run" in p.stderr
+    assert "left out: out/begun is not a finished run" in p.stderr
     assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and gdpo in p.stdout
     assert "no reference, no margins" in p.stderr and "given maj" not in p.stdout
     assert f"left out: {diverged}: " in p.stderr and diverged not in p.stdout
@@ -229,19 +229,19 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["nowhere"], "nowhere is no finished run of train.py"),
+    (["nowhere"], "nowhere is not a finished run of train.py"),
     ([], "the following arguments are required: OUT"),
     (["x", "--samples", "many"], "'many' is not of type int"),
     (["x", "--samples", "-1"], "-1 is not a finite number >= 0"),
     (["x", "--device", "mars"], "invalid choice: 'mars'"),
     (["x", "--judge", "j", "--samples", "0"], "--judge, --embeddings need --samples"),
-    (["x", "--against", "y"], "--against y is none of the runs"),
+    (["x", "--against", "y"], "--against y is not one of the runs"),
     (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
     (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
     (["x", "--belief", "4", "--shares", "1,0", "--ask", "Why?"], "give one"),
     (["x", "--ask", " "], "question is empty"),
     (["chat:gpt-4o", "--ask", "Why?"], "which chat:MODEL does not give"),
-    (["chat:"], "as in chat:gpt-4o")])
+    (["chat:"], "such as chat:gpt-4o")])
 def test_bad_input_is_one_line_and_exit_2(args, message, call, tmp_path):
     err = call(evaluate, *args, cwd=tmp_path, check=2).stderr
     assert message in err and len(err.strip().splitlines()) == 1
@@ -254,7 +254,7 @@ def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path)
     call(evaluate, *outs, *FAST, cwd=cwd)
     (tmp_path / "begun").mkdir()
     p = cli("assets/figures.py", *outs, tmp_path / "begun", "--to", tmp_path / "f", cwd=cwd)
-    assert "left out, no finished run" in p.stderr and "begun" in p.stderr
+    assert "left out, not a finished run" in p.stderr and "begun" in p.stderr
     assert p.stdout.strip().endswith("bars.png, jsd.png, margins.png, tables.md")
     text = (tmp_path / "f/tables.md").read_text(encoding="utf-8")
     for out in outs:

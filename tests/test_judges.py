@@ -147,7 +147,7 @@ def test_the_sentence_encoder_agrees_with_transformers(bert, tmp_path):
                                    atol=1e-5)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_act": "relu"}')
-    with pytest.raises(ValueError, match="is no BERT with exact GELUs"):
+    with pytest.raises(ValueError, match="is not a BERT with exact GELUs"):
         encode(["x"], str(tmp_path))
 
 
