@@ -2,7 +2,8 @@
 
 Third in reading order. score() turns hidden states into Scores: log-probs summed by branch and
 piece, from which each loss picks what it needs. To add a preference loss, write one function and
-add it to PREFS; to add any other loss, write an objective and add it to LOSSES.
+add it to PREFS; to add any other loss, write an objective and add it to LOSSES. Baselines and the
+preference terms of other papers are below the ruled line.
 
 | equation (of the GDPO paper, arXiv 2412.20299)          | function                     |
 |---------------------------------------------------------|------------------------------|
@@ -113,12 +114,108 @@ def margin(chosen_logratios, rejected_logratios, beta):
 
 
 # ---------------------------------------------------------------------------------------------
-# Objectives: (Scores, options) -> (loss (B,), {name: (B,) parts to log})
+# Preference terms: (Scores, pieces, options) -> (B,). pieces: the parts of an answer that count
+
+def logratios(s, pieces):
+    """log pi(y) - log pi_ref(y) of each branch (B, S), summed over the given pieces."""
+    return (s.logps - s.ref)[..., pieces].sum(-1)
+
+
+def dpo(s, pieces, o):
+    """DPO (Rafailov et al. 2024): GDPO Eq. 1 and 7, with --label_smoothing."""
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    return dpo_loss(chosen, rejected, o.beta, o.label_smoothing)
+
+
+def kto(s, pieces, o):
+    """KTO on both answers of a pair, half each: GDPO Eq. 8-12. z0 is the mean log-ratio of
+    mismatched pairs over the whole batch, clamped at 0."""
+    # differs: Eq. 10 is a KL divergence; as in KTO, it is estimated from mismatched pairs.
+    chosen, rejected = logratios(s, pieces).unbind(1)
+    z0 = s.mismatch[pieces].sum().clamp(min=0)         # one number for the whole batch
+    return (kto_loss(chosen, True, z0, o.beta, o.lambda_d)
+            + kto_loss(rejected, False, z0, o.beta, o.lambda_u)) / 2
+
+
+@dataclass(frozen=True)
+class Pref:
+    term: Callable                     # (Scores, pieces, options) -> (B,)
+    mismatch: bool = False             # reads Scores.mismatch
+
+
+# ---------------------------------------------------------------------------------------------
+# Methods. An objective: (Scores, options) -> (loss (B,), {name: (B,) parts to log})
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss needs. The rest of the project reads these fields, never a loss's name."""
+    objective: Callable                # (Scores, options) -> (loss (B,), {name: (B,) to log})
+    branches: tuple = ("chosen",)      # names from data.BRANCHES, chosen first
+    reference: bool = False            # starts from an SFT checkpoint, which is its reference
+    mismatch: bool = False             # reads Scores.mismatch
+
+    def __post_init__(self):           # calibration and margins read branch 0
+        assert self.branches[0] == "chosen", self.branches
+
 
 def sft(s, o):
     """Mean NLL of belief and accepted response."""
     return mean_nll(s.logps[:, 0], s.counts[:, 0]), {}
 
+
+def response_nll(s):
+    """Mean NLL of each branch's response (B, S)."""
+    return -s.logps[..., RESPONSE] / s.counts[..., RESPONSE]
+
+
+def calibration(s, o):
+    """Eq. 6, the first term of GDPO: KL to the group's shares, plus -log p(b | x) of the accepted
+    belief, averaged over its tokens except the closing one."""
+    # differs: Eq. 6 has the sum; the mean produced the paper's numbers and does not depend on the
+    # belief's length.
+    belief = -s.logps[:, 0, BELIEF] / s.counts[:, 0, BELIEF]
+    kl = kl_to_target(s.class_logps, s.target)
+    return o.w_kl * kl + o.w_belief * belief, {"kl": kl, "belief_nll": belief}
+
+
+JOINT = ("own", ANSWER)                # Eq. 1: each answer with its own belief; both count
+CONDITIONED = ("given", [RESPONSE])    # Eq. 7: both after the accepted belief; responses count
+
+
+def preference(pref, other, pieces):
+    """A preference term alone: the chosen branch against the branch `other`."""
+    def objective(s, o):
+        loss = pref.term(s, pieces, o)
+        return o.w_pref * loss, {"pref": loss}
+    return Loss(objective, ("chosen", other), reference=True, mismatch=pref.mismatch)
+
+
+def gdpo(pref):
+    """Eq. 5: calibration plus conditioned preference; conflicting preferences no longer cancel."""
+    other, pieces = CONDITIONED
+
+    def objective(s, o):
+        calibrate, parts = calibration(s, o)
+        prefer = pref.term(s, pieces, o)
+        # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
+        # response likely; the preference term alone may lower it to widen the margin.
+        anchor = response_nll(s)[:, 0]
+        loss = calibrate + o.w_pref * prefer + o.w_anchor * anchor
+        return loss, parts | {"pref": prefer, "response_nll": anchor}
+    return Loss(objective, ("chosen", other), reference=True, mismatch=pref.mismatch)
+
+
+PREFS = {"dpo": Pref(dpo), "kto": Pref(kto, mismatch=True)}
+LOSSES = {
+    "sft": Loss(sft),
+    "gdpo": gdpo(PREFS["dpo"]),
+    "gdpo-cal": Loss(calibration, reference=True),     # its first term alone, and its second
+    "gdpo-pref": preference(PREFS["dpo"], *CONDITIONED),
+}
+
+
+# =============================================================================================
+# Plumbing: baselines, and the preference terms of other papers
 
 def uniform_sft(s, o):
     """SFT as if the beliefs were spread evenly. With n options the accepted one is drawn from the
@@ -141,38 +238,16 @@ def both_kl(s, o):
     return loss + response_nll(s)[:, 1], parts
 
 
-def response_nll(s):
-    """Mean NLL of each branch's response (B, S)."""
-    return -s.logps[..., RESPONSE] / s.counts[..., RESPONSE]
-
-
-def calibration(s, o):
-    """Eq. 6, the first term of GDPO: KL to the group's shares, plus -log p(b | x) of the accepted
-    belief, averaged over its tokens except the closing one."""
-    # differs: Eq. 6 has the sum; the mean produced the paper's numbers and does not depend on the
-    # belief's length.
-    belief = -s.logps[:, 0, BELIEF] / s.counts[:, 0, BELIEF]
-    kl = kl_to_target(s.class_logps, s.target)
-    return o.w_kl * kl + o.w_belief * belief, {"kl": kl, "belief_nll": belief}
-
-
-# ---------------------------------------------------------------------------------------------
-# Preference terms: (Scores, pieces, options) -> (B,). pieces: the parts of an answer that count
-
-def logratios(s, pieces):
-    """log pi(y) - log pi_ref(y) of each branch (B, S), summed over the given pieces."""
-    return (s.logps - s.ref)[..., pieces].sum(-1)
+LOSSES |= {
+    "uniform-sft": Loss(uniform_sft, ("chosen", "own")),
+    "sft-kl": Loss(sft_kl, reference=True),
+    "both-kl": Loss(both_kl, ("chosen", "own"), reference=True),
+}
 
 
 def mean_logratios(s, pieces):
     """Like logratios (B, S), but averaged over tokens instead of summed."""
     return logratios(s, pieces) / s.counts[..., pieces].sum(-1)
-
-
-def dpo(s, pieces, o):
-    """DPO (Rafailov et al. 2024): GDPO Eq. 1 and 7, with --label_smoothing."""
-    chosen, rejected = logratios(s, pieces).unbind(1)
-    return dpo_loss(chosen, rejected, o.beta, o.label_smoothing)
 
 
 def dpo_soft(s, pieces, o):
@@ -204,16 +279,6 @@ def ipo(s, pieces, o):
     implementations average them, which changes the strength of a given beta."""
     chosen, rejected = logratios(s, pieces).unbind(1)
     return (chosen - rejected - goal(o)) ** 2
-
-
-def kto(s, pieces, o):
-    """KTO on both answers of a pair, half each: GDPO Eq. 8-12. z0 is the mean log-ratio of
-    mismatched pairs over the whole batch, clamped at 0."""
-    # differs: Eq. 10 is a KL divergence; as in KTO, it is estimated from mismatched pairs.
-    chosen, rejected = logratios(s, pieces).unbind(1)
-    z0 = s.mismatch[pieces].sum().clamp(min=0)         # one number for the whole batch
-    return (kto_loss(chosen, True, z0, o.beta, o.lambda_d)
-            + kto_loss(rejected, False, z0, o.beta, o.lambda_u)) / 2
 
 
 def cal_dpo(s, pieces, o):
@@ -261,18 +326,10 @@ def simpo(s, pieces, o):
     return -F.logsigmoid(margin(chosen, rejected, o.beta) - o.gamma)
 
 
-@dataclass(frozen=True)
-class Pref:
-    term: Callable                     # (Scores, pieces, options) -> (B,)
-    mismatch: bool = False             # reads Scores.mismatch
-
-
-PREFS = {
-    "dpo": Pref(dpo),
+PREFS |= {
     "dpo-soft": Pref(dpo_soft),
     "hdpo": Pref(hdpo),
     "ipo": Pref(ipo),
-    "kto": Pref(kto, mismatch=True),
     "cal-dpo": Pref(cal_dpo),
     "dil": Pref(dil),
     "dil-bce": Pref(dil_bce),
@@ -281,57 +338,6 @@ PREFS = {
     "simpo": Pref(simpo),
 }
 
-
-# ---------------------------------------------------------------------------------------------
-# Methods
-
-@dataclass(frozen=True)
-class Loss:
-    """What a loss needs. The rest of the project reads these fields, never a loss's name."""
-    objective: Callable                # (Scores, options) -> (loss (B,), {name: (B,) to log})
-    branches: tuple = ("chosen",)      # names from data.BRANCHES, chosen first
-    reference: bool = False            # starts from an SFT checkpoint, which is its reference
-    mismatch: bool = False             # reads Scores.mismatch
-
-    def __post_init__(self):           # calibration and margins read branch 0
-        assert self.branches[0] == "chosen", self.branches
-
-
-JOINT = ("own", ANSWER)                # Eq. 1: each answer with its own belief; both count
-CONDITIONED = ("given", [RESPONSE])    # Eq. 7: both after the accepted belief; responses count
-
-
-def preference(pref, other, pieces):
-    """A preference term alone: the chosen branch against the branch `other`."""
-    def objective(s, o):
-        loss = pref.term(s, pieces, o)
-        return o.w_pref * loss, {"pref": loss}
-    return Loss(objective, ("chosen", other), reference=True, mismatch=pref.mismatch)
-
-
-def gdpo(pref):
-    """Eq. 5: calibration plus conditioned preference; conflicting preferences no longer cancel."""
-    other, pieces = CONDITIONED
-
-    def objective(s, o):
-        calibrate, parts = calibration(s, o)
-        prefer = pref.term(s, pieces, o)
-        # differs: the paper has no anchor (its weight is 0 by default). It keeps the accepted
-        # response likely; the preference term alone may lower it to widen the margin.
-        anchor = response_nll(s)[:, 0]
-        loss = calibrate + o.w_pref * prefer + o.w_anchor * anchor
-        return loss, parts | {"pref": prefer, "response_nll": anchor}
-    return Loss(objective, ("chosen", other), reference=True, mismatch=pref.mismatch)
-
-
-LOSSES = {
-    "sft": Loss(sft),
-    "uniform-sft": Loss(uniform_sft, ("chosen", "own")),
-    "sft-kl": Loss(sft_kl, reference=True),
-    "both-kl": Loss(both_kl, ("chosen", "own"), reference=True),
-    "gdpo": gdpo(PREFS["dpo"]),
-    "gdpo-cal": Loss(calibration, reference=True),
-    "gdpo-pref": preference(PREFS["dpo"], *CONDITIONED),
-    **{name: preference(pref, *JOINT) for name, pref in PREFS.items()},
-    **{f"gdpo-{name}": gdpo(pref) for name, pref in PREFS.items() if name != "dpo"},
-}
+# Every preference term is a method alone, and another one inside GDPO
+LOSSES |= {name: preference(pref, *JOINT) for name, pref in PREFS.items()}
+LOSSES |= {f"gdpo-{name}": gdpo(pref) for name, pref in PREFS.items() if name != "dpo"}

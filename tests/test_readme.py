@@ -21,7 +21,7 @@ def fork(tmp_path_factory):
     [snippet] = [code for code in re.findall(r"```python\n(.*?)```", README, re.S)
                  if "PREFS[" in code]
     source = (folder / "losses.py").read_text()
-    mark = "# " + "-" * 93 + "\n# Methods\n"
+    mark = "# Every preference term is a method alone"
     assert source.count(mark) == 1 and len(snippet.splitlines()) <= 10
     (folder / "losses.py").write_text(source.replace(mark, snippet + "\n\n" + mark))
     return folder

@@ -312,7 +312,7 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss", "gpdo"], "--loss 'gpdo' is unknown: choose from sft, uniform-sft, sft-kl, both-kl"),
+    (["--loss", "gpdo"], "--loss 'gpdo' is unknown: choose from sft, gdpo, gdpo-cal"),
     (["--beta", "big"], "argument --beta: 'big' is not of type float"),
     (["--epochs", "nan"], "argument --epochs: nan is not a finite number >= 0"),
     (["--n_layer", "0"], "--n_... must be more than 0"),
