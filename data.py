@@ -1,4 +1,4 @@
-"""Rows of preference data -> pieces of tokens -> batches. NumPy only: train.py makes the tensors.
+"""Rows of preference data -> pieces of tokens -> batches. No torch here: train.py makes tensors.
 
 Second in reading order. A row is one line with a JSON object (see problem_of). Prompt, belief and
 response are tokenized as three separate pieces and then joined,
