@@ -359,8 +359,8 @@ def mix(meta, other, folder):
     """Merge another dataset's belief maps into meta. ValueError if the two contradict."""
     for key in ("classes", "off_scale", "form"):
         if other.get(key) != meta.get(key):
-            raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's, "
-                             f"{meta.get(key)!r}: they cannot be mixed (--form sets one form)")
+            raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's "
+                             f"{meta.get(key)!r}" + ": set one with --form" * (key == "form"))
     for key in ("belief_to_class", "stances"):
         if any(meta[key].get(text, label) != label for text, label in other[key].items()):
             raise ValueError(f"{folder}: its {key} contradicts an earlier dataset's: fix one")

@@ -193,19 +193,29 @@ def judge(client, model, asked, desc="judging"):
     labels, None where the judge failed (all None if over 5% failed), and a summary line."""
     name, labels = ("expresses", ["Yes", "No"]) if asked and asked[0][1] else ("rating", [*"123"])
     prompts = [PROMPTS[name].format(question=q, belief=b, answer=a) for q, b, a in asked]
-    replies = chat(client, prompts, desc, closed(answer={"enum": labels}), llm=model,
-                   temperature=0.0, max_tokens=64)
-    found, unread = [], ""
-    for text, ended in replies:
-        words = YES_OR_NO.match(text)
-        label = read_label(text, labels) or words and words[1].title()
-        found.append(label if label in labels and ended != "refused" else None)
-        if not found[-1] and ended != "refused":       # chat() has already shown refusals
-            unread = f" (one: {text!r:.80})"
-    line = f"{model}: {found.count(None)} of {len(found)} judgements failed{unread}"
-    if found.count(None) > 0.05 * len(found):
-        return [None] * len(found), f"{line}, more than 5%: no mean is given"
-    return found, line
+
+    def judged(prompts):
+        """[(label or None, reply), ...]"""
+        pairs = []
+        for reply in chat(client, prompts, desc, closed(answer={"enum": labels}), llm=model,
+                          temperature=0.0, max_tokens=64):
+            words = YES_OR_NO.match(reply.text)
+            label = read_label(reply.text, labels) or words and words[1].title()
+            good = label in labels and reply.ended != "refused"
+            pairs.append((label if good else None, reply))
+        return pairs
+
+    found = judged(prompts[:20])
+    if prompts[20:] and any(label for label, _ in found):    # else more requests are wasted
+        found += judged(prompts[20:])
+    unread = [text for label, (text, ended) in found if not label and ended != "refused"]
+    failed = sum(label is None for label, _ in found)
+    line = f"{model}: {failed} of {len(found)} judgements failed"
+    if unread:                         # chat() has already shown refusals
+        line += f" (one: {unread[0]!r:.80})"
+    if failed > 0.05 * len(found):
+        return [None] * len(asked), f"{line}, more than 5%: no mean is given"
+    return [label for label, _ in found], line
 
 
 def belief_preference_consistency(answers, rows, client, model):
@@ -334,7 +344,8 @@ def read_run(out, o):
             began = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])["init"]
             vars(r).update(read_json(folder / "config.json"), weights=weights, began=began)
         except (LookupError, TypeError, ValueError, OSError) as e:
-            raise ValueError(f"{out} is not a finished run of train.py ({e!r}): finish it with "
+            why = f"no {e.filename}" if getattr(e, "filename", None) else f"{type(e).__name__}: {e}"
+            raise ValueError(f"{out} is not a finished run of train.py ({why}): finish it with "
                              "--resume; a checkpoint or chat:MODEL needs --data") from None
     if o.data or r.data:
         splits = SPLITS if o.ask else ("train", "eval", o.split)
@@ -661,13 +672,14 @@ def finish(runs, o, client, device):
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
     vectors = lambda texts: encode(texts, o.embeddings, client, device)
     try:
-        for out, r in runs.items():
+        for r in runs.values():
             if o.embeddings and all(row.get("accept_choice") for row in r.rows):
                 r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, vectors))
-            if o.judge:
-                bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
-                r.metrics["bpc"], r.about["judged"] = mean(bpc), line
-                print(f"{out}: BPC by {line}")
+                save(r)
+        for out, r in runs.items() if o.judge else ():
+            bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
+            r.metrics["bpc"], r.about["judged"] = mean(bpc), line
+            print(f"{out}: BPC by {line}")
             save(r)
     finally:                                           # even if a judge fails
         print_report({out: summary(r, r.metrics) | differences(r, runs.get(o.against), o.against)

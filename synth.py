@@ -515,8 +515,11 @@ def read_chat(response):
     except (AttributeError, TypeError, KeyError, ValueError):
         raise TryAgain(f"no chat completion: {str(answer)[:300]}", 2) from None
     ended = str(ended).lower()
-    if choice.get("error") or FAILED.search(ended):
-        raise TryAgain(f"the answer ended with {ended}: {choice.get('error')}")
+    error = str(choice.get("error") or "")
+    if FLAGGED.search(error) and not re.search(r"code\W+(429|5\d\d)\b", error):
+        return Reply(error[:500], "refused"), tokens
+    if error or FAILED.search(ended):
+        raise TryAgain(f"the answer ended with {ended}: {error[:300]}")
     if text and not FLAGGED.search(ended):
         text = text.encode("utf-8", "replace").decode()    # no file can hold a lone surrogate
         return Reply(text, "length" if CUT.search(ended) else "stop"), tokens
@@ -862,11 +865,11 @@ def published(o):
                           f"pages of {what}", hub_headers())
 
     group = o.group or next((g for key, g in GROUP_OF.items() if key in o.name), None)
-    listed = [s["split"] for s in ask("splits", [{}])[0]["splits"] if s["config"] == "default"]
+    listed = [f"{s['config']}/{s['split']}" for s in ask("splits", [{}])[0]["splits"]]
     splits, problems = {s: [] for s in SPLITS}, []
     for split, rows in splits.items():
         names = ["eval", "validation", "valid", "dev"] if split == "eval" else [split]
-        fit = [name for name in names if name in listed]
+        fit = [name for name in names if f"default/{name}" in listed]
         if not fit:
             raise ValueError(f"{o.name} has no split {' or '.join(names)} in a default "
                              f"configuration; it has {listed}")

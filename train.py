@@ -601,7 +601,11 @@ def reading(path):
 
 def can_resume(o):
     """True if OUT holds a state to resume, False if it is free. ValueError if a new run would
-    destroy what it holds."""
+    destroy what it holds, or could not write there."""
+    out = Path(o.out).absolute()
+    folder = next(path for path in (out, *out.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {o.out}: {folder} is not a folder that can be written to")
     # a failed start leaves nothing but these two
     made = {path.name for path in Path(o.out).glob("[!.]*")} - {"config.json", "state.pt.tmp"}
     # a run killed before its first save has only a log line to lose

@@ -109,7 +109,7 @@ def main():
             found = read_run(out)
             methods.setdefault(SEED.sub("", out.name), []).append(found)
         except (OSError, ValueError, KeyError) as e:
-            print(f"left out, not a finished run: {out}: {e!r}", file=sys.stderr)
+            print(f"left out, not a finished run: {out} ({type(e).__name__}: {e})", file=sys.stderr)
     if not methods:
         raise ValueError("none of these folders holds a finished run")
     tuned = {m: runs for m, runs in methods.items() if "joint_majority" in runs[0][1][0]}

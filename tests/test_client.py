@@ -252,6 +252,7 @@ def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, ans
     ((200, {"choices": None, "promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY", True),
     ((200, {"object": "chat.completion", "usage": None}), "no content", False),
     ((451, "content policy"), "451: content policy", True),
+    ((200, {"choices": [{"error": {"code": 403, "message": "flagged"}}]}), "flagged", True),
     ((400, "no"), "400: no", False), ((200, NO), "refusal: I won't.", True),
     ((200, completion("")), "no content", False)], ids=str)
 def test_a_refused_prompt_is_reported_and_ends_nothing(client, server, capsys, answer, words, kept):

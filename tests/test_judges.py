@@ -61,6 +61,13 @@ def test_a_judgement_is_never_guessed(server, client, belief, label, replies):
         assert ("no mean is given" in line) == (label is None)
 
 
+def test_a_judge_of_whom_nothing_can_be_read_is_asked_no_more_than_twenty_times(server, client):
+    server.answer = lambda r: (200, completion("Perhaps"))
+    found, line = judge(client(), "j", [("q", "Good", str(n)) for n in range(50)])
+    assert found == [None] * 50 and len(server.requests) == 20
+    assert line.startswith("j: 20 of 20 judgements failed (one: 'Perhaps'), more than 5%")
+
+
 def test_a_refusal_is_a_failure_and_is_shown_once(server, client, capsys):
     answer = completion(None)
     answer["choices"][0]["message"]["refusal"] = "Yes, but I can't."
