@@ -107,7 +107,8 @@ def test_max_usd_stops_before_more_is_spent(client, server, capsys):
 
 
 SCRIPT = """
-import data, sys, synth
+import data, signal, sys, synth
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job ignores it
 client = synth.Client(synth.Chat(base_url=sys.argv[1], concurrency=2), sys.argv[2])
 data.run(lambda: print(len(synth.chat(client, list(map(str, range(30))), "x"))))
 """
