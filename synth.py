@@ -291,6 +291,7 @@ PARAMETERS = {"response_format": "response_format|schema|structured|grammar|json
                             "max_completion_tokens")}
 OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
                     "not permitted|deployment|stream|permission|account|credit|quota", re.I)
+PASSING = re.compile(r"code\W+(429|5\d\d)\b")      # inside an answer with status 200
 OF_CLIENT = re.compile(r"suspend|deactivat|billing|your account|<html|\bIP\b|you have been blocked|"
                        "access (is|was|has been)? ?(denied|blocked)", re.I)
 # Finish reasons that mean failed, and cut off. FLAGGED finds refusals; the rest are good endings.
@@ -448,6 +449,11 @@ class Client:
         return self.halt.wait(seconds)
 
 
+def about_prompt(words):
+    """Whether a server's words are about this one prompt, so that trying again cannot help."""
+    return (FLAGGED.search(words) or TOO_LONG.search(words)) and not PASSING.search(words)
+
+
 def culprit_of(e, body):
     """Which field of a request body a Refused is about: a parameter, or a chat's messages. None if
     every request would be refused. When in doubt, the messages: Client.keep counts those."""
@@ -455,9 +461,8 @@ def culprit_of(e, body):
         return None
     culprit = next((k for k in PARAMETERS
                     if k in body and re.search(PARAMETERS[k], e.words, re.I)), None)
-    about_prompt = FLAGGED.search(e.words) or TOO_LONG.search(e.words)
-    if about_prompt and not (culprit and culprit in e.words) or (
-            not culprit and not OF_ALL.search(e.words)):
+    named = culprit and culprit in e.words
+    if about_prompt(e.words) and not named or not culprit and not OF_ALL.search(e.words):
         culprit = "messages"
     statuses = (400, 403, 413, 422, 451) if culprit == "messages" else (400, 404, 422, 500, 501)
     return culprit if culprit in body and e.status in statuses else None
@@ -481,13 +486,13 @@ def read_json_answer(response, field):
     tries = 2 if "event-stream" in kind or response.text.startswith("data:") else TRIES
     with suppress(ValueError, AttributeError, RecursionError):     # half an answer, or HTML
         answer = json.loads(response.content)
-        if isinstance(answer.get(field), list) and not answer.get("error"):
-            return answer
-        if field == "choices" and "completion" in str(answer.get("object")) and not answer.get(
-                "error") and not answer.get(field):
-            return answer | {field: []}                # how Gemini blocks a prompt
-        if not re.search(r'"code": ?"?(429|5\d\d)\b', response.text):  # others do not pass
-            tries, refused = 2, FLAGGED.search(response.text) or TOO_LONG.search(response.text)
+        found = answer.get(field)
+        if not found and "completion" in str(answer.get("object")):
+            found = []                                 # how Gemini blocks a prompt
+        if isinstance(found, list) and not answer.get("error"):
+            return answer | {field: found}
+        if not PASSING.search(response.text):
+            tries, refused = 2, about_prompt(response.text)
     if refused:
         raise Refused(response.url.partition("?")[0], 400, response.text[:500])
     raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", tries)
@@ -516,7 +521,7 @@ def read_chat(response):
         raise TryAgain(f"no chat completion: {str(answer)[:300]}", 2) from None
     ended = str(ended).lower()
     error = str(choice.get("error") or "")
-    if FLAGGED.search(error) and not re.search(r"code\W+(429|5\d\d)\b", error):
+    if about_prompt(error):
         return Reply(error[:500], "refused"), tokens
     if error or FAILED.search(ended):
         raise TryAgain(f"the answer ended with {ended}: {error[:300]}")
@@ -535,8 +540,7 @@ def chat(client, prompts, desc, schema=None, **settings):
     o = dataclasses.replace(client.o, **settings)
     body = {"model": o.llm, "temperature": o.temperature,
             "max_tokens": client.o.max_tokens or o.max_tokens}
-    bodies = []
-    schemas = schema if isinstance(schema, list) else [schema] * len(prompts)
+    bodies, schemas = [], schema if isinstance(schema, list) else [schema] * len(prompts)
     for prompt, form in zip(prompts, schemas):
         fields = {"messages": [{"role": "user", "content": prompt}], "response_format": form and {
             "type": "json_schema",
@@ -615,8 +619,7 @@ def llm_writer(client, questions, group, o, rng):
     # Equal requests only get different answers within one call, so keep a question's together.
     first = len(sizes) * max(1, 20 // max(1, len(sizes)))
     replies = write(prompts[:first], f"dialogues, {group}", schemas[:first])
-    read = sum(any(parse_dialogues(reply.text, q.options)[0])
-               for (q, _), reply in zip(asked, replies))
+    read = sum(bool(parse_dialogues(r.text, q.options)[0]) for (q, _), r in zip(asked, replies))
     if read and prompts[first:]:
         replies += write(prompts[first:], f"dialogues, {group}: {read} of {first} read",
                          schemas[first:])
@@ -1022,11 +1025,10 @@ def read_omdb(response):
     repaired; if that does not help, the film counts as unknown."""
     text = re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", response.text)
     try:
-        answer = json.loads(text, strict=False)
-    except ValueError:                 # retry if this is half an answer, or not about a film
+        answer = dict(json.loads(text, strict=False))
+    except (TypeError, ValueError):    # retry if this is half an answer, or not about a film
         whole = re.fullmatch(r'\{"Title".*\}\s*', text, re.S)
         answer = {"Error": "Movie not found!" if whole else text[:200]}
-    answer = answer if isinstance(answer, dict) else {"Error": text[:200]}
     error = str(answer.get("Error"))
     if answer.get("Response") != "True" and not re.fullmatch(r"\w+ not found!?", error):
         raise TryAgain(f"OMDb: {error}", 1 if re.search("limit|key", error) else TRIES)

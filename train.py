@@ -218,7 +218,7 @@ def evaluate(r, **more):
     s.ref = r.ref.get("eval")
     if r.loss.mismatch:
         s.mismatch = (s.logps - s.ref)[:, -1].mean(0)  # (3,), as z0 in train_step
-    metrics = eval_metrics(s, items, r.loss, r.o)
+    metrics = eval_metrics(s, items, branches, r.loss, r.o)
     r.log(**more, eval=metrics)
     return metrics
 
@@ -304,9 +304,9 @@ def margins(s, items, beta):
             for name, values in both.items() for kind in ("majority", "minority", "other")}
 
 
-def eval_metrics(s, items, loss, o):
+def eval_metrics(s, items, branches, loss, o):
     """Means over the eval split: the loss and its parts, JSD, class mass, margins."""
-    at = [list(dict.fromkeys(EVAL_BRANCHES + loss.branches)).index(b) for b in loss.branches]
+    at = [branches.index(b) for b in loss.branches]
     ref = None if s.ref is None else s.ref[:, at]
     trained = replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref)
     values, parts = loss.objective(trained, o)
@@ -607,7 +607,7 @@ def can_resume(o):
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"--out {o.out}: {folder} is not a folder that can be written to")
     # a failed start leaves nothing but these two
-    made = {path.name for path in Path(o.out).glob("[!.]*")} - {"config.json", "state.pt.tmp"}
+    made = {path.name for path in out.glob("[!.]*")} - {"config.json", "state.pt.tmp"}
     # a run killed before its first save has only a log line to lose
     harmless = o.overwrite or o.resume and ("state.pt" in made or made == {"metrics.jsonl"})
     if made and not harmless:

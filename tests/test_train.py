@@ -82,8 +82,10 @@ def test_an_objective_may_read_any_branch():
     loss = Loss(lambda s, o: (s.logps[:, 1].sum(-1), {}), ("chosen", "flip"))
     items = encode(ROW, ROW | {"prompt": "And now?"})
     r = run_of("sft", items)
-    s = score_rows(r.model, items, (*EVAL_BRANCHES, "flip"), CLASS_IDS)
-    assert eval_metrics(s, items, loss, r.o)["loss"] == pytest.approx(s.logps[:, 3].sum(-1).mean())
+    branches = (*EVAL_BRANCHES, "flip")
+    s = score_rows(r.model, items, branches, CLASS_IDS)
+    metrics = eval_metrics(s, items, branches, loss, r.o)
+    assert metrics["loss"] == pytest.approx(s.logps[:, 3].sum(-1).mean())
 
 
 def one_step(name, **options):
