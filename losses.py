@@ -47,27 +47,22 @@ class Scores:
 
 def token_logps(hidden, head, tokens, chunk=CHUNK):
     """Log-probs of some vocabulary columns at each position: hidden (M, C), head (V, C), tokens
-    (M, J) ids -> (M, J) float32. Up to one chunk of positions keeps its logits for backward. With
-    more positions, backward recomputes the logits chunk by chunk, which bounds memory."""
+    (M, J) ids -> (M, J) float32. With more than one chunk of positions, backward recomputes the
+    logits chunk by chunk, which bounds memory."""
+    logps = lambda hidden, tokens: F.linear(hidden, head).log_softmax(-1).gather(-1, tokens)
     if len(hidden) <= chunk:
-        return chunk_logps(hidden, head, tokens)
-    return torch.cat([checkpoint(chunk_logps, h, head, t, use_reentrant=False)
+        return logps(hidden, tokens)
+    return torch.cat([checkpoint(logps, h, t, use_reentrant=False)
                       for h, t in zip(hidden.split(chunk), tokens.split(chunk))])
 
 
-def chunk_logps(hidden, head, tokens):
-    return F.linear(hidden, head).log_softmax(-1).gather(-1, tokens)
-
-
 def score(model, head, batch):
-    """Score a batch -> Scores. batch: tensors from data.collate, perhaps with ref and mismatch. The
-    model turns N packed tokens into hidden states (N, C), of which those `at` meet the head (V, C).
-    """
-    hidden = model(*(batch[k] for k in ("ids", "paths", "cells")))
+    """Score a batch -> Scores. batch: tensors from data.collate, perhaps with ref and mismatch."""
+    hidden = model(*(batch[k] for k in ("ids", "paths", "cells")))     # (N, C), of packed tokens
     # The head runs in float32 even under autocast: bfloat16 can only step by 0.5 nats near -100,
     # where GPT-2's logits usually are, and GDPO reads a distribution from them.
-    with torch.autocast(hidden.device.type, enabled=False):
-        columns = token_logps(hidden[batch["at"]].float(), head, batch["tokens"])     # (M, 1+K)
+    with torch.autocast(hidden.device.type, enabled=False):            # head (V, C)
+        columns = token_logps(hidden[batch["at"]].float(), head, batch["tokens"])      # (M, 1+K)
     counts = batch["counts"]
     logps = columns.new_zeros(counts.numel()).index_add(0, batch["slot"], columns[:, 0])  # (B*S*3,)
     return Scores(logps.view(counts.shape), counts, columns[batch["first"], 1:],
@@ -150,12 +145,9 @@ class Pref:
 class Loss:
     """What a loss needs. The rest of the project reads these fields, never a loss's name."""
     objective: Callable                # (Scores, options) -> (loss (B,), {name: (B,) to log})
-    branches: tuple = ("chosen",)      # names from data.BRANCHES, chosen first
+    branches: tuple = ("chosen",)      # from data.BRANCHES; calibration and margins read the first
     reference: bool = False            # starts from an SFT checkpoint, which is its reference
     mismatch: bool = False             # reads Scores.mismatch
-
-    def __post_init__(self):           # calibration and margins read branch 0
-        assert self.branches[0] == "chosen", self.branches
 
 
 def sft(s, o):
@@ -267,31 +259,25 @@ def hdpo(s, pieces, o):
     return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))
 
 
-def goal(o):
-    """1 / (2 beta), where IPO and Cal-DPO pull the log-ratios."""
-    if o.beta == 0:
-        raise ValueError("--beta must be more than 0 for this loss")
-    return 1 / (2 * o.beta)
-
-
 def ipo(s, pieces, o):
     """IPO (arXiv 2310.12036, Eq. 17), with beta for its tau. Log-ratios are summed; some
     implementations average them, which changes the strength of a given beta."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    return (chosen - rejected - goal(o)) ** 2
+    return (chosen - rejected - 1 / (2 * o.beta)) ** 2
 
 
 def cal_dpo(s, pieces, o):
     """Cal-DPO (arXiv 2412.14516): no beta in the sigmoid; each log-ratio is pulled to +-1/(2 beta).
     The squares are halved, as in the released code; another paper quotes them without the half."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    squares = (chosen - goal(o)) ** 2 + (rejected + goal(o)) ** 2
+    goal = 1 / (2 * o.beta)
+    squares = (chosen - goal) ** 2 + (rejected + goal) ** 2
     return -F.logsigmoid(chosen - rejected) + squares / 2
 
 
 def dil(s, pieces, o):
-    """DIL with LSIF, its main variant (arXiv 2503.05079): fits the density ratio pi/ref by least
-    squares. No beta. Exponents are clamped at 20, beyond which the gradient is 0."""
+    """DIL with LSIF (arXiv 2503.05079): fits the density ratio pi/ref by least squares. No beta.
+    Exponents are clamped at 20, beyond which the gradient is 0."""
     # differs: the formula has sums over tokens; the released code, like this one, has means.
     chosen, rejected = mean_logratios(s, pieces).unbind(1)
     return -chosen.clamp(max=20).exp() + (2 * rejected).clamp(max=20).exp() / 2

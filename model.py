@@ -14,14 +14,14 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import regex                           # comes with tiktoken
-import tiktoken
+import regex                           # re has no \p{L}
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -361,31 +361,26 @@ def on_disk(model):
     return views
 
 
-def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}, views of the mapped file that take no memory. Layout:
-    8 bytes (the header's length), the header {name: {dtype, shape, data_offsets}}, raw bytes."""
-    raw = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
-    start = 8 + int.from_bytes(raw[:8].tolist(), "little")
-    header = json.loads(bytes(raw[8:start].numpy()))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, t in header.items():
-        at, end = t["data_offsets"]                    # a slice never reads outside the file
-        tensors[name] = raw[start + at:start + end].view(DTYPES[t["dtype"]]).view(t["shape"])
-    return tensors
-
-
 def read_weights(folder):
-    """Map a checkpoint folder's weights, in one file or in shards -> {name: tensor}."""
-    stored = {}
+    """Map a checkpoint folder's weights, in one file or in shards -> {name: tensor}, views of the
+    files that take no memory. A .safetensors file: 8 bytes (the header's length), the header {name:
+    {dtype, shape, data_offsets}}, raw bytes."""
+    tensors = {}
     for path in [*folder.glob("model.safetensors")] or folder.glob("model-*.safetensors"):
         try:
-            stored |= read_safetensors(path)
+            raw = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+            start = 8 + int.from_bytes(raw[:8].tolist(), "little")
+            header = json.loads(bytes(raw[8:start].numpy()))
+            header.pop("__metadata__", None)
+            for name, t in header.items():
+                at, end = t["data_offsets"]            # a slice never reads outside the file
+                part = raw[start + at:start + end]
+                tensors[name] = part.view(DTYPES[t["dtype"]]).view(t["shape"])
         except Exception as e:                         # which one depends on the damage
             raise ValueError(f"{path}: not safetensors, or truncated: refetch it ({e})") from None
-    if not stored:
+    if not tensors:
         raise FileNotFoundError(f"no model.safetensors in {folder}: give a checkpoint folder")
-    return stored
+    return tensors
 
 
 def load_model(folder, device="cpu"):
@@ -424,13 +419,14 @@ def fingerprint(model):
     return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:16]
 
 
-def write(path, chunks):
-    """Write chunks of bytes to a file atomically: it appears complete or not at all."""
+@contextmanager
+def replacing(path):
+    """Yield a temporary path to write to. It takes the place of `path` once the block succeeds, so
+    that no file is ever half-written."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as f:
-            f.writelines(chunks)
+        yield temporary
         os.replace(temporary, path)
     except OSError as e:                               # a full-disk error names no file
         raise OSError(e.errno, e.strerror, str(path)) from None
@@ -441,22 +437,24 @@ def write(path, chunks):
 def save_model(model, folder, eos, dtype=torch.float32):
     """Write config.json and model.safetensors in Hugging Face's format to `folder`. The weights
     are replaced in one rename; config.json is written first and never changes within a run."""
-    folder, header, at = Path(folder), {"__metadata__": {"format": "pt"}}, 0
-    views, kind = on_disk(model), next(k for k, v in DTYPES.items() if v == dtype)
+    folder, views, header, at = Path(folder), on_disk(model), {"__metadata__": {"format": "pt"}}, 0
+    kind = next(k for k, v in DTYPES.items() if v == dtype)
     for name, w in views.items():
-        header[name] = {"dtype": kind, "shape": w.shape,
-                        "data_offsets": [at, at := at + w.numel() * dtype.itemsize]}
+        end = at + w.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": w.shape, "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
-    config = json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2) + "\n"
-    write(folder / "config.json", [config.encode()])
-    weights = (w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
-               for w in views.values())                # one at a time in memory
-    write(folder / "model.safetensors", chain([len(text).to_bytes(8, "little"), text], weights))
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2) + "\n")
+    with replacing(folder / "model.safetensors") as path, open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for w in views.values():                       # one at a time in memory
+            f.write(w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokens: byte-level BPE on top of tiktoken
+# Tokens: byte-level BPE
 
 EOS = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's
@@ -476,25 +474,19 @@ class Tokenizer:
 
     def __init__(self, files, eos=None):
         t = json.loads(files.get("tokenizer.json", "{}")) or gpt2_form(files)
-        *cuts, last = split_patterns(t)
-        vocab, added = t["model"]["vocab"], {a["content"]: a["id"] for a in t["added_tokens"]}
+        self.nfc, self.cuts = bool(t.get("normalizer")), split_patterns(t)
+        added = {a["content"]: a["id"] for a in t["added_tokens"]}
         merges = [m.split(" ") if isinstance(m, str) else m for m in t["model"]["merges"]]
-        # tiktoken merges by rank and returns ranks. Here ranks follow the merges; self.ids maps a
-        # rank to its id. A byte without a token is dropped, as in Hugging Face.
-        tokens = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
-        rank_of = {token: rank for rank, token in enumerate(tokens)}
-        if any(max(rank_of[a], rank_of[b]) > rank_of[a + b] for a, b in merges):
-            raise ValueError("a merge comes before the merges that make its parts")
-        ranks = {bytes(BYTES[c] for c in token): rank for token, rank in rank_of.items()}
-        self.ids = [vocab.get(c) for c in BYTES] + [vocab[token] for token in tokens[256:]]
-        self.cuts, self.nfc = [regex.compile(cut) for cut in cuts], bool(t.get("normalizer"))
-        every = f"{last}|(?:(?!{last})(?s:.))+"        # tiktoken would drop unmatched text
-        self.bpe = tiktoken.Encoding("bpe", pat_str=every, mergeable_ranks=ranks, special_tokens={})
-        # Pythia gives runs of spaces their own ids; they are matched first, longest first.
+        self.vocab = {token: i for token, i in t["model"]["vocab"].items() if token not in added}
+        self.ranks = {pair: rank for rank, pair in enumerate(map(tuple, merges))}
+        self.whole = t["model"].get("ignore_merges")   # Llama 3: words of the vocabulary stay whole
+        # Pythia gives runs of spaces their own ids; they are cut out first, longest first.
         self.runs = {text: i for text, i in added.items() if text.isspace()}
-        self.find_runs = re.compile(f"({'|'.join(sorted(self.runs, key=len)[::-1]) or '(?!)'})")
-        self.bytes = dict(zip(self.ids, ranks)) | {i: text.encode() for text, i in added.items()}
-        self.bytes.pop(None, None)
+        if self.runs:
+            self.cuts.insert(0, regex.compile("|".join(sorted(self.runs, key=len)[::-1])))
+        self.ids_of = lru_cache(200_000)(self.bpe)
+        self.bytes = {i: bytes(BYTES[c] for c in token) for token, i in self.vocab.items()}
+        self.bytes |= {i: text.encode() for text, i in added.items()}
         self.n_tokens = max(self.bytes) + 1
         named = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token")
         named = named["content"] if isinstance(named, dict) else named
@@ -508,36 +500,40 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Load from tokenizer.json, or from vocab.json and merges.txt."""
         paths = [Path(folder) / name for name in (
             "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "config.json")]
         files = {x.name: x.read_text(encoding="utf-8-sig") for x in paths if x.is_file()}
-        if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
-            raise FileNotFoundError(f"no tokenizer in {folder}: it needs tokenizer.json, or "
-                                    "vocab.json and merges.txt")
         try:
             eos = json.loads(files.pop("config.json", "{}")).get("eos_token_id")
             return cls(files, eos[0] if isinstance(eos, list) else eos)
         except (LookupError, TypeError, ValueError, AttributeError, regex.error) as e:
-            raise ValueError(f"{Path(folder) / next(iter(files))} is not a byte-level BPE that "
-                             f"this class can read: {e}") from None
+            raise ValueError(f"{folder}: no tokenizer.json (or vocab.json and merges.txt) of a "
+                             f"byte-level BPE that this class can read: {e}") from None
 
     def save(self, folder):
         for name, text in self.files.items():
-            write(Path(folder) / name, [text.encode()])
+            with replacing(Path(folder) / name) as path:
+                path.write_bytes(text.encode())
 
     def encode(self, text):
         """Text -> ids."""
-        ids = []
-        for part in self.find_runs.split(unicodedata.normalize("NFC", text) if self.nfc else text):
-            if part in self.runs:
-                ids.append(self.runs[part])
-                continue
-            pieces = [part]
-            for cut in self.cuts:
-                pieces = [x for piece in pieces for x in isolate(cut, piece)]
-            ids += [self.ids[rank] for x in pieces for rank in self.bpe.encode_ordinary(x)]
-        return [i for i in ids if i is not None]
+        pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
+        for cut in self.cuts:
+            pieces = [x for piece in pieces for x in isolate(cut, piece)]
+        return [i for piece in pieces for i in self.ids_of(piece)]
+
+    def bpe(self, piece):
+        """One piece -> ids: join the pair that was learned first, until no pair is known. A byte
+        without a token is dropped, as in Hugging Face."""
+        if piece in self.runs:
+            return [self.runs[piece]]
+        parts = [CHARS[b] for b in piece.encode("utf-8", "replace")]
+        if self.whole and "".join(parts) in self.vocab:
+            return [self.vocab["".join(parts)]]
+        rank = lambda pair: self.ranks.get(pair, math.inf)
+        while (best := min(zip(parts, parts[1:]), key=rank, default=None)) in self.ranks:
+            parts = merge(parts, best)
+        return [self.vocab[p] for p in parts if p in self.vocab]
 
     def decode(self, ids):
         """Ids -> text, skipping end-of-text and ids without a token."""
@@ -575,7 +571,7 @@ def split_patterns(t):
                 raise ValueError(f"pre_tokenizer {step}")
     if steps[-1]["type"] != "ByteLevel" or not patterns:      # later steps would see bytes
         raise ValueError(f"pre_tokenizer {splitter}")
-    return patterns
+    return [regex.compile(pattern) for pattern in patterns]
 
 
 def isolate(pattern, text):
@@ -589,13 +585,12 @@ def train_bpe(texts, vocab_size):
     vocabulary is full or no pair occurs twice. Deterministic."""
     counts = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
     words = {w: [bytes([b]) for b in w.encode()] for w in sorted(counts)}      # word -> its tokens
-    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that held it
+    pairs, merges = Counter(), []
 
     def count(word, sign):
         """Add a word's pairs to the counts (sign 1) or subtract them (-1)."""
         for pair in zip(words[word], words[word][1:]):
             pairs[pair] += sign * counts[word]
-            where[pair].add(word)
 
     for word in words:
         count(word, 1)
@@ -604,11 +599,11 @@ def train_bpe(texts, vocab_size):
         if best is None or pairs[best] < 2:
             break
         merges.append(best)
-        for word in where.pop(best):
-            count(word, -1)
-            words[word] = merge(words[word], best)
-            count(word, 1)
-        del pairs[best]
+        for word, parts in words.items():
+            if best[0] in parts:
+                count(word, -1)
+                words[word] = merge(parts, best)
+                count(word, 1)
     spelled = [["".join(CHARS[b] for b in token) for token in pair] for pair in merges]
     tokens = [*CHARS.values(), *map("".join, spelled), EOS]
     return Tokenizer({

@@ -19,8 +19,8 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -109,7 +109,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from losses import ANSWER, LOSSES, RESPONSE, Scores, logratios, margin, score
-from model import GPT, GPTConfig, Tokenizer, fingerprint, load_model, save_model, train_bpe
+from model import (GPT, GPTConfig, Tokenizer, fingerprint, load_model, replacing, save_model,
+                   train_bpe)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,8 +169,8 @@ def train_step(r, batch):
         logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
     norm = float(torch.nn.utils.clip_grad_norm_(r.model.parameters(), o.clip or math.inf))
     rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # on this process
-    sums = sum_over_ranks(torch.stack([v.sum().double() for v in rows.values()]), device)
-    sums = dict(zip(rows, sums.tolist()))
+    sums = torch.stack([v.sum().double() for v in rows.values()]).tolist()
+    sums = dict(zip(rows, np.sum(gather([sums]), axis=0).tolist()))       # on all processes
     if not math.isfinite(sums["loss"] + norm):
         bad = gather([items[i].row + 1 for i, v in zip(mine, rows["loss"]) if not v.isfinite()])
         raise FloatingPointError("the loss or its gradient is not finite: lower --lr"
@@ -193,34 +194,19 @@ def lr_at(o, step, total):
 def train(o, wait=0):
     """Train from the first or the last saved step to the end, and return the Run. wait: how many
     seconds to wait if another process is using OUT."""
-    can_resume(o)                      # if OUT is in use, say so before minutes of other work
-    r = Run(o)
-    with lock(r.out / ".lock", wait):
-        resuming = on_first_rank(lambda: begin(r))
+    device = setup(o.device)
+    with lock(Path(o.out), wait):
+        resuming = on_first_rank(lambda: can_resume(o))
+        r = Run(o, device)
         if resuming:
             r.load_state()
-        else:                          # the policy is still the reference: cache its log-probs
-            if r.loss.reference:
-                r.ref = {split: score_rows(r.model, items, r.branches[split], r.classes, o.dtype,
-                                           f"reference, {split}").logps
-                         for split, items in r.items.items()}
-            evaluate(r, init=fingerprint(r.model))
-            r.save_state()
+        else:
+            r.begin()
+        if not r.lines:
+            r.log(init=fingerprint(r.model), eval=evaluate(r))
         loop(r)
         r.save_weights("last")
     return r
-
-
-def evaluate(r, **more):
-    """Measure the policy on the eval split; log and return the metrics."""
-    items, branches = r.items["eval"], r.branches["eval"]
-    s = score_rows(r.model, items, branches, r.classes, r.o.dtype, "evaluating")
-    s.ref = r.ref.get("eval")
-    if r.loss.mismatch:
-        s.mismatch = (s.logps - s.ref)[:, -1].mean(0)  # (3,), as z0 in train_step
-    metrics = eval_metrics(s, items, branches, r.loss, r.o)
-    r.log(**more, eval=metrics)
-    return metrics
 
 
 def loop(r):
@@ -258,14 +244,15 @@ def loop(r):
 
             # 4) evaluate, keep the best weights, save the state
             if r.step % every == 0 or r.step == total:
-                metric = evaluate(r)[o.select]
-                if r.best is None or metric < r.best:
-                    r.best = metric
+                metrics = evaluate(r)
+                r.log(eval=metrics)
+                if r.best is None or metrics[o.select] < r.best:
+                    r.best = metrics[o.select]
                     r.save_weights("best")
                 r.save_state()
 
             # 5) stop if any process was asked to
-            if sum_over_ranks(torch.tensor(len(stop)), r.model.head.device):
+            if gather(stop):
                 r.save_state()
                 say(f"stopped and saved at step {r.step}; to continue, add --resume to the command")
                 sys.exit(130)
@@ -304,15 +291,20 @@ def margins(s, items, beta):
             for name, values in both.items() for kind in ("majority", "minority", "other")}
 
 
-def eval_metrics(s, items, branches, loss, o):
-    """Means over the eval split: the loss and its parts, JSD, class mass, margins."""
+def evaluate(r):
+    """Means over the eval split {name: value}: the loss and its parts, JSD, class mass, margins."""
+    items, branches, loss = r.items["eval"], r.branches["eval"], r.loss
+    s = score_rows(r.model, items, branches, r.classes, r.o.dtype, "evaluating")
+    s.ref = r.ref.get("eval")
+    if loss.mismatch:
+        s.mismatch = (s.logps - s.ref)[:, -1].mean(0)  # (3,), as z0 in train_step
     at = [branches.index(b) for b in loss.branches]
     ref = None if s.ref is None else s.ref[:, at]
     trained = replace(s, logps=s.logps[:, at], counts=s.counts[:, at], ref=ref)
-    values, parts = loss.objective(trained, o)
+    values, parts = loss.objective(trained, r.o)
     rows = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1), **belief_metrics(s)}
     if s.ref is not None:
-        rows |= margins(s, items, o.beta)
+        rows |= margins(s, items, r.o.beta)
     rows = {k: np.asarray(v, np.float64) for k, v in rows.items()}
     rows = {k: v[~np.isnan(v)] for k, v in rows.items()}
     return {k: float(v.mean()) if len(v) else None for k, v in rows.items()}
@@ -323,21 +315,6 @@ def eval_metrics(s, items, branches, loss, o):
 
 def rank_and_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def device_of(name):
-    """"auto", "cpu" or "cuda" -> "cpu" or "cuda". ValueError if torch cannot use the device."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that torch can use; give --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def autocast(device, dtype):
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def to_tensors(batch, device):
-    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def setup(device):
@@ -358,14 +335,6 @@ def leave():
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)
-
-
-def sum_over_ranks(values, device):
-    """Sum a tensor over the processes, on all of them. A single process does not sync its GPU."""
-    if dist.is_initialized():
-        values = values.to(device)
-        dist.all_reduce(values)
-    return values
 
 
 def gather(values):
@@ -395,20 +364,39 @@ def say(*words):
         tqdm.write(" ".join(map(str, words)), file=sys.stderr)
 
 
+def device_of(name):
+    """"auto", "cpu" or "cuda" -> "cpu" or "cuda". ValueError if torch cannot use the device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use; give --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def autocast(device, dtype):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def to_tensors(batch, device):
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in batch.items()}
+
+
 @contextmanager
-def lock(path, wait=0):
-    """Lock `path` against other runs until the block ends or this process dies: sqlite's file lock
-    does that on every platform. wait: seconds before giving up."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path if rank_and_size()[0] == 0 else ":memory:"         # rank 0 holds it for all
+def lock(folder, wait=0):
+    """Make `folder` and lock it against other runs until the block ends or this process dies:
+    sqlite's file lock does that on every platform. wait: seconds before giving up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ".lock" if rank_and_size()[0] == 0 else ":memory:"     # rank 0 holds it for all
     try:
         connection = sqlite3.connect(file, timeout=wait)
         connection.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as e:
-        raise ValueError(f"another process is using {path.parent}, or it is not writable "
-                         f"({e}): wait, or set another --out") from None
-    with closing(connection):
+        raise ValueError(f"another process is using {folder}, or it is not writable ({e}): wait, "
+                         "or set another --out") from None
+    try:
         yield
+    finally:
+        connection.close()
+        if [*folder.iterdir()] == [file]:              # a start that failed leaves no folder
+            shutil.rmtree(folder)
 
 
 @contextmanager
@@ -431,10 +419,8 @@ def resolve(o):
     """Replace None, "" and auto with real values. ValueError for an impossible value."""
     if o.loss not in LOSSES:
         raise ValueError(f"--loss {o.loss!r} is unknown: choose from {', '.join(LOSSES)}")
-    if 0 in (o.batch_size, o.log_every, o.n_layer, o.n_head, o.n_embd):
-        raise ValueError("--batch_size, --log_every and --n_... must be more than 0")
-    if not 0 < o.prior < 1:
-        raise ValueError("--prior must be between 0 and 1")
+    if 0 in (o.batch_size, o.log_every):
+        raise ValueError("--batch_size and --log_every must be more than 0")
     if o.init and o.model == "scratch":                # from a run, or from a plain checkpoint
         made = Path(o.init).parent / "config.json"
         o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
@@ -463,19 +449,17 @@ SHARED = ("data", "form", "model", "seed", "max_length", "overlong", "n_layer", 
 
 class Run:
     """All that the loop works on. state.pt holds STATE, the model and the optimizer."""
-    STATE = ("ref", "step", "best", "sums", "rows")
+    STATE = ("ref", "step", "best", "sums", "rows", "lines")
 
-    def __init__(self, o):
+    def __init__(self, o, device):
         self.o, self.out, self.loss = o, Path(o.out), LOSSES[o.loss]
-        device = setup(o.device)
         if "data/toy" in o.data.split(","):            # the shipped world, made if it is missing
             make_toy()
         meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
         o.form = meta["form"]          # saved with the run, so that it no longer needs meta.json
-        sft = run_folder(o, "sft") if self.loss.reference and not o.init else ""
-        if sft:
-            train_sft_first(o, sft)
-            o.init = f"{sft}/best"
+        o.hash_of_rows = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+        if self.loss.reference and not o.init:
+            o.init = f"{sft_run(o)}/best"
         if o.init or o.model != "scratch":
             self.model, self.tokenizer = load_checkpoint(o.init or o.model, device)
         else:
@@ -484,10 +468,6 @@ class Run:
         limit = min(o.max_length or self.model.cfg.n_ctx, self.model.cfg.n_ctx)
         self.items = {split: encode_rows(rows[split], self.tokenizer, meta, limit, o.overlong,
                                          f"{o.data}/{split}.jsonl") for split in rows}
-        self.config = asdict(o) | {                    # check_same compares the rows as well
-            "hash_of_rows": hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]}
-        if sft:
-            check_same(sft, self.config, (*SHARED, "hash_of_rows"))
         self.branches = {"train": self.loss.branches,
                          "eval": tuple(dict.fromkeys(EVAL_BRANCHES + self.loss.branches))}
         if self.loss.mismatch:
@@ -502,11 +482,27 @@ class Run:
         self.ref = {}                                  # {split: logps (B, S, 3) of the reference}
         self.step, self.best = 0, None                 # steps done; lowest --select metric
         self.sums, self.rows = {}, 0                   # since the last logged line
+        self.lines = []                                # those of metrics.jsonl
+
+    def begin(self):
+        """Empty OUT, compute the reference's log-probs and save the first state."""
+        for name in ("state.pt", "metrics.jsonl", "best", "last", "eval.json", "samples.jsonl"):
+            path = self.out / name
+            if rank_and_size()[0] == 0:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if self.loss.reference:        # the policy is still the reference
+            self.ref = {split: score_rows(self.model, items, self.branches[split], self.classes,
+                                          self.o.dtype, f"reference, {split}").logps
+                        for split, items in self.items.items()}
+        if rank_and_size()[0] == 0:
+            write(self.out / "config.json", json.dumps(vars(self.o), indent=1) + "\n")
+        self.save_state()
 
     def log(self, **values):
+        self.lines.append({"step": self.step, **values})
         if rank_and_size()[0] == 0:
             with open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.step, **values}) + "\n")
+                f.write(json.dumps(self.lines[-1]) + "\n")
 
     def save_weights(self, name):
         if rank_and_size()[0] == 0:
@@ -518,45 +514,68 @@ class Run:
         if hasattr(self.optimizer, "consolidate_state_dict"):     # if sharded: collect on rank 0
             self.optimizer.consolidate_state_dict()
         if rank_and_size()[0] == 0:
-            temporary = self.out / "state.pt.tmp"
             state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer")}
-            try:
+            with replacing(self.out / "state.pt") as temporary:
                 torch.save(state | {k: getattr(self, k) for k in self.STATE}, temporary)
-                os.replace(temporary, self.out / "state.pt")
-            finally:
-                temporary.unlink(missing_ok=True)      # half-written if the disk is full
 
     def load_state(self):
-        """Restore state.pt, and drop log lines written after it was saved."""
-        with reading(self.out / "state.pt") as path:
+        """Restore state.pt, and metrics.jsonl as it was then."""
+        own = {*MACHINE, "out", "resume", "overwrite"}
+        check_same(self.out, self.o, vars(self.o).keys() - own)
+        path = self.out / "state.pt"
+        try:
             state = torch.load(path, map_location="cpu", weights_only=True,
                                mmap=os.name != "nt")   # Windows cannot replace a mapped file
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             vars(self).update({k: state[k] for k in self.STATE})
-        with reading(self.out / "metrics.jsonl") as path:
-            lines = path.read_text().split("\n")[:-1]  # a kill may have cut the last one
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= self.step]
-            assert '"eval"' in kept[0], "the first line holds the first evaluation"
+        except Exception as e:                         # which one depends on the damage
+            raise ValueError(f"{path} is damaged or of another version ({type(e).__name__}): "
+                             "restore it, or start again with --overwrite") from None
         if rank_and_size()[0] == 0:
-            write(path, "".join(kept))
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write(self.out / "metrics.jsonl", text)
         say(f"{self.out}: resumed at step {self.step}")
 
 
+def can_resume(o):
+    """True if OUT holds a state to resume, False if it holds no run: one that ended before its
+    first state leaves config.json at most. ValueError if a new run would destroy what it holds."""
+    held = {path.name for path in Path(o.out).glob("[!.]*")} - {"config.json", "state.pt.tmp"}
+    if o.resume and "state.pt" in held:
+        return True
+    if held and not o.overwrite:
+        raise ValueError(f"{o.out} is in use ({', '.join(sorted(held)[:4])}): --resume continues "
+                         "from its state.pt, --overwrite discards it, --out sets another folder")
+    return False
+
+
+def check_same(out, o, names):
+    """Raise ValueError if the run in `out` has different flags or rows."""
+    old, new = read_json(Path(out, "config.json")), vars(o)
+    other = [f"{k} {old.get(k)} (here: {new[k]})" for k in names if old.get(k) != new[k]]
+    if other:
+        raise ValueError(f"the run in {out} differs from this one: {', '.join(sorted(other))}; "
+                         "use the same flags and rows, or move that run away")
+
+
 def make_toy():
-    with lock(Path("data/.lock"), wait=600):
+    with lock(Path("data"), wait=600):
         import synth
         on_first_rank(lambda: Path("data/toy").exists() or synth.toy(synth.Toy(out="data/toy")))
 
 
-def train_sft_first(o, out):
-    """Train the SFT run that o starts from, unless it exists."""
+def sft_run(o):
+    """Return the folder of the SFT run that o starts from, which is trained if it is missing."""
+    out = run_folder(o, "sft")
     if not on_first_rank(lambda: Path(out, "last").is_dir()):
         say(f"no finished SFT run in {out}: training SFT first, with SFT's own defaults (the "
             f"--epochs, --lr and so on given here are for {o.loss})")
         given = {k: getattr(o, k) for k in (*SHARED, *MACHINE, "dtype")}
         # if another process is training it right now, wait until it is done
         train(resolve(Config(loss="sft", resume=True, out=out, **given)), wait=7 * 86400)
+    check_same(out, o, (*SHARED, "hash_of_rows"))
+    return out
 
 
 def scratch(o, rows, device):
@@ -589,65 +608,9 @@ def optimizer_of(o, model):
     return kind(model.parameters(), lr=o.lr, **options)
 
 
-@contextmanager
-def reading(path):
-    """Turn any error while reading this file of a run into one line with a remedy."""
-    try:
-        yield path
-    except Exception as e:                             # which one depends on the damage
-        raise ValueError(f"{path} is missing, damaged or of another version ({type(e).__name__}): "
-                         "restore it, or start that run again with --overwrite") from None
-
-
-def can_resume(o):
-    """True if OUT holds a state to resume, False if it is free. ValueError if a new run would
-    destroy what it holds, or could not write there."""
-    out = Path(o.out).absolute()
-    folder = next(path for path in (out, *out.parents) if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {o.out}: {folder} is not a folder that can be written to")
-    # a failed start leaves nothing but these two
-    made = {path.name for path in out.glob("[!.]*")} - {"config.json", "state.pt.tmp"}
-    # a run killed before its first save has only a log line to lose
-    harmless = o.overwrite or o.resume and ("state.pt" in made or made == {"metrics.jsonl"})
-    if made and not harmless:
-        raise ValueError(f"{o.out} is in use ({', '.join(sorted(made)[:4])}): --resume continues "
-                         "from its state.pt, --overwrite discards it, --out sets another folder")
-    return o.resume and "state.pt" in made
-
-
-def begin(r):
-    """Return True if OUT holds a state to resume; if not, prepare OUT for a new run."""
-    out = r.out
-    if can_resume(r.o):
-        check_same(out, r.config, r.config.keys() - {*MACHINE, "out", "resume", "overwrite"})
-        return True
-    for name in ("metrics.jsonl", "best", "last", "state.pt", "eval.json", "samples.jsonl"):
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write(out / "config.json", json.dumps(r.config, indent=1) + "\n")
-    return False
-
-
-def check_same(out, config, names):
-    """Raise ValueError if the run in `out` has different flags or rows."""
-    with reading(Path(out, "config.json")) as path:
-        old = read_json(path)
-    other = [f"{k} {old.get(k)} (here: {config[k]})" for k in names if old.get(k) != config[k]]
-    if other:
-        raise ValueError(f"the run in {out} differs from this one: {', '.join(sorted(other))}; "
-                         "use the same flags and rows, or move that run away")
-
-
 def report(r):
-    """Print the metrics that the method trains, before and after, and one question's shares."""
-    item, decode = r.items["eval"][0], r.tokenizer.decode
-    s = score_rows(r.model, [item], ("chosen",), r.classes, r.o.dtype)    # on all processes
-    if rank_and_size()[0] > 0:
-        return
-    log = map(json.loads, (r.out / "metrics.jsonl").read_text().splitlines())
-    evals = [x["eval"] for x in log if "eval" in x]
-    before, after = evals[0], evals[-1]
+    """Print the metrics that the method trains, before and after."""
+    evals = [line["eval"] for line in r.lines if "eval" in line]
     kind, of = "joint", "belief and answer"
     if "given" in r.loss.branches:
         kind, of = "given", "the answer given the belief"
@@ -655,18 +618,15 @@ def report(r):
     for name, text in (("jsd", "JSD to the group's shares (0 to 0.833, lower is better)"),
                        (f"{kind}_majority", f"margin of {of}, majority"),
                        (f"{kind}_minority", f"margin of {of}, minority")):
-        if after.get(name) is not None:
-            print(f"  {text:58}{before[name]:9.3f}{after[name]:9.3f}")
-    print(f"\nFor example, the shares of the classes: {decode(item.prompt):.500}")
-    print(" " * 10 + "".join(f"{decode([c]):>7}" for c in r.classes))
-    for name, shares in (("group", s.target), ("model", s.class_logps.softmax(-1))):
-        print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares[0].tolist()))
+        if evals[-1].get(name) is not None:
+            print(f"  {text:58}{evals[0][name]:9.3f}{evals[-1][name]:9.3f}")
     print(f"\nnext: python evaluate.py {r.o.out}, or ask it: --ask \"YOUR QUESTION\"")
 
 
 def main():
     r = train(resolve(Config(**vars(flags().parse_args()))))
-    report(r)
+    if rank_and_size()[0] == 0:
+        report(r)
     leave()
 
 

@@ -22,7 +22,7 @@ import train
 from data import EVAL_BRANCHES, mismatch
 from losses import LOSSES, Loss
 from model import load_model
-from train import Config, eval_metrics, lr_at, optimizer_of, resolve, score_rows, train_step
+from train import Config, evaluate, lr_at, optimizer_of, resolve, score_rows, train_step
 
 torch.set_num_threads(1)               # as in the child processes: runs must be equal bit for bit
 
@@ -79,13 +79,11 @@ def run_of(name, items, **options):
 
 
 def test_an_objective_may_read_any_branch():
-    loss = Loss(lambda s, o: (s.logps[:, 1].sum(-1), {}), ("chosen", "flip"))
-    items = encode(ROW, ROW | {"prompt": "And now?"})
-    r = run_of("sft", items)
-    branches = (*EVAL_BRANCHES, "flip")
-    s = score_rows(r.model, items, branches, CLASS_IDS)
-    metrics = eval_metrics(s, items, branches, loss, r.o)
-    assert metrics["loss"] == pytest.approx(s.logps[:, 3].sum(-1).mean())
+    r = run_of("sft", encode(ROW, ROW | {"prompt": "And now?"}))
+    r.items, r.branches, r.ref = {"eval": r.items["train"]}, {"eval": (*EVAL_BRANCHES, "flip")}, {}
+    r.loss = Loss(lambda s, o: (s.logps[:, 1].sum(-1), {}), ("chosen", "flip"))
+    s = score_rows(r.model, r.items["eval"], r.branches["eval"], CLASS_IDS)
+    assert evaluate(r)["loss"] == pytest.approx(s.logps[:, 3].sum(-1).mean())
 
 
 def one_step(name, **options):
@@ -230,14 +228,14 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     assert not list((sft / "part").glob("**/*.tmp"))
     p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
     for text in ("JSD to the group's shares", "margin of the answer given the belief, majority",
-                 "the shares of the classes", "next: python evaluate.py part"):
+                 "next: python evaluate.py part"):
         assert text in p.stdout
 
 
 def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_unasked(
-        world, tmp_path, call):
-    """It starts only from an SFT run with its own flags and rows, which is trained first. Killed
-    before its first state, it begins again."""
+        world, tmp_path, call, monkeypatch):
+    """It starts only from an SFT run with its own flags and rows, which is trained first. What ends
+    before its first evaluation begins again."""
     shutil.copytree(world, tmp_path / "d")
     path, out = tmp_path / "d/train.jsonl", tmp_path / "o"
     flags = argv("d", "--epochs", 1, "--out", "o")
@@ -250,26 +248,28 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_
             (other, new, "the run in out/d-sft-seed0 differs from this one: hash_of_rows"),
             (rows, [*again, "--beta", 0.3], "o differs from this one: beta 1.0 (here: 0.3); use"),
             (rows, [*new, "--form", "{prompt}:"], "form <Q>{prompt}<A> (here: {prompt}:)"),
-            (rows, flags, "is in use (best, last, metrics.jsonl, state.pt): --resume")):
+            (rows, flags, "is in use (best, last, metrics.jsonl, state.pt): --resume"),
+            (rows, [*flags[:-1], "o/best"], "best is in use (")):
         path.write_text(text)
         refused(call, message, *more, cwd=tmp_path)
-    for name, text in (("state.pt", b"{"), ("metrics.jsonl", b"{\n"), ("metrics.jsonl", b""),
-                       ("config.json", b"{")):
+    for name, message in (("state.pt", "damaged or of another version"),
+                          ("config.json", "not JSON")):
         whole = (out / name).read_bytes()
-        (out / name).write_bytes(text)
-        refused(call, f"o/{name} is missing, damaged or of another version", *again, cwd=tmp_path)
+        (out / name).write_bytes(b"{")
+        refused(call, f"o/{name} is {message}", *again, cwd=tmp_path)
         (out / name).write_bytes(whole)
+    (out / "metrics.jsonl").write_text("{")                # is made again from the state
+    call(train, *again, cwd=tmp_path)
+    assert lines(out) == log
     (out / "state.pt").unlink()
     refused(call, "o is in use (best, last, metrics.jsonl)", *again, cwd=tmp_path)
-    refused(call, "best is in use (", *argv("d", "--out", "o/best"), cwd=tmp_path)
-    assert lines(out) == log
     call(train, *flags, "--overwrite", cwd=tmp_path)
     assert lines(out) == log and (out / "state.pt").is_file()
-    for name in ("best", "last"):
-        shutil.rmtree(out / name)
-    (out / "state.pt").unlink()
-    call(train, *flags, "--resume", cwd=tmp_path)
-    assert lines(out) == log and (out / "last").is_dir()
+    with monkeypatch.context() as m:
+        m.setattr(train, "evaluate", Mock(side_effect=ValueError("killed")))
+        refused(call, "killed", *new, cwd=tmp_path)
+    call(train, *new, "--resume", cwd=tmp_path)
+    assert lines(tmp_path / "p") == log
 
 
 def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(world, tmp_path):
@@ -317,9 +317,8 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
     (["--loss", "gpdo"], "--loss 'gpdo' is unknown: choose from sft, gdpo, gdpo-cal"),
     (["--beta", "big"], "argument --beta: 'big' is not of type float"),
     (["--epochs", "nan"], "argument --epochs: nan is not a finite number >= 0"),
-    (["--n_layer", "0"], "--n_... must be more than 0"),
-    (["--prior", "1"], "--prior must be between 0 and 1"),
-    (["--out", "/dev/null"], "/dev/null is not a folder that can be written to"),
+    (["--loss", "sft", "--n_layer", "0"], "need sizes > 0"),
+    (["--log_every", "0"], "must be more than 0"), (["--out", "/dev/null"], "/dev/null"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no/where"),
     (["--data", "x,"], "has an empty name"),
@@ -330,4 +329,4 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
         world, tmp_path, flags, message, monkeypatch, call):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(call, message, *argv(world), *flags, cwd=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not [*tmp_path.glob("*/*")]
