@@ -330,11 +330,11 @@ def config_from_hf(c):
     return GPTConfig(**{"n_inner": 4 * fields["n_embd"]} | fields)
 
 
-def config_to_hf(cfg, eos, dtype):
+def config_to_hf(cfg, eos):
     """Build the config.json that Hugging Face's classes read. eos: id of the end-of-text token."""
     kind = family(cfg)
     config = {"model_type": kind, "architectures": [NAMES[kind]["hf_class"]], "bos_token_id": eos,
-              "eos_token_id": eos, "dtype": str(dtype).removeprefix("torch.")}
+              "eos_token_id": eos, "dtype": "float32"}
     config |= {key: getattr(cfg, ours) for ours, key in NAMES[kind].items()
                if hasattr(cfg, ours) and key != "-"}
     if cfg.rope_scaling:
@@ -434,23 +434,22 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_model(model, folder, eos, dtype=torch.float32):
-    """Write config.json and model.safetensors in Hugging Face's format to `folder`. The weights
-    are replaced in one rename; config.json is written first and never changes within a run."""
+def save_model(model, folder, eos):
+    """Write config.json and model.safetensors in Hugging Face's format to `folder`, in float32.
+    Each file is replaced in one rename; config.json never changes within a run."""
     folder, views, header, at = Path(folder), on_disk(model), {"__metadata__": {"format": "pt"}}, 0
-    kind = next(k for k, v in DTYPES.items() if v == dtype)
     for name, w in views.items():
-        end = at + w.numel() * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": w.shape, "data_offsets": [at, end]}
+        end = at + 4 * w.numel()
+        header[name] = {"dtype": "F32", "shape": w.shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                    # tensors start at a multiple of 8
     with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(config_to_hf(model.cfg, eos, dtype), indent=2) + "\n")
+        path.write_text(json.dumps(config_to_hf(model.cfg, eos), indent=2) + "\n")
     with replacing(folder / "model.safetensors") as path, open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for w in views.values():                       # one at a time in memory
-            f.write(w.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
+            f.write(w.cpu().contiguous().numpy())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -584,26 +583,20 @@ def train_bpe(texts, vocab_size):
     """Learn merges from texts: the most frequent pair first, on ties the largest bytes, until the
     vocabulary is full or no pair occurs twice. Deterministic."""
     counts = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
-    words = {w: [bytes([b]) for b in w.encode()] for w in sorted(counts)}      # word -> its tokens
-    pairs, merges = Counter(), []
-
-    def count(word, sign):
-        """Add a word's pairs to the counts (sign 1) or subtract them (-1)."""
-        for pair in zip(words[word], words[word][1:]):
-            pairs[pair] += sign * counts[word]
-
-    for word in words:
-        count(word, 1)
+    words = {w: [bytes([b]) for b in w.encode()] for w in counts}      # word -> its tokens
+    merges = []
     while len(merges) < max(1, vocab_size - 257):      # 256 bytes, the merges, <|endoftext|>
+        pairs = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[word]
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
+        if pairs[best] < 2:
             break
         merges.append(best)
         for word, parts in words.items():
-            if best[0] in parts:
-                count(word, -1)
+            if best[0] in parts:                       # else there is nothing to join
                 words[word] = merge(parts, best)
-                count(word, 1)
     spelled = [["".join(CHARS[b] for b in token) for token in pair] for pair in merges]
     tokens = [*CHARS.values(), *map("".join, spelled), EOS]
     return Tokenizer({

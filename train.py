@@ -486,16 +486,15 @@ class Run:
 
     def begin(self):
         """Empty OUT, compute the reference's log-probs and save the first state."""
-        for name in ("state.pt", "metrics.jsonl", "best", "last", "eval.json", "samples.jsonl"):
-            path = self.out / name
-            if rank_and_size()[0] == 0:
+        if rank_and_size()[0] == 0:
+            for name in ("state.pt", "metrics.jsonl", "best", "last", "eval.json", "samples.jsonl"):
+                path = self.out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            write(self.out / "config.json", json.dumps(vars(self.o), indent=1) + "\n")
         if self.loss.reference:        # the policy is still the reference
             self.ref = {split: score_rows(self.model, items, self.branches[split], self.classes,
                                           self.o.dtype, f"reference, {split}").logps
                         for split, items in self.items.items()}
-        if rank_and_size()[0] == 0:
-            write(self.out / "config.json", json.dumps(vars(self.o), indent=1) + "\n")
         self.save_state()
 
     def log(self, **values):

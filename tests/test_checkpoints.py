@@ -26,20 +26,19 @@ def test_what_is_saved_here_or_again_by_transformers_loads_in_both(name, dtype, 
     """In float32, whatever precision it has on disk (the hub's Pythia: float16)."""
     transformers = pytest.importorskip("transformers")
     model = random_model(SHAPES[name])
-    save_model(model, tmp_path, 60, dtype)
+    model.to(dtype).float()                              # rounded, as it will be on disk
+    save_model(model, tmp_path, eos=60)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.config.eos_token_id == 60 and theirs.dtype == dtype
-    theirs.save_pretrained(tmp_path / "again")
-    model.to(dtype).float()                              # rounded, as it is on disk
+    assert theirs.config.eos_token_id == 60 and theirs.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), theirs.eval()(IDS).logits, rtol=0, atol=1e-4)
+    theirs.to(dtype).save_pretrained(tmp_path / "again")
     for folder in (tmp_path, tmp_path / "again"):
         loaded = load_model(folder)
         assert same(loaded, model) and {p.dtype for p in loaded.parameters()} == {torch.float32}
         assert vars(loaded.cfg) | {"n_kv": None} == vars(model.cfg) | {"n_kv": None}
     assert fingerprint(loaded) == fingerprint(model) != fingerprint(random_model(model.cfg, 1))
-    with torch.no_grad():
-        torch.testing.assert_close(logits(model), theirs.float().eval()(IDS).logits,
-                                   rtol=0, atol=1e-4)
 
 
 def change(folder, name="model.safetensors", **tensors):
@@ -90,10 +89,8 @@ def test_each_tensor_is_used_once_and_a_wrong_one_is_named(folder, name, weights
 
 def test_a_missing_shard_or_file_is_named(folder):
     as_shards(folder)
-    (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="found no tensor"):
-        load_model(folder)
-    for pattern, message in (("*.safetensors", "no model.safetensors in .*: give a checkpoint"),
+    for pattern, message in (("*2-of-*", "found no tensor"),
+                             ("*.safetensors", "no model.safetensors in .*: give a checkpoint"),
                              ("*.json", "config.json.* give the folder of a checkpoint")):
         for path in folder.glob(pattern):
             path.unlink()
@@ -102,21 +99,20 @@ def test_a_missing_shard_or_file_is_named(folder):
 
 
 def header(**changes):
-    """The file with these changes in the header, at one of its tensors."""
+    """A function: file -> the file with these changes in the header, at one of its tensors."""
     def damage(raw):
-        n = int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8:8 + n])
-        header["transformer.ln_f.bias"].update(changes)
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        header["transformer.ln_f.bias"] |= changes
         text = json.dumps(header).encode()
-        return len(text).to_bytes(8, "little") + text + raw[8 + n:]
+        return len(text).to_bytes(8, "little") + text + raw[end:]
     return damage
 
 
 @pytest.mark.parametrize("damage", [
     lambda raw: raw[:-1], lambda raw: raw[:100], lambda raw: b"", lambda raw: b"\xff" * 20,
-    lambda raw: b"\x02" + b"\0" * 7 + b"[]", header(shape=[33]), header(shape=None),
-    header(dtype="F8"), header(data_offsets=[0.5, 128.5]),
-    *(header(data_offsets=[at, at + 128]) for at in (10**9, -10**9))], ids=range(11))
+    header(shape=[33]), header(dtype="F8"), header(data_offsets=[10**9, 10**9 + 128]),
+    header(data_offsets=[-10**9, 128 - 10**9])], ids=range(8))
 def test_a_damaged_file_is_one_line_and_nothing_outside_it_is_read(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -127,27 +123,20 @@ def test_a_damaged_file_is_one_line_and_nothing_outside_it_is_read(folder, damag
 @pytest.mark.parametrize("name, change, message", [
     ("gpt2", {"model_type": "mistral"}, "model_type 'mistral' is not one of gpt2"),
     ("gpt2", {"scale_attn_weights": False}, "'scale_attn_weights': False} is not implemented"),
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not implemented here"),
     ("gpt2", {"activation_function": "relu"}, "'relu'} is not implemented here"),
-    ("pythia", {"hidden_act": "relu"}, "'hidden_act': 'relu'} is not implemented here"),
     ("pythia", {"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'} is not implemented"),
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn'} is not implemented here"),
     ("llama", {"head_dim": 16}, "'head_dim': 16} is not implemented here"),
     ("llama", {"num_key_value_heads": 3}, "n_embd divisible by n_head"),
     ("qwen2", {"use_sliding_window": True}, "'use_sliding_window': True} is not implemented"),
-    ("gpt2", {"n_head": 5}, "n_embd divisible by n_head"), ("gpt2", {"n_head": None}, "n_head"),
-    ("gpt2", {"n_head": 0}, "config.json: "), ("gpt2", {"n_head": "4"}, "config.json: "),
+    ("gpt2", {"n_head": 5}, "n_embd divisible by n_head"), ("gpt2", {"n_head": 0}, "config.json"),
 ])
 def test_a_config_that_would_give_other_logits_is_refused(name, change, message, tmp_path):
     save_model(random_model(SHAPES[name]), tmp_path, eos=60)
     config = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items()
-                                                      if v is not None}))
-    with pytest.raises(ValueError, match=message):
-        load_model(tmp_path)
-    for text in ("[]", "{", ""):
+    for text, words in (json.dumps(config), message), ("[]", "config.json"), ("", "config.json"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json: "):
+        with pytest.raises(ValueError, match=words):
             load_model(tmp_path)
 
 

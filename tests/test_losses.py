@@ -230,17 +230,6 @@ def test_hdpo_without_a_reference_learns_the_shares_and_dpo_soft_has_them_as_opt
         assert loss(odds) < min(loss(odds - 0.1), loss(odds + 0.1))
 
 
-@pytest.mark.parametrize("name, pieces, cancels", [
-    ("dpo", ANSWER, True), ("ipo", ANSWER, True), ("kto", ANSWER, False),
-    ("kto", [RESPONSE], True)])
-def test_a_belief_that_both_sides_share_cancels_in_pairs_but_not_in_kto(name, pieces, cancels):
-    """This is why GDPO-KTO must leave the belief out of rewards and z0."""
-    s, _, o = pair(beta=1.0)
-    alone = PREFS[name].term(s, pieces, o).item()
-    s.logps = s.logps + torch.tensor([2.0, 0, 0])
-    assert (PREFS[name].term(s, pieces, o).item() == pytest.approx(alone, rel=1e-6)) == cancels
-
-
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 1, 1), (2, 3, 1), (1, 5, 2, 2), (3, 1, 2)])
 def test_mismatched_pairs_are_a_derangement_over_different_prompts(sizes):
     """Also of odd numbers, and where prompts repeat; every answer is lent once."""

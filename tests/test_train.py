@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import bench
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, SMALL, cli, golden
@@ -19,9 +20,9 @@ from test_data import CLASS_IDS, ROW, encode
 from test_losses import LOSS_OF, items_of
 
 import train
-from data import EVAL_BRANCHES, mismatch
+from data import EVAL_BRANCHES, cost, mismatch
 from losses import LOSSES, Loss
-from model import load_model
+from model import GPT, load_model
 from train import Config, evaluate, lr_at, optimizer_of, resolve, score_rows, train_step
 
 torch.set_num_threads(1)               # as in the child processes: runs must be equal bit for bit
@@ -88,10 +89,9 @@ def test_an_objective_may_read_any_branch():
 
 def one_step(name, **options):
     """(the run, what train_step returns) after a step on 8 rows of unequal lengths."""
-    r = run_of(name, encode(*(
-        ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n,
-               "reject_response": "z" * (15 - n)} for n in (3, 9, 1, 14, 5, 2, 7, 11))),
-        **{"clip": 1e9, "warmup": 0} | options)
+    rows = [ROW | {"prompt": "x" * (n % 4 + 1), "accept_response": "y" * n,
+                   "reject_response": "z" * (15 - n)} for n in (3, 9, 1, 14, 5, 2, 7, 11)]
+    r = run_of(name, encode(*rows), **{"clip": 1e9, "warmup": 0} | options)
     return r, *train_step(r, list(range(8)))
 
 
@@ -102,6 +102,17 @@ def test_a_batch_is_the_same_however_it_is_cut(loss):
     assert sums_a == pytest.approx(sums_b, rel=1e-4) and norm_a == pytest.approx(norm_b, rel=1e-4)
     for p, q in zip(a.model.parameters(), b.model.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", bench.TASKS)
+@pytest.mark.parametrize("loss", ["gdpo", "gdpo-kto"])
+def test_a_step_costs_at_most_a_tenth_more_than_the_floor(task, loss):
+    """Operations on GPT-2's shape, counted without computing."""
+    items = sorted(bench.some_items(task, 48, 50257), key=lambda i: cost(i, ("chosen", "given")))
+    with torch.device("meta"):
+        step = bench.our_step(GPT(bench.SHAPES["gpt2"]), items[20:28], loss)
+    ratio = bench.count([step]) / bench.floor(items[20:28], LOSSES[loss], bench.SHAPES["gpt2"])
+    assert 1 <= ratio < 1.1
 
 
 @pytest.mark.parametrize("case", golden("09"), ids=lambda c: c["name"])
@@ -284,13 +295,6 @@ def test_two_runs_that_need_an_sft_run_train_it_once_with_their_machine_flags(wo
     assert given.items() <= json.loads((folder / "config.json").read_text()).items()
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")])
-def test_what_the_machine_refuses_is_one_line(call, monkeypatch, tmp_path, error):
-    monkeypatch.setattr(train, "train", Mock(side_effect=error))
-    refused(call, "out of memory: lower --micro_batch, add --checkpointing, or", cwd=tmp_path)
-
-
 def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, monkeypatch, tmp_path):
     flags = argv(world, "--loss", "sft", "--epochs", 2, "--out", tmp_path / "x")
     save = torch.save
@@ -308,8 +312,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(sft, world, call, mon
 
 
 def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_path):
-    refused(call, "lower --lr", *argv(world, "--loss", "sft", "--lr", 1e30, "--clip", 1e30,
-                                      "--warmup", 0, "--out", tmp_path / "x"), cwd=sft)
+    flags = argv(world, "--loss", "sft", "--lr", 1e30, "--clip", 1e30, "--warmup", 0)
+    refused(call, "lower --lr", *flags, "--out", tmp_path / "x", cwd=sft)
     assert not (tmp_path / "x/best").exists()
 
 
