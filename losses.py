@@ -210,9 +210,8 @@ LOSSES = {
 # Plumbing: baselines, and the preference terms of other papers
 
 def uniform_sft(s, o):
-    """SFT as if the beliefs were spread evenly. With n options the accepted one is drawn from the
-    shares p and the rejected one evenly from the rest, so that the accepted answer with weight 1/n
-    and the rejected with (n-1)/n stand for each option with p/n + (1-p)/n = 1/n: even, exactly."""
+    """SFT as if the beliefs were spread evenly. Rows accept an option with its share p, and reject
+    one of the other n - 1 evenly: weights 1/n and (n-1)/n give each option p/n + (1-p)/n = 1/n."""
     nll = mean_nll(s.logps, s.counts)                                                 # (B, 2)
     return nll[:, 0] / s.n_options + nll[:, 1] * (1 - 1 / s.n_options), {}
 
@@ -251,9 +250,8 @@ def dpo_soft(s, pieces, o):
 
 
 def hdpo(s, pieces, o):
-    """H-DPO (arXiv 2411.07595) weights the entropy and cross-entropy parts of DPO's KL separately.
-    With alpha = beta it is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): with alpha 1 and
-    beta 0 it needs no reference and learns the shares p themselves from pairs."""
+    """H-DPO (arXiv 2411.07595): DPO if alpha = beta. Its optimum is ref^(beta/alpha) * p^(1/alpha):
+    with alpha 1 and beta 0 it needs no reference and learns the shares p themselves from pairs."""
     chosen, rejected = s.logps[..., pieces].sum(-1).unbind(1)
     ref_chosen, ref_rejected = s.ref[..., pieces].sum(-1).unbind(1)
     return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))

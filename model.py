@@ -484,7 +484,8 @@ class Tokenizer:
         if self.runs:
             self.cuts.insert(0, regex.compile("|".join(sorted(self.runs, key=len)[::-1])))
         self.ids_of = lru_cache(200_000)(self.bpe)
-        self.bytes = {i: bytes(BYTES[c] for c in token) for token, i in self.vocab.items()}
+        self.bytes = {i: bytes(BYTES[c] for c in token) for token, i in self.vocab.items()
+                      if BYTES.keys() >= {*token}}
         self.bytes |= {i: text.encode() for text, i in added.items()}
         self.n_tokens = max(self.bytes) + 1
         named = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token")
@@ -551,10 +552,10 @@ def gpt2_form(files):
 
 def split_patterns(t):
     """Return the regexes that split text before merging, each applied to the pieces of the last.
-    Raises ValueError, naming the part of tokenizer.json, if it is not byte-level BPE."""
-    kind, normalizer = t["model"].get("type", "BPE"), (t.get("normalizer") or {}).get("type")
-    if kind != "BPE" or normalizer not in (None, "NFC"):
-        raise ValueError(f"model {kind}, normalizer {normalizer}")
+    ValueError for a part of tokenizer.json that would need other code."""
+    normalizer = (t.get("normalizer") or {}).get("type", "NFC")
+    if normalizer != "NFC":
+        raise ValueError(f"normalizer {normalizer}")
     splitter, patterns = t.get("pre_tokenizer") or {}, []
     steps = splitter.get("pretokenizers", [splitter])
     for step in steps:

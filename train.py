@@ -148,7 +148,7 @@ def train_step(r, batch):
     device, mine = r.model.head.device, batch[rank::size]
     n = o.micro_batch or len(mine) or 1
     micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]      # n rows each, at most
-    z0, logged = None, []
+    z0, sums = None, {}
     if loss.mismatch:                  # KTO's baseline is the same for all micro-batches
         s = score_rows(r.model, [items[i] for i in batch], ("mismatch",), r.classes, o.dtype)
         z0 = (s.logps[:, 0] - ref[batch, -1]).mean(0).to(device)       # (3,), Eq. 10 by piece
@@ -166,15 +166,14 @@ def train_step(r, batch):
             # DDP takes the mean over processes, this is to be the mean over rows
             (values[:len(index)].sum() * size / len(batch)).backward()
         parts = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
-        logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
+        for name, value in parts.items():
+            value = value.detach()[:len(index)].contiguous()
+            sums[name] = sums.get(name, 0) + value.sum().double()
     norm = float(torch.nn.utils.clip_grad_norm_(r.model.parameters(), o.clip or math.inf))
-    rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # on this process
-    sums = torch.stack([v.sum().double() for v in rows.values()]).tolist()
-    sums = dict(zip(rows, np.sum(gather([sums]), axis=0).tolist()))       # on all processes
+    everyone = gather([torch.stack([*sums.values()]).tolist()])           # a list per process
+    sums = dict(zip(sums, np.sum(everyone, axis=0).tolist()))
     if not math.isfinite(sums["loss"] + norm):
-        bad = gather([items[i].row + 1 for i, v in zip(mine, rows["loss"]) if not v.isfinite()])
-        raise FloatingPointError("the loss or its gradient is not finite: lower --lr"
-                                 + f" (rows {sorted(bad)[:5]} of train.jsonl)" * bool(bad))
+        raise FloatingPointError("the loss or its gradient is not finite: lower --lr")
     r.optimizer.step()
     return sums, norm
 
@@ -610,9 +609,8 @@ def optimizer_of(o, model):
 def report(r):
     """Print the metrics that the method trains, before and after."""
     evals = [line["eval"] for line in r.lines if "eval" in line]
-    kind, of = "joint", "belief and answer"
-    if "given" in r.loss.branches:
-        kind, of = "given", "the answer given the belief"
+    kind = "given" if "given" in r.loss.branches else "joint"
+    of = {"given": "the answer given the belief", "joint": "belief and answer"}[kind]
     print(f"\n{r.o.loss} on {r.o.data}, eval split{'before':>44}{'after':>9}")
     for name, text in (("jsd", "JSD to the group's shares (0 to 0.833, lower is better)"),
                        (f"{kind}_majority", f"margin of {of}, majority"),

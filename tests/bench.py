@@ -201,7 +201,7 @@ def memory_table(o, cfg):
 
 def sampling(o, cfg):
     """Sample eight answers of 64 tokens to each prompt of the opinion task."""
-    prompts = [i.prompt for i in some_items("opinions", o.prompts, cfg.vocab_size)]
+    prompts = [i.prompt for i in some_items("opinions", 1843 if CUDA else 16, cfg.vocab_size)]
     jobs, n = [p for p in sorted(prompts, key=len) for _ in range(8)], 64
     model = GPT(cfg).init_weights(0).to(DEVICE)
     room = torch.cuda.mem_get_info()[0] / 2 if CUDA else 4e9       # as evaluate.sample_rows
@@ -224,7 +224,6 @@ def main():
     parser.add_argument("--micro_batch", type=int, default=0, help="speed: pairs per forward pass")
     parser.add_argument("--checkpointing", action="store_true", help="as in train.py")
     parser.add_argument("--compile", action="store_true", help="as in train.py")
-    parser.add_argument("--prompts", type=int, default=1843 if CUDA else 16, help="sampling")
     o = parser.parse_args()
     cfg = SHAPES[o.shape]
     if o.what in ("memory", "sampling"):

@@ -66,15 +66,6 @@ def test_packing_and_activation_checkpointing_change_no_gradient(name):
             torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [dict(n_head=0), dict(n_layer=-1), dict(n_head=5),
-                                    dict(n_kv=3)])
-def test_sizes_that_no_model_has_and_sequences_beyond_the_context_are_refused(change):
-    with pytest.raises(ValueError, match="n_embd divisible by n_head"):
-        GPTConfig(**TINY | change)
-    with pytest.raises(ValueError, match="49 tokens do not fit the model's context of 48"):
-        random_model(SHAPES["gpt2"])(torch.zeros(1, 49, dtype=torch.long))
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_sampling_under_the_cache_is_sampling_without_it(name):
     """Ragged prompts in one batch, token by token, against whole forward passes row by row."""
@@ -137,8 +128,9 @@ def test_generation_stops_at_the_stop_token_and_the_context_and_samples_no_paddi
     assert len(out) == 8                                 # 48 positions in all
     [out] = model.generate([[1, 2]], 40, 1.0, stop_id=9, seed=3)
     assert 9 not in out[:-1] and out != model.generate([[1, 2]], 40, 1.0, stop_id=9, seed=4)[0]
-    with pytest.raises(ValueError, match="shorten the prompt"):
-        model.generate([[1] * 48], 1)
-    with pytest.raises(ValueError, match="1 to 47 tokens"):
-        model.generate([[]], 1)
+    for prompt in [1] * 48, []:
+        with pytest.raises(ValueError, match="1 to 47 tokens .*: shorten the prompt"):
+            model.generate([prompt], 1)
+    with pytest.raises(ValueError, match="49 tokens do not fit the model's context of 48"):
+        model(torch.zeros(1, 49, dtype=torch.long))
     assert model.generate([], 1) == []

@@ -81,7 +81,9 @@ def run_of(name, items, **options):
 
 def test_an_objective_may_read_any_branch():
     r = run_of("sft", encode(ROW, ROW | {"prompt": "And now?"}))
-    r.items, r.branches, r.ref = {"eval": r.items["train"]}, {"eval": (*EVAL_BRANCHES, "flip")}, {}
+    r.items = {"eval": r.items["train"]}
+    r.branches = {"eval": (*EVAL_BRANCHES, "flip")}
+    r.ref = {}
     r.loss = Loss(lambda s, o: (s.logps[:, 1].sum(-1), {}), ("chosen", "flip"))
     s = score_rows(r.model, r.items["eval"], r.branches["eval"], CLASS_IDS)
     assert evaluate(r)["loss"] == pytest.approx(s.logps[:, 3].sum(-1).mean())
@@ -141,12 +143,11 @@ def test_a_step_under_bf16_changes_float32_weights_and_takes_log_probs_in_float3
     assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["loss"] != b["loss"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
+def test_a_loss_that_is_not_finite_stops_before_the_update():
     r, _, _ = one_step("dpo")
     before = [p.clone() for p in r.model.parameters()]
     r.ref["train"][5, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError,
-                       match=r"is not finite: lower --lr \(rows \[6\] of train.jsonl\)"):
+    with pytest.raises(FloatingPointError, match="is not finite: lower --lr"):
         train_step(r, list(range(8)))
     assert all(torch.equal(p, q) for p, q in zip(r.model.parameters(), before))
 
