@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BRANCHES, Item, class_ids, collate, cost, encode_rows,
-                  epoch_batches, kind_of, load_dataset, load_meta, load_rows, problem_of,
-                  question_of)
+from data import (BRANCHES, Item, class_ids, collate, cost, encode_rows, epoch_batches, kind_of,
+                  load_dataset, load_rows, question_of)
 from losses import BELIEF, CLOSE, RESPONSE, score
 from model import Tokenizer, load_model, train_bpe
 from train import to_tensors
@@ -117,25 +116,51 @@ def save(folder, *rows, **meta):
     return str(folder)
 
 
-def test_rows_that_look_like_mistakes_are_counted(tmp_path, capsys):
-    same = {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}
-    odd = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"}, ROW | same]
-    load_dataset(save(tmp_path / "a", *odd), ("train",))           # none is refused
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[1] for line in said] == [
-        "1 rows with a belief that is not an option",
-        "1 rows with the same answer accepted and rejected",
-        "2 groups, but the prompts do not say which"]
-
-
-def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path):
+def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path, capsys):
     a = save(tmp_path / "a", ROW, belief_to_class={"Yes": "4"})
-    b = save(tmp_path / "b", LONG, belief_to_class={"No": "2"})
+    b = save(tmp_path / "b", LONG | {"group": "B"}, belief_to_class={"No": "2"})
     meta, rows = load_dataset(f"{a},{b}", ("train",))
-    assert rows == {"train": [ROW, LONG]} and meta["belief_to_class"] == {"Yes": "4", "No": "2"}
+    assert rows == {"train": [ROW, LONG | {"group": "B"}]}
+    assert meta["belief_to_class"] == {"Yes": "4", "No": "2"}
+    assert capsys.readouterr().err.endswith("prompts do not name their group: see --form\n")
+    with pytest.raises(ValueError, match="needs a group in every row"):
+        load_dataset(f"{a},{b}", ("train",), "<G>{group}<Q>{prompt}<A>")
     for key, value in ("off_scale", "0"), ("belief_to_class", {"Yes": "5"}):
-        with pytest.raises(ValueError, match=f"{key} (.0. is not|contradicts an earlier)"):
+        with pytest.raises(ValueError, match=f"{key} (differs: None and '0'|of one contradicts)"):
             load_dataset(f"{a},{save(tmp_path / key, ROW, **{key: value})}", ("train",))
+
+
+@pytest.mark.parametrize("meta, problem", [
+    ("[1]", "is not a JSON object"), ("{", "is not a JSON object"), ({}, "'classes' must list"),
+    ({"classes": [0, 1]}, "'classes' must list"),
+    ({"off_scale": "7"}, "'7'.* not among its classes"),
+    ({"stances": {"Yes": 4}}, "4.* not among its classes"),
+    ({"form": "{group}"}, "needs {prompt} once"), ({"form": "{prompt}{Group}"}, "{prompt} once")])
+def test_a_broken_meta_json_is_named_with_its_problem(tmp_path, meta, problem):
+    text = meta if isinstance(meta, str) else json.dumps(meta and {"classes": CLASSES} | meta)
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=f"meta.json.*{problem}"):
+        load_dataset(str(tmp_path), ())
+
+
+@pytest.mark.parametrize("change, problem", [
+    ({"prompt": None}, "'prompt' is missing, empty or of the wrong type: None"),
+    *[(x, f"'{[*x][0]}' is missing") for x in (
+        {"prompt": 5}, {"reject_response": " "}, {"accept_choice": False}, {"options": []},
+        {"context": 5})],
+    ({"accept_choice_id": "7"}, "'7' is not one of"),
+    *[({"probabilities": [*x, 0, 0, 0, 0]}, "a share for each of .* with the sum 1") for x in (
+        (0.6,), (0.5, 0.4), (1.5, -0.5), (float("nan"), 1))],
+    ({"probabilities": ["1", 0, 0, 0, 0, 0]}, ""), ({"reject_choice": None}, "both .* or neither"),
+    ("{}", "is missing"), (json.dumps(ROW)[:40], ""), ("5", "")], ids=str)
+def test_the_line_of_a_broken_row_is_named_with_its_problem(tmp_path, change, problem):
+    bad = change if isinstance(change, str) else json.dumps(ROW | change)
+    (tmp_path / "x").write_text(f"{json.dumps(ROW)}\n\n{bad}\n")
+    with pytest.raises(ValueError, match=f"x, line 3: .*{problem}"):
+        load_rows(tmp_path / "x", CLASSES)
+    (tmp_path / "x").write_text("\n")
+    with pytest.raises(ValueError, match="x has no rows"):
+        load_rows(tmp_path / "x", CLASSES)
 
 
 def test_majority_minority_and_ties():
@@ -181,39 +206,6 @@ def test_packing_and_shared_pieces_change_no_number(family, branches):
         results.append([logps, classes, *(p.grad for p in model.parameters())])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"prompt": None}, "'prompt' is missing"), ({"prompt": 5}, "'prompt' has the wrong type"),
-    ({"reject_response": " "}, "'reject_response' is missing or empty"),
-    ({"accept_choice": False}, "'accept_choice' has the wrong type"),
-    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
-    ({"context": 5}, "'context' has the wrong type"), ({"context": [5]}, "'context' must be text"),
-    *[({"options": x}, "options must be two") for x in (["Yes"], ["Yes", "Yes"], ["Yes", 5])],
-    ({"probabilities": [0.5, 0.5]}, "2 entries for the classes"),
-    *[({"probabilities": [x, 0, 0, 0, 0, y]}, "sum to 1") for x, y in (
-        (0.5, 0.4), (1.5, -0.5), (float("nan"), 1), (True, 0), ("1", 0))],
-    ({"reject_choice": None}, "give both belief texts or neither")], ids=str)
-def test_what_is_wrong_with_a_row_is_named(change, message):
-    assert message in problem_of(ROW | change, CLASSES)
-    assert problem_of(ROW, CLASSES) is None
-
-
-@pytest.mark.parametrize("file, text, problem", [
-    ("rows.jsonl", f"{json.dumps(ROW)}\n\n{json.dumps(ROW)[:40]}", ", line 3: "),
-    ("rows.jsonl", "{}", ", line 1: .*missing"), ("rows.jsonl", "[" * 200000, ", line 1: "),
-    ("rows.jsonl", "5", ", line 1: the line is not a JSON object"), ("rows.jsonl", "\n", " has no"),
-    ("rows.jsonl", json.dumps(ROW | {"prompt": "\ud800"}), ", line 1: "),
-    ("meta.json", "[1]", " must hold a JSON dict"), ("meta.json", "{", " is not JSON"),
-    ("meta.json", "{}", ": 'classes' must list"),
-    ("meta.json", '{"classes": ["0", "0", "1"]}', ": 'classes' must list two or more different"),
-    ("meta.json", '{"classes": ["0", "1"], "off_scale": "7"}', ": 'off_scale' '7' is not one of"),
-    ("meta.json", '{"classes": ["0", "1"], "stances": {"Yes": 4}}', ": 'stances' must map texts"),
-    ("meta.json", '{"classes": ["0", "1"], "form": "{group}"}', ": .*needs {prompt} once")])
-def test_a_broken_file_is_named_with_its_problem(tmp_path, file, text, problem):
-    (tmp_path / file).write_text(text)
-    with pytest.raises(ValueError, match=f"{file}{problem}"):
-        load_meta(tmp_path) if file == "meta.json" else load_rows(tmp_path / file, CLASSES)
 
 
 def test_an_epoch_is_a_pure_function_and_holds_each_row_once():
