@@ -274,8 +274,7 @@ def check_row(row, classes):
     """ValueError if a row is not what the model can be trained on."""
     for name, kind in KINDS.items():
         value = row.get(name)
-        empty = name in FIELDS and str(value).strip() in ("", "[]")
-        if empty or not isinstance(value, kind):
+        if not isinstance(value, kind) or name in FIELDS and str(value).strip() in ("", "[]"):
             raise ValueError(f"field {name!r} is missing, empty or of the wrong type: {value!r}")
         if name.endswith("choice_id") and str(value) not in classes:
             raise ValueError(f"{name} {value!r} is not one of {classes}")
@@ -383,7 +382,7 @@ for scheme in ("http://", "https://"):
 BUSY = {408, 425, 429, *range(500, 600)} - {501}       # statuses worth another try
 LASTING = re.compile("(insufficient|exceeded_current)_quota|parse grammar")  # ... but not with this
 ANSWERED = set()                       # hosts that have answered, so worth waiting for
-SECRETS = set()                        # the keys that were used
+SECRETS = set()                        # the keys in use: hide() masks them
 SLOW = ": raise --timeout, or lower --concurrency, --styles or --max_tokens"
 
 
@@ -405,6 +404,7 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
     check_address(url)
     SECRETS.update(re.findall(r"[?&]\w*key=([^&]+)", url))
     host, shown, spent = url.split("/")[2], url.partition("?")[0], 0
+    pause = pause or (lambda seconds, problem: time.sleep(seconds))
     for attempt in range(1, TRIES + 1):
         wait, most = min(60, PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5), TRIES
         try:                                           # a timeout is 30 s without a byte
@@ -425,10 +425,11 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
                 problem, most = problem + SLOW * (method == "POST"), 3
             elif host not in ANSWERED:
                 problem, most = f"{problem}: is the address right, and the server up?", 4
-        problem, spent = hide(problem), spent + 1 / most       # spent: of our patience
+        problem = hide(problem)
+        spent += 1 / most                              # of our patience with all problems
         if spent >= 1:
             break
-        if pause(wait, problem) if pause else time.sleep(wait):
+        if pause(wait, problem):
             raise ConnectionAbortedError(shown)
     raise ConnectionError(f"{shown}: {problem}" + f", {attempt} times" * (attempt > 1))
 

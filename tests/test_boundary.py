@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,18 +12,19 @@ from typing import Literal
 import pytest
 from conftest import ROOT
 
-from data import Parser, add_flags, progress, read_json, read_text, run, write
+from data import Parser, add_flags, progress, read_json, run, write
 from losses import LOSSES
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-16-le"])
-def test_text_is_utf8_with_or_without_a_mark_and_anything_else_is_one_line(tmp_path, encoding):
-    (tmp_path / "t.csv").write_bytes("Qué?\r\nx\n".encode(encoding))
-    if encoding.startswith("utf-8"):
-        assert read_text(tmp_path / "t.csv") == "Qué?\r\nx\n"
-    else:
-        with pytest.raises(ValueError, match="t.csv is not UTF-8 text"):
-            read_text(tmp_path / "t.csv")
+@pytest.mark.parametrize("content, problem", [
+    *[('{"a": "é"}'.encode(x), "") for x in ("utf-8", "utf-8-sig")],
+    *[('{"a": "é"}'.encode(x), "a.json is not UTF-8") for x in ("cp1252", "utf-16", "utf-16-le")],
+    *[(x, "a.json is not a JSON object") for x in (b"{", b"[1]", b"5")]])
+def test_json_is_utf8_with_or_without_a_mark_and_anything_else_is_one_line(
+        tmp_path, content, problem):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=problem) if problem else nullcontext():
+        assert read_json(tmp_path / "a.json") == {"a": "é"}
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

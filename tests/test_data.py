@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
 from data import (BRANCHES, Item, class_ids, collate, cost, encode_rows, epoch_batches, kind_of,
-                  load_dataset, load_rows, question_of)
+                  load_dataset, question_of)
 from losses import BELIEF, CLOSE, RESPONSE, score
 from model import Tokenizer, load_model, train_bpe
 from train import to_tensors
@@ -26,10 +26,6 @@ def encode(*rows, max_length=96, tokenizer=CharTokenizer(), **kwargs):
     return encode_rows(rows, tokenizer, {"classes": CLASSES}, max_length, **kwargs)
 
 
-def decode(ids):
-    return "".join("$" if i == 127 else " " if i == 94 else chr(i + 33) for i in ids)
-
-
 def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its_own():
     """A belief that an earlier branch went through is scored there alone."""
     [item] = encode(ROW)
@@ -39,8 +35,8 @@ def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its
     b = collate([item], ("chosen", "own", "given", "flip"), CLASS_IDS)
     assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18], [0, 0, 6]]
     assert np.bincount(b["slot"], minlength=12).tolist() == b["counts"].reshape(-1).tolist()
-    assert decode(b["ids"]) == ("<Q>Is it fair?<A>" "4<Yes>Sure.$" "2<No>Never in my life.$"
-                                "Never in my life.$" "Sure.$")
+    (yes, no), (sure, never) = item.beliefs, item.responses
+    assert b["ids"].tolist() == item.prompt + yes + sure + no + never + never + sure
     assert b["first"].tolist() == [0] and b["pair"].tolist() == [[np.float32(0.6), np.float32(0.3)]]
 
 
@@ -111,7 +107,8 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
 
 def save(folder, *rows, **meta):
     folder.mkdir()
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "train.jsonl").write_text("\n".join(["", *lines]))
     (folder / "meta.json").write_text(json.dumps({"classes": CLASSES} | meta))
     return str(folder)
 
@@ -130,37 +127,22 @@ def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path, capsys):
             load_dataset(f"{a},{save(tmp_path / key, ROW, **{key: value})}", ("train",))
 
 
-@pytest.mark.parametrize("meta, problem", [
-    ("[1]", "is not a JSON object"), ("{", "is not a JSON object"), ({}, "'classes' must list"),
-    ({"classes": [0, 1]}, "'classes' must list"),
-    ({"off_scale": "7"}, "'7'.* not among its classes"),
-    ({"stances": {"Yes": 4}}, "4.* not among its classes"),
-    ({"form": "{group}"}, "needs {prompt} once"), ({"form": "{prompt}{Group}"}, "{prompt} once")])
-def test_a_broken_meta_json_is_named_with_its_problem(tmp_path, meta, problem):
-    text = meta if isinstance(meta, str) else json.dumps(meta and {"classes": CLASSES} | meta)
-    (tmp_path / "meta.json").write_text(text)
-    with pytest.raises(ValueError, match=f"meta.json.*{problem}"):
-        load_dataset(str(tmp_path), ())
-
-
-@pytest.mark.parametrize("change, problem", [
-    ({"prompt": None}, "'prompt' is missing, empty or of the wrong type: None"),
-    *[(x, f"'{[*x][0]}' is missing") for x in (
-        {"prompt": 5}, {"reject_response": " "}, {"accept_choice": False}, {"options": []},
-        {"context": 5})],
-    ({"accept_choice_id": "7"}, "'7' is not one of"),
-    *[({"probabilities": [*x, 0, 0, 0, 0]}, "a share for each of .* with the sum 1") for x in (
+@pytest.mark.parametrize("row, meta, problem", [
+    *[(x, {}, f"line 2: field '{[*x][0]}' is missing, empty or of the wrong type") for x in (
+        {"prompt": None}, {"prompt": 5}, {"reject_response": " "}, {"accept_choice": False},
+        {"options": []}, {"context": 5})],
+    *[({"probabilities": [*x, 0, 0, 0, 0]}, {}, "a share for each of .* with the sum 1") for x in (
         (0.6,), (0.5, 0.4), (1.5, -0.5), (float("nan"), 1))],
-    ({"probabilities": ["1", 0, 0, 0, 0, 0]}, ""), ({"reject_choice": None}, "both .* or neither"),
-    ("{}", "is missing"), (json.dumps(ROW)[:40], ""), ("5", "")], ids=str)
-def test_the_line_of_a_broken_row_is_named_with_its_problem(tmp_path, change, problem):
-    bad = change if isinstance(change, str) else json.dumps(ROW | change)
-    (tmp_path / "x").write_text(f"{json.dumps(ROW)}\n\n{bad}\n")
-    with pytest.raises(ValueError, match=f"x, line 3: .*{problem}"):
-        load_rows(tmp_path / "x", CLASSES)
-    (tmp_path / "x").write_text("\n")
-    with pytest.raises(ValueError, match="x has no rows"):
-        load_rows(tmp_path / "x", CLASSES)
+    ({"probabilities": ["1", 0, 0, 0, 0, 0]}, {}, "line 2"), ("5", {}, "line 2"),
+    ({"accept_choice_id": "7"}, {}, "'7' is not one of"), (json.dumps(ROW)[:40], {}, "line 2"),
+    ({"reject_choice": None}, {}, "both belief texts or neither"), ("", {}, "train.jsonl has no"),
+    ({}, {"classes": [0, 1]}, "meta.json: 'classes' must list the labels as strings"),
+    ({}, {"off_scale": "7"}, "'7'.* not among its"), ({}, {"stances": {"Yes": 4}}, "4.* not among"),
+    *[({}, {"form": x}, "needs {prompt} once") for x in ("{group}", "{prompt}{Group}")]], ids=str)
+def test_what_is_wrong_with_a_dataset_is_named(tmp_path, row, meta, problem):
+    with pytest.raises(ValueError, match=problem):
+        load_dataset(save(tmp_path / "a", row if isinstance(row, str) else ROW | row, **meta),
+                     ("train",))
 
 
 def test_majority_minority_and_ties():
@@ -170,11 +152,10 @@ def test_majority_minority_and_ties():
 
 
 def test_a_class_must_be_one_token_also_before_a_belief():
-    with pytest.raises(ValueError, match="class '10' is not a token of its own"):
-        class_ids(CharTokenizer(), ["9", "10"])
     fused = train_bpe(["<< << << <<"], 258)                # its only merge
-    with pytest.raises(ValueError, match="class '<' is not a token of its own"):
-        class_ids(fused, ["<"])
+    for tokenizer, classes in (CharTokenizer(), ["9", "10"]), (fused, ["<"]):
+        with pytest.raises(ValueError, match=f"class '{classes[-1]}' is not a token of its own"):
+            class_ids(tokenizer, classes)
 
 
 def test_rows_too_long_stop_the_run_or_are_left_out_and_counted(capsys):

@@ -106,23 +106,21 @@ def test_shards_come_with_their_index_and_files_of_datasets_by_their_path(hub):
     assert hub_file("datasets/org/set", "data/table.csv").read_text() == "a,b"
 
 
-@pytest.mark.parametrize("name", ["./x", "../x", "a/b/c", "a\\b", "run/x", "/x", "run"])
-def test_what_looks_like_a_folder_is_not_asked_of_the_hub(hub, server, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name, answer, env, words", [
+    *[(x, None, {}, "no folder") for x in ("./x", "../x", "a/b/c", "a\\b", "run/x", "/x")],
+    ("run", None, {}, "run is a run: give one of its checkpoints, such as run/best"),
+    ("org/x", None, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ("org/x", None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "is the address right.*4 times"),
+    ("org/x", (404, ""), {}, "org/x on the hub has no .*config.json"),
+    ("org/x", (401, ""), {}, "401.*it needs an HF_TOKEN"),
+    ("org/x", (200, "a page"), {}, "is HF_ENDPOINT right")], ids=str)
+def test_what_cannot_be_had_is_one_line_and_what_looks_like_a_folder_is_not_asked_of_the_hub(
+        hub, server, tmp_path, monkeypatch, name, answer, env, words):
     data.write(tmp_path / "run/metrics.jsonl", "")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, OSError), match="no folder|run is a run: .* such as run/best"):
-        find_checkpoint(name)
-    assert not server.requests
-
-
-@pytest.mark.parametrize("answer, env, words", [
-    ((404, ""), {}, "org/x on the hub has no .*config.json"),
-    ((401, ""), {}, "401.*it needs an HF_TOKEN"), ((200, "a page"), {}, "is HF_ENDPOINT right"),
-    (None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "is the address right.*4 times"),
-    (None, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")], ids=str)
-def test_what_cannot_be_had_is_one_line(hub, server, monkeypatch, answer, env, words):
     server.answer = lambda r: answer
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
     with pytest.raises((ValueError, OSError), match=words):
-        find_checkpoint("org/x")
+        find_checkpoint(name)
+    assert bool(server.requests) == bool(answer)
