@@ -469,7 +469,7 @@ def check_address(url, where="the address"):
 
 
 # ---------------------------------------------------------------------------------------------
-# The hub: plain HTTP, into Hugging Face's own cache, with HF_HOME, HF_ENDPOINT, HF_TOKEN as there
+# The hub: plain HTTP, into Hugging Face's own cache folder; its variables HF_... are honoured
 
 HF_HOME = Path(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
 
@@ -498,8 +498,8 @@ def find_checkpoint(name):
 def hub_file(repo, *files):
     """Return the path of the first of these files that a hub repository ("datasets/ORG/NAME" for a
     dataset) has, fetching it into the cache if needed."""
-    kind = "" if repo.startswith("datasets/") else "models/"
-    folder = HF_HOME / "hub" / f"{kind}{repo}".replace("/", "--")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or HF_HOME / "hub")
+    folder = cache / (repo if repo.startswith("datasets/") else f"models/{repo}").replace("/", "--")
     main = folder / "refs/main"                        # names the commit fetched last
     commit = read_text(main).strip() if main.is_file() else "main"
     for file in files:
