@@ -127,22 +127,29 @@ def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path, capsys):
             load_dataset(f"{a},{save(tmp_path / key, ROW, **{key: value})}", ("train",))
 
 
-@pytest.mark.parametrize("row, meta, problem", [
-    *[(x, {}, f"line 2: field '{[*x][0]}' is missing, empty or of the wrong type") for x in (
-        {"prompt": None}, {"prompt": 5}, {"reject_response": " "}, {"accept_choice": False},
-        {"options": []}, {"context": 5})],
-    *[({"probabilities": [*x, 0, 0, 0, 0]}, {}, "a share for each of .* with the sum 1") for x in (
-        (0.6,), (0.5, 0.4), (1.5, -0.5), (float("nan"), 1))],
-    ({"probabilities": ["1", 0, 0, 0, 0, 0]}, {}, "line 2"), ("5", {}, "line 2"),
-    ({"accept_choice_id": "7"}, {}, "'7' is not one of"), (json.dumps(ROW)[:40], {}, "line 2"),
-    ({"reject_choice": None}, {}, "both belief texts or neither"), ("", {}, "train.jsonl has no"),
-    ({}, {"classes": [0, 1]}, "meta.json: 'classes' must list the labels as strings"),
-    ({}, {"off_scale": "7"}, "'7'.* not among its"), ({}, {"stances": {"Yes": 4}}, "4.* not among"),
-    *[({}, {"form": x}, "needs {prompt} once") for x in ("{group}", "{prompt}{Group}")]], ids=str)
-def test_what_is_wrong_with_a_dataset_is_named(tmp_path, row, meta, problem):
+@pytest.mark.parametrize("change, problem", [
+    ({"prompt": None}, "line 2: field 'prompt' is missing, empty or of the wrong type: None"),
+    ({"prompt": 5}, "field 'prompt' is missing"),
+    ({"reject_response": " "}, "field 'reject_response' is missing"),
+    ({"accept_choice": False}, "field 'accept_choice' is missing"),
+    ({"options": []}, "field 'options' is missing"), ({"context": 5}, "field 'context' is missing"),
+    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
+    ({"reject_choice": None}, "give both belief texts or neither"),
+    ({"probabilities": ["1", 0, 0, 0, 0, 0]}, "train.jsonl, line 2"),
+    ({"probabilities": [0.6, 0.4]}, "a share for each of"),
+    ({"probabilities": [0.5, 0.4, 0, 0, 0, 0]}, "with the sum 1"),
+    ({"probabilities": [1.5, -0.5, 0, 0, 0, 0]}, "with the sum 1"),
+    ({"probabilities": [float("nan"), 1, 0, 0, 0, 0]}, "with the sum 1"),
+    ({"classes": [0, 1]}, "meta.json: 'classes' must list the labels as strings"),
+    ({"off_scale": "7"}, "meta.json: .*7.* are not among its classes"),
+    ({"stances": {"Yes": 4}}, "meta.json: .4. are not among its classes"),
+    ({"form": "{group}"}, "needs {prompt} once"), ({"form": "{prompt}{Group}"}, "{prompt} once"),
+    ("5", "train.jsonl, line 2"), ('{"prompt": ', "train.jsonl, line 2"), ("", "has no rows")])
+def test_what_is_wrong_with_a_row_or_meta_json_is_named(tmp_path, change, problem):
+    """No field of a row is one of meta.json, so a change can be made to both."""
+    change, row = ({}, change) if isinstance(change, str) else (change, ROW | change)
     with pytest.raises(ValueError, match=problem):
-        load_dataset(save(tmp_path / "a", row if isinstance(row, str) else ROW | row, **meta),
-                     ("train",))
+        load_dataset(save(tmp_path / "a", row, **change), ("train",))
 
 
 def test_majority_minority_and_ties():
