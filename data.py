@@ -1,6 +1,6 @@
 """Rows of preference data -> pieces of tokens -> batches. No torch here: train.py makes tensors.
 
-Second in reading order. A row is one line with a JSON object (see problem_of). Prompt, belief and
+Second in reading order. A row is one line with a JSON object (see check_row). Prompt, belief and
 response are tokenized as three separate pieces and then joined,
     <Q>{prompt}<A> | {class}<{belief text}> | {response}<|endoftext|>      (reviews: {class} alone)
 and every scored token knows its piece. No piece has to be searched for, and a loss simply selects
@@ -9,7 +9,6 @@ the pieces it needs. meta.json can change the prompt's form, for example to name
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
 """
 import argparse
-import errno
 import hashlib
 import inspect
 import json
@@ -20,11 +19,10 @@ import signal
 import sys
 import time
 import typing
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from email.utils import mktime_tz, parsedate_tz
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -224,36 +222,35 @@ def collate(items, branches, classes):
     A branch's belief and response are scored. A belief that an earlier branch of the row has used
     is scored only there, so "given" scores only its response.
     """
-    ids, paths, at, tokens, slot, first = [], [], [], [], [], []
-    counts = np.zeros((len(items), len(branches), 3), np.int64)
-    for b, item in enumerate(items):
+    ids, paths, at, scored, slot, first = [], [], [], [], [], []
+    for item in items:
         spans = {}                                     # "prompt", k or (k, r) -> places in ids
         first.append(len(at))                          # the first branch's class token
-        for s, branch in enumerate(branches):
+        for branch in branches:
             k, r = BRANCHES[branch]
             belief, response = item.beliefs[k], item.responses[r]
             close = int(item.has_close and len(belief) > 1)              # tokens of the final `>`
             n = [0, 0] if k in spans else [len(belief) - close, close]   # a belief counts once
+            n.append(len(response))
             path = []
             for key, piece in ("prompt", item.prompt), (k, belief), ((k, r), response):
                 if key not in spans:
                     spans[key] = range(len(ids), len(ids) + len(piece))
                     ids += piece
                 path += spans[key]
-            n = counts[b, s] = [*n, len(response)]
-            scored = path[-sum(n):]
-            tokens += [ids[i] for i in scored]
+            scored += path[-sum(n):]
             at += path[-sum(n) - 1:-1]                 # each is predicted one place earlier
             slot += [3 * len(paths) + piece for piece in range(3) for _ in range(n[piece])]
             paths.append(path)
-    T = max(map(len, paths))
-    cells = np.zeros(len(ids), np.int64)
+    T, ids = max(map(len, paths)), np.array(ids)
+    cells = np.zeros_like(ids)
     for r, path in enumerate(paths):
         cells[path] = r * T + np.arange(len(path))
         path += path[-1:] * (T - len(path))            # attention is causal: no token sees these
-    columns = np.broadcast_to(np.asarray(classes), (len(at), len(classes)))              # (M, K)
-    return {"ids": np.array(ids), "paths": np.array(paths), "cells": cells, "at": np.array(at),
-            "tokens": np.column_stack([tokens, columns]), "slot": np.array(slot),
+    columns = np.tile(classes, (len(at), 1))           # (M, K)
+    counts = np.bincount(slot, minlength=3 * len(paths)).reshape(len(items), len(branches), 3)
+    return {"ids": ids, "paths": np.array(paths), "cells": cells, "at": np.array(at),
+            "tokens": np.column_stack([ids[scored], columns]), "slot": np.array(slot),
             "first": np.array(first), "counts": counts,
             "target": np.array([i.target for i in items], np.float32),
             "pair": np.array([[i.target[i.accept], i.target[i.reject]] for i in items], np.float32),
@@ -273,29 +270,19 @@ def cost(item, branches):
 KINDS = FIELDS | dict.fromkeys(TEXTS, (str, type(None))) | {"context": (str, list, type(None))}
 
 
-def problem_of(row, classes):
-    """Describe the first problem of a row so that a user can fix it; None if there is none."""
-    if not isinstance(row, dict):
-        return "the line is not a JSON object"
+def check_row(row, classes):
+    """ValueError if a row is not what the model can be trained on."""
     for name, kind in KINDS.items():
         value = row.get(name)
-        if name in FIELDS and (value is None or not str(value).strip()):
-            return f"field {name!r} is missing or empty; the row has {sorted(row)}"
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return f"field {name!r} has the wrong type: {value!r}"
+        if not isinstance(value, kind) or name in FIELDS and str(value).strip() in ("", "[]"):
+            raise ValueError(f"field {name!r} is missing, empty or of the wrong type: {value!r}")
         if name.endswith("choice_id") and str(value) not in classes:
-            return f"{name} {value!r} is not one of {classes}"
-    options, shares = row["options"], row["probabilities"]
-    if {*map(type, row.get("context") or "")} - {str}:
-        return f"field 'context' must be text or a list of texts, got {row['context']}"
-    if {*map(type, options)} != {str} or not 1 < len(options) == len({*options}):
-        return f"options must be two or more different texts, got {options}"
-    if len(shares) != len(classes):
-        return f"probabilities has {len(shares)} entries for the classes {classes} of meta.json"
-    if {*map(type, shares)} - {int, float} or min(shares) < 0 or not abs(sum(shares) - 1) <= 0.02:
-        return f"probabilities must be shares that sum to 1 (within 0.02), got {shares}"
+            raise ValueError(f"{name} {value!r} is not one of {classes}")
+    shares = row["probabilities"]
+    if len(shares) != len(classes) or min(shares) < 0 or not abs(sum(shares) - 1) <= 0.02:
+        raise ValueError(f"probabilities must be a share for each of {classes}, with the sum 1")
     if bool(row.get("accept_choice")) != bool(row.get("reject_choice")):
-        return "accept_choice and reject_choice: give both belief texts or neither"
+        raise ValueError("accept_choice and reject_choice: give both belief texts or neither")
 
 
 def load_rows(path, classes):
@@ -305,13 +292,10 @@ def load_rows(path, classes):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-            json.dumps(rows[-1], ensure_ascii=False).encode()      # a lone surrogate fails
-            problem = problem_of(rows[-1], classes)
-        except (ValueError, RecursionError) as e:
-            problem = e
-        if problem:
-            raise ValueError(f"{path}, line {number}: {problem}: fix or remove it")
+            rows.append(dict(json.loads(line)))
+            check_row(rows[-1], classes)
+        except (ValueError, TypeError) as e:           # TypeError: of shares that are no numbers
+            raise ValueError(f"{path}, line {number}: {e}") from None
     if not rows:
         raise ValueError(f"{path} has no rows: make it again with synth.py")
     return rows
@@ -322,66 +306,40 @@ def load_meta(folder, form=""):
     `form` if given), and maps from belief texts and stances to classes."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no dataset in {folder} (no meta.json): make one with synth.py "
-                                "or fix --data")
-    meta = {"form": FORM, "belief_to_class": {}, "stances": {}} | read_json(path)
-    meta["form"] = str(form or meta["form"])
-    classes, names = meta.get("classes"), re.findall(r"\{(\w+)\}", meta["form"])
-    if not isinstance(classes, list) or {*map(type, classes)} != {str} or (
-            not 1 < len(classes) == len({*classes})):
-        raise ValueError(f"{path}: 'classes' must list two or more different labels as strings")
-    if meta.get("off_scale") not in (None, *classes):
-        raise ValueError(f"{path}: 'off_scale' {meta['off_scale']!r} is not one of {classes}")
-    for name in ("belief_to_class", "stances"):
-        if not isinstance(meta[name], dict) or {*map(str, meta[name].values())} - {*classes}:
-            raise ValueError(f"{path}: {name!r} must map texts to classes of {classes}")
+        raise ValueError(f"no dataset in {folder} (no meta.json): make one with synth.py")
+    meta = {"off_scale": None, "belief_to_class": {}, "stances": {}} | read_json(path)
+    meta["form"] = form or meta.get("form", FORM)
+    names, classes = re.findall(r"\{(\w+)\}", meta["form"]), meta.get("classes") or []
+    if {*map(type, classes)} != {str}:
+        raise ValueError(f"{path}: 'classes' must list the labels as strings, got {classes}")
+    used = {meta["off_scale"], *meta["belief_to_class"].values(), *meta["stances"].values()}
+    if used - {None, *classes}:
+        raise ValueError(f"{path}: {used - {None, *classes}} are not among its classes {classes}")
     if names.count("prompt") != 1 or {*names} - {"prompt", "group"}:
-        raise ValueError(f"{path}: form {meta['form']!r} needs {{prompt}} once, {{group}} optional")
+        raise ValueError(f"{path}: its form needs {{prompt}} once, {{group}} optional: {names}")
     return meta
 
 
 def load_dataset(names, splits, form=""):
-    """Load one dataset folder, or several separated by commas -> (meta, {split: rows}).
-    form replaces the datasets' own prompt form."""
+    """Dataset folders, separated by commas -> (meta, {split: rows}). form: as in load_meta."""
     folders = [Path(name) for name in names.split(",")]
-    if len({*folders}) < len(folders) or "" in names.split(","):
-        raise ValueError(f"--data {names!r} names a dataset twice or has an empty name")
     meta, *others = (load_meta(folder, form) for folder in folders)
-    for folder, other in zip(folders[1:], others):
-        mix(meta, other, folder)
+    for other in others:
+        for key in ("classes", "off_scale", "form"):
+            if other[key] != meta[key]:
+                raise ValueError(f"{names}: {key} differs: {meta[key]!r} and {other[key]!r}")
+        for key in ("belief_to_class", "stances"):
+            if meta[key] | other[key] != other[key] | meta[key]:
+                raise ValueError(f"{names}: {key} of one contradicts another's: fix one")
+            meta[key] |= other[key]
     rows = {split: sum((load_rows(folder / f"{split}.jsonl", meta["classes"])
                         for folder in folders), []) for split in splits}
-    warn_about(sum(rows.values(), []), meta["form"], names)
+    groups = {row.get("group") or "" for row in sum(rows.values(), [])}
+    if "{group}" in meta["form"] and "" in groups:
+        raise ValueError(f"{names}: the form {meta['form']!r} needs a group in every row")
+    if "{group}" not in meta["form"] and len(groups) > 1:
+        print(f"{names}: prompts do not name their group: see --form", file=sys.stderr)
     return meta, rows
-
-
-def mix(meta, other, folder):
-    """Merge another dataset's belief maps into meta. ValueError if the two contradict."""
-    for key in ("classes", "off_scale", "form"):
-        if other.get(key) != meta.get(key):
-            raise ValueError(f"{folder}: its {key} {other.get(key)!r} is not the first dataset's "
-                             f"{meta.get(key)!r}" + ": set one with --form" * (key == "form"))
-    for key in ("belief_to_class", "stances"):
-        if any(meta[key].get(text, label) != label for text, label in other[key].items()):
-            raise ValueError(f"{folder}: its {key} contradicts an earlier dataset's: fix one")
-        meta[key] |= other[key]
-
-
-def warn_about(rows, form, names):
-    """Warn about valid rows that look like mistakes. ValueError for a missing group."""
-    groups, odd = {row.get("group") or "" for row in rows}, Counter()
-    if "{group}" in form and "" in groups:
-        raise ValueError(f"{names}: the form {form!r} needs a group in every row: add it, or give "
-                         "another --form")
-    for row in rows:
-        beliefs = {row.get("accept_choice"), row.get("reject_choice")} - {None, ""}
-        odd["rows with a belief that is not an option"] += not beliefs <= {*row["options"]}
-        odd["rows with the same answer accepted and rejected"] += all(
-            row[f"accept_{k}"] == row[f"reject_{k}"] for k in ("choice_id", "response"))
-    if "{group}" not in form and len(groups) > 1:
-        odd["groups, but the prompts do not say which: see --form"] = len(groups)
-    for what in filter(odd.get, odd):
-        print(f"{names}: {odd[what]} {what}", file=sys.stderr)
 
 
 def dataset_name(names):
@@ -397,29 +355,20 @@ def read_text(path):
     return text
 
 
-def read_json(path, kind=dict):
-    """Read a JSON file that must hold a `kind`. ValueError with its path if it does not."""
+def read_json(path):
+    """Read a file that must hold a JSON object. ValueError with its path if it does not."""
     try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON ({e}): make or fetch it again") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} must hold a JSON {kind.__name__}, not a {type(value).__name__}")
-    return value
+        return dict(json.loads(read_text(path)))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is not a JSON object ({e}): make or fetch it again") from None
 
 
 def write(path, text):
-    """Write a text file under a name unique to this process, then rename it, so that path never
-    holds half a file, whatever other processes do."""
+    """Write a text file under a name of this process, then rename it: path never holds a half."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(text.encode())
-        os.replace(temporary, path)
-    except OSError as e:                               # a full-disk error names no file
-        raise OSError(e.errno, e.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(text.encode())
+    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,11 +376,13 @@ def write(path, text):
 
 PAUSE, TRIES = 1.0, 8                  # seconds before the second attempt; attempts
 SESSION = requests.Session()           # keeps connections open: a new one costs 20 ms over TLS
+SESSION.auth = lambda r: r             # without it, ~/.netrc would override the headers
 for scheme in ("http://", "https://"):
     SESSION.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=1000))
 BUSY = {408, 425, 429, *range(500, 600)} - {501}       # statuses worth another try
 LASTING = re.compile("(insufficient|exceeded_current)_quota|parse grammar")  # ... but not with this
 ANSWERED = set()                       # hosts that have answered, so worth waiting for
+SECRETS = set()                        # the keys in use: hide() masks them
 SLOW = ": raise --timeout, or lower --concurrency, --styles or --max_tokens"
 
 
@@ -451,56 +402,48 @@ def request(method, url, headers=None, read=None, pause=None, **kwargs):
     connections and TryAgain, with exponential backoff or after the wait the server asks for. Any
     other status raises Refused. pause(seconds, problem) may return True to give up."""
     check_address(url)
-    host, shown, seen = url.split("/")[2], url.partition("?")[0], Counter()
+    SECRETS.update(re.findall(r"[?&]\w*key=([^&]+)", url))
+    host, shown, spent = url.split("/")[2], url.partition("?")[0], 0
     pause = pause or (lambda seconds, problem: time.sleep(seconds))
-    # A timeout is 30 s without a byte. Without an auth, ~/.netrc would override the headers.
-    kwargs = {"timeout": (10, 30), "auth": lambda r: r} | kwargs
     for attempt in range(1, TRIES + 1):
         wait, most = min(60, PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5), TRIES
-        try:
-            answer = SESSION.request(method, url, headers=headers, **kwargs)
+        try:                                           # a timeout is 30 s without a byte
+            answer = SESSION.request(method, url, headers=headers, **{"timeout": (10, 30)} | kwargs)
             ANSWERED.add(host)
             if answer.status_code < 300:
                 return read(answer) if read else answer
-            problem = hide(answer.text or answer.reason, url, headers, kwargs)
-            if answer.status_code in (401, 403) and not (headers or kwargs.get("params")):
-                problem += " (no key was sent: set API_KEY, or HF_TOKEN for the hub)"
+            problem = hide(answer.text or answer.reason)
             if answer.status_code not in BUSY or LASTING.search(answer.text):
                 raise Refused(shown, answer.status_code, problem)
             problem = f"the server answered {answer.status_code}: {problem}"
             wait = wait_of(answer) or wait
         except TryAgain as e:
             problem, most = (*e.args, TRIES)[:2]
-            problem = hide(problem, url, headers, kwargs)
         except requests.RequestException as e:         # its text may contain a header
             problem = type(e).__name__
             if "Read timed out" in str(e):
                 problem, most = problem + SLOW * (method == "POST"), 3
             elif host not in ANSWERED:
                 problem, most = f"{problem}: is the address right, and the server up?", 4
-        seen[problem] += 1
-        if seen[problem] >= most or attempt == TRIES:
-            raise ConnectionError(f"{shown}: {problem}" + f", {attempt} times" * (attempt > 1))
+        problem = hide(problem)
+        spent += 1 / most                              # of our patience with all problems
+        if spent >= 1:
+            break
         if pause(wait, problem):
             raise ConnectionAbortedError(shown)
+    raise ConnectionError(f"{shown}: {problem}" + f", {attempt} times" * (attempt > 1))
 
 
 def wait_of(answer):
     """Seconds that a busy server asks us to wait, at most 600; 0 if it does not say."""
-    after, hub = (answer.headers.get(name, "") for name in ("Retry-After", "ratelimit"))
-    named = (re.fullmatch(r"(\d+\.?\d*)", after) or re.search(r"\bt=(\d+)", hub)
-             or re.search(r'"retryDelay": *"(\d+\.?\d*)s"', answer.text))      # Gemini's
-    date = parsedate_tz(after)                         # Retry-After may be a date
-    seconds = float(named[1]) if named else mktime_tz(date) - time.time() if date else 0
-    return max(0, min(600, seconds))
+    asked = answer.headers.get("Retry-After") or answer.headers.get("ratelimit", "")
+    seconds = re.fullmatch(r"(\d+)", asked) or re.search(r"\bt=(\d+)", asked)     # t=: the hub's
+    return min(600, int(seconds[1])) if seconds else 0
 
 
-def hide(words, url, headers, kwargs):
-    """Put a message on one line of at most 500 characters, masking the keys that were sent, but not
-    a local server's dummy key such as "x", which would garble the words that contain it."""
-    keys = [*(headers or {}).values(), (kwargs.get("params") or {}).get("apikey"),
-            *re.findall(r"[?&]\w*key=([^&]+)", url)]
-    for key in (key.removeprefix("Bearer ") for key in keys if key):
+def hide(words):
+    """One line of at most 500 characters without our keys; a dummy key such as "x" may stay."""
+    for key in SECRETS:
         words = words.replace(key, "***") if len(key) > 5 else words
     return " ".join(words.split())[:500]
 
@@ -514,6 +457,7 @@ def key_from(*names):
         if not re.fullmatch("[!-~]*", key):
             raise ValueError(f"{name} holds a line break or another character that no key can have")
         if key:
+            SECRETS.add(key)
             return key
     return ""
 
@@ -525,41 +469,35 @@ def check_address(url, where="the address"):
 
 
 # ---------------------------------------------------------------------------------------------
-# The hub: plain HTTP, into Hugging Face's own cache folder. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME,
-# HF_HUB_CACHE and HF_HUB_OFFLINE.
+# The hub: plain HTTP, into Hugging Face's own cache folder; its variables HF_... are honoured
 
 HF_HOME = Path(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
-CHECKPOINT = [  # a checkpoint's files: from each list, the first that exists
-    ["tokenizer_config.json", "config.json"], ["config.json"],
-    ["tokenizer.json", "vocab.json"], ["merges.txt", "tokenizer.json"],
-    ["model.safetensors", "model.safetensors.index.json"]]
 
 
 def find_checkpoint(name):
     """Return a checkpoint folder: a local one, or that of a model on the hub ("gpt2",
     "EleutherAI/pythia-70m"), after fetching its missing files, all from one commit."""
     path = Path(name)
-    if name and (path / "metrics.jsonl").is_file():
+    if (path / "metrics.jsonl").is_file():
         raise ValueError(f"{name} is a run: give one of its checkpoints, such as {name}/best")
-    if name and path.is_dir():
+    if path.is_dir():
         return path
     local = path.exists() or "/" in name and path.parent.is_dir()
-    if local or not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", name):
+    if local or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"no folder {name} (nor a hub name, such as gpt2 or ORG/MODEL)")
-    try:
-        for choices in CHECKPOINT:
-            path = hub_file(name, *choices)
-        if path.name.endswith(".index.json"):
-            for shard in {*re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(path))}:
-                hub_file(name, shard)
-    except (ValueError, OSError) as e:
-        raise ValueError(f"there is no folder {name}; on the hub: {e}") from None
-    return path.parent
+    for files in (["tokenizer_config.json", "config.json"], ["tokenizer.json", "vocab.json"],
+                  ["merges.txt", "tokenizer.json"], ["config.json"]):
+        hub_file(name, *files)
+    weights = hub_file(name, "model.safetensors", "model.safetensors.index.json")
+    if weights.suffix == ".json":
+        for shard in {*re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(weights))}:
+            hub_file(name, shard)
+    return weights.parent
 
 
 def hub_file(repo, *files):
     """Return the path of the first of these files that a hub repository ("datasets/ORG/NAME" for a
-    dataset) has, fetching it into the cache if needed. FileNotFoundError if it has none."""
+    dataset) has, fetching it into the cache if needed."""
     cache = Path(os.environ.get("HF_HUB_CACHE") or HF_HOME / "hub")
     folder = cache / (repo if repo.startswith("datasets/") else f"models/{repo}").replace("/", "--")
     main = folder / "refs/main"                        # names the commit fetched last
@@ -589,39 +527,36 @@ def fetch(url, folder, file):
     """Download a hub file into the cache and return its path. An interrupted download is kept, and
     the next try resumes it. The sha256 is checked if the hub gives one."""
     part = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.incomplete"
-    for attempt in range(TRIES):
-        have = part.stat().st_size if part.is_file() else 0
-        ranged = {"Range": f"bytes={have - 1}-"} if have else {}   # the end itself is refused
-        headers = {"Accept-Encoding": "identity"} | hub_headers() | ranged
-        answer = request("GET", url, headers, stream=True)
-        # The hub redirects to a storage server: its own headers are then in the history.
-        told = next((x for x in answer.history if "x-repo-commit" in x.headers), answer).headers
-        if not re.fullmatch(r"\w+", told.get("x-repo-commit", "")):
-            raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
-        start = have - 1 if answer.status_code == 206 else 0
-        rest = int(answer.headers.get("content-length", 0))
-        size = int(told.get("x-linked-size") or start + rest)
-        bar = progress(desc=file, total=size, initial=start, unit="B", unit_scale=True)
-        if not have:                   # else part exists, unless another process has completed it
-            folder.mkdir(parents=True, exist_ok=True)
-            part.touch()
-        with answer, bar, open(part, "r+b") as f, suppress(requests.RequestException):
-            f.seek(start)
-            for chunk in answer.iter_content(1 << 16):
-                bar.update(f.write(chunk))
-        if part.stat().st_size >= size:
-            break
-        time.sleep(PAUSE * 2 ** attempt)
-    else:
-        raise ConnectionError(f"{url}: the download broke off: run the command again to resume it")
-    sha = told.get("x-linked-etag", "")
-    if len(sha) == 66 and sha != f'"{hashlib.sha256(np.memmap(part, mode="r")).hexdigest()}"':
+    have = part.stat().st_size if part.is_file() else 0
+    ranged = {"Range": f"bytes={have - 1}-"} if have else {}       # the end itself is refused
+    headers = {"Accept-Encoding": "identity"} | hub_headers() | ranged
+    answer = request("GET", url, headers, stream=True)
+    # The hub redirects to a storage server: its own headers are then in the history.
+    told = next((x for x in answer.history if "x-repo-commit" in x.headers), answer).headers
+    commit, sha = told.get("x-repo-commit", ""), told.get("x-linked-etag", "").strip('"')
+    if not re.fullmatch(r"\w+", commit):
+        raise ValueError(f"{url}: the answer names no commit: is HF_ENDPOINT right?")
+    start = have - 1 if answer.status_code == 206 else 0
+    size = start + int(answer.headers.get("content-length", 0))
+    bar = progress(desc=file, total=size, initial=start, unit="B", unit_scale=True)
+    if not have:                       # else part exists, unless another process has completed it
+        folder.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    with answer, bar, open(part, "r+b") as f, suppress(requests.RequestException):
+        f.seek(start)
+        for chunk in answer.iter_content(1 << 16):
+            bar.update(f.write(chunk))
+    if have < part.stat().st_size < size:              # it broke off on the way
+        return fetch(url, folder, file)
+    if part.stat().st_size < size:
+        raise ConnectionError(f"{url} broke off: run the command again to resume it")
+    if len(sha) == 64 and sha != hashlib.sha256(np.memmap(part, mode="r")).hexdigest():
         part.unlink()
         raise ValueError(f"{url}: its sha256 differs from the hub's: run the command again")
-    path = folder / "snapshots" / told["x-repo-commit"] / file
+    path = folder / "snapshots" / commit / file
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, path)
-    write(folder / "refs/main", told["x-repo-commit"])
+    write(folder / "refs/main", commit)
     return path
 
 
@@ -635,46 +570,38 @@ def add_flags(parser, config, names=None, skip=()):
     for field in fields(config):
         if field.name in skip or names and field.name not in names:
             continue
-        # float | None -> [float]; Literal["a", "b"] | None -> ["a", "b"]
-        kinds = [x for k in typing.get_args(field.type) or [field.type] if k is not type(None)
-                 for x in typing.get_args(k) or [k]]
-        how = {"choices": kinds}
-        if isinstance(kinds[0], type):
-            how = {"type": partial(parse, kinds[0])}
-        if kinds[0] is bool:
+        kind, *others = typing.get_args(field.type) or [field.type]    # float | None -> float
+        how = {"type": kind} if isinstance(kind, type) else {"choices": [kind, *others]}
+        if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         text = help_of[field.name].replace("%", "%%")
         shown = f" [{field.default}]" if field.default not in (None, "") else ""
         parser.add_argument(f"--{field.name}", default=field.default, help=text + shown, **how)
 
 
-def parse(kind, text):
-    """Parse a flag's value. argparse turns the error into one line that names the flag."""
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
-    if kind is not str and not 0 <= value < float("inf"):          # also refuses NaN
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
-    return value
-
-
-def help_first(name, flags):
-    """Answer --help at once. name: the calling script's __name__; flags: a function that makes its
-    parser. A script calls this above its slow imports, during which Ctrl-C simply ends it."""
-    if name == "__main__" and {"-h", "--help"} & {*sys.argv}:
-        run(lambda: flags().parse_args())
-    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Parser(argparse.ArgumentParser):
-    """No abbreviated flags; a mistyped flag or value is a one-line error."""
+    """No abbreviated flags, no negative numbers or NaN; a mistake is a one-line error."""
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def parse_args(self, args=None):
+        flags = super().parse_args(args)
+        for name, value in vars(flags).items():
+            if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+                self.error(f"argument --{name}: {value} is not a finite number >= 0")
+        return flags
+
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
+
+
+def help_first(name, flags):
+    """Called by the script `name` above its slow imports, during which Ctrl-C simply ends it.
+    Answers --help at once. flags: a function that makes the parser."""
+    if name == "__main__":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if {"-h", "--help"} & {*sys.argv}:
+            run(lambda: flags().parse_args())
 
 
 CAUSES = {                             # pattern in torch's error -> what it means
@@ -688,37 +615,33 @@ CAUSES = {                             # pattern in torch's error -> what it mea
 def run(main):
     """Call main(). A user's mistake or a failure of the machine becomes one line on stderr and exit
     code 2. Under torchrun every process hits a user's mistake, but only the first prints it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:          # see help_first
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # see help_first
     for stream in (sys.stdout, sys.stderr):            # a terminal without ± shows a ?
-        getattr(stream, "reconfigure", lambda **kwargs: None)(errors="replace")
+        stream.reconfigure(errors="replace")
+    parallel = "TORCHELASTIC_RUN_ID" in os.environ
+    speaks = not parallel or os.environ.get("RANK") == "0"
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:                            # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as e:
-        own = isinstance(e, (RuntimeError, MemoryError))           # from torch, in one process
-        words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-        if getattr(e, "errno", None) == errno.ENOSPC:
-            words += ": free some space and run again (train.py: with --resume)"
-        if own:
-            causes = [CAUSES[x] for x in CAUSES if re.search(x, f"{type(e).__name__}: {e}", re.I)]
-            if not causes:
-                raise                                  # a bug of ours
-            words = f"{causes[0]}; --resume continues from the last saved state"
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()
-        parallel = "TORCHELASTIC_RUN_ID" in os.environ
-        if own or not parallel or os.environ.get("RANK") == "0":
-            words = f"{Path(sys.argv[0]).name}: error: {' '.join(words.split())}"
-            print(words, file=sys.stderr, flush=True)
-        if parallel:                                   # torch's threads may abort a plain exit
-            sys.stdout.flush()
-            os._exit(2)
-        sys.exit(2)
+        os._exit(141)
+    except (ValueError, OSError, FloatingPointError) as e:
+        words = str(e)
+    except (RuntimeError, MemoryError) as e:           # from torch, in one process
+        causes = [CAUSES[x] for x in CAUSES if re.search(x, f"{type(e).__name__}: {e}", re.I)]
+        if not causes:
+            raise                                      # a bug of ours
+        words, speaks = f"{causes[0]}; --resume continues from the last saved state", True
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    if speaks:
+        words = f"{Path(sys.argv[0]).name}: error: {' '.join(words.split())}"
+        print(words, file=sys.stderr, flush=True)
+    if parallel:                                       # torch's threads may abort a plain exit
+        sys.stdout.flush()
+        os._exit(2)
+    sys.exit(2)
 
 
 def progress(*args, **kwargs):

@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import GOLDEN, SHARED, CharTokenizer, golden, real_data
 
-from data import (BRANCHES, Item, class_ids, collate, cost, encode_rows,
-                  epoch_batches, kind_of, load_dataset, load_meta, load_rows, problem_of,
-                  question_of)
+from data import (BRANCHES, Item, class_ids, collate, cost, encode_rows, epoch_batches, kind_of,
+                  load_dataset, question_of)
 from losses import BELIEF, CLOSE, RESPONSE, score
 from model import Tokenizer, load_model, train_bpe
 from train import to_tensors
@@ -27,10 +26,6 @@ def encode(*rows, max_length=96, tokenizer=CharTokenizer(), **kwargs):
     return encode_rows(rows, tokenizer, {"classes": CLASSES}, max_length, **kwargs)
 
 
-def decode(ids):
-    return "".join("$" if i == 127 else " " if i == 94 else chr(i + 33) for i in ids)
-
-
 def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its_own():
     """A belief that an earlier branch went through is scored there alone."""
     [item] = encode(ROW)
@@ -40,8 +35,8 @@ def test_a_row_becomes_pieces_that_are_laid_down_once_and_each_branch_scores_its
     b = collate([item], ("chosen", "own", "given", "flip"), CLASS_IDS)
     assert b["counts"][0].tolist() == [[5, 1, 6], [4, 1, 18], [0, 0, 18], [0, 0, 6]]
     assert np.bincount(b["slot"], minlength=12).tolist() == b["counts"].reshape(-1).tolist()
-    assert decode(b["ids"]) == ("<Q>Is it fair?<A>" "4<Yes>Sure.$" "2<No>Never in my life.$"
-                                "Never in my life.$" "Sure.$")
+    (yes, no), (sure, never) = item.beliefs, item.responses
+    assert b["ids"].tolist() == item.prompt + yes + sure + no + never + never + sure
     assert b["first"].tolist() == [0] and b["pair"].tolist() == [[np.float32(0.6), np.float32(0.3)]]
 
 
@@ -112,30 +107,49 @@ def test_the_belief_likelihood_agrees_with_golden_04(case):
 
 def save(folder, *rows, **meta):
     folder.mkdir()
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "train.jsonl").write_text("\n".join(["", *lines]))
     (folder / "meta.json").write_text(json.dumps({"classes": CLASSES} | meta))
     return str(folder)
 
 
-def test_rows_that_look_like_mistakes_are_counted(tmp_path, capsys):
-    same = {"reject_choice_id": "4", "reject_choice": "Yes", "reject_response": "Sure."}
-    odd = [ROW, ROW | {"accept_choice": "Zed"}, ROW | {"group": "A"}, ROW | same]
-    load_dataset(save(tmp_path / "a", *odd), ("train",))           # none is refused
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[1] for line in said] == [
-        "1 rows with a belief that is not an option",
-        "1 rows with the same answer accepted and rejected",
-        "2 groups, but the prompts do not say which"]
-
-
-def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path):
+def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path, capsys):
     a = save(tmp_path / "a", ROW, belief_to_class={"Yes": "4"})
-    b = save(tmp_path / "b", LONG, belief_to_class={"No": "2"})
+    b = save(tmp_path / "b", LONG | {"group": "B"}, belief_to_class={"No": "2"})
     meta, rows = load_dataset(f"{a},{b}", ("train",))
-    assert rows == {"train": [ROW, LONG]} and meta["belief_to_class"] == {"Yes": "4", "No": "2"}
+    assert rows == {"train": [ROW, LONG | {"group": "B"}]}
+    assert meta["belief_to_class"] == {"Yes": "4", "No": "2"}
+    assert capsys.readouterr().err.endswith("prompts do not name their group: see --form\n")
+    with pytest.raises(ValueError, match="needs a group in every row"):
+        load_dataset(f"{a},{b}", ("train",), "<G>{group}<Q>{prompt}<A>")
     for key, value in ("off_scale", "0"), ("belief_to_class", {"Yes": "5"}):
-        with pytest.raises(ValueError, match=f"{key} (.0. is not|contradicts an earlier)"):
+        with pytest.raises(ValueError, match=f"{key} (differs: None and '0'|of one contradicts)"):
             load_dataset(f"{a},{save(tmp_path / key, ROW, **{key: value})}", ("train",))
+
+
+@pytest.mark.parametrize("change, problem", [
+    ({"prompt": None}, "line 2: field 'prompt' is missing, empty or of the wrong type: None"),
+    ({"prompt": 5}, "field 'prompt' is missing"),
+    ({"reject_response": " "}, "field 'reject_response' is missing"),
+    ({"accept_choice": False}, "field 'accept_choice' is missing"),
+    ({"options": []}, "field 'options' is missing"), ({"context": 5}, "field 'context' is missing"),
+    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
+    ({"reject_choice": None}, "give both belief texts or neither"),
+    ({"probabilities": ["1", 0, 0, 0, 0, 0]}, "train.jsonl, line 2"),
+    ({"probabilities": [0.6, 0.4]}, "a share for each of"),
+    ({"probabilities": [0.5, 0.4, 0, 0, 0, 0]}, "with the sum 1"),
+    ({"probabilities": [1.5, -0.5, 0, 0, 0, 0]}, "with the sum 1"),
+    ({"probabilities": [float("nan"), 1, 0, 0, 0, 0]}, "with the sum 1"),
+    ({"classes": [0, 1]}, "meta.json: 'classes' must list the labels as strings"),
+    ({"off_scale": "7"}, "meta.json: .*7.* are not among its classes"),
+    ({"stances": {"Yes": 4}}, "meta.json: .4. are not among its classes"),
+    ({"form": "{group}"}, "needs {prompt} once"), ({"form": "{prompt}{Group}"}, "{prompt} once"),
+    ("5", "train.jsonl, line 2"), ('{"prompt": ', "train.jsonl, line 2"), ("", "has no rows")])
+def test_what_is_wrong_with_a_row_or_meta_json_is_named(tmp_path, change, problem):
+    """No field of a row is one of meta.json, so a change can be made to both."""
+    change, row = ({}, change) if isinstance(change, str) else (change, ROW | change)
+    with pytest.raises(ValueError, match=problem):
+        load_dataset(save(tmp_path / "a", row, **change), ("train",))
 
 
 def test_majority_minority_and_ties():
@@ -145,11 +159,10 @@ def test_majority_minority_and_ties():
 
 
 def test_a_class_must_be_one_token_also_before_a_belief():
-    with pytest.raises(ValueError, match="class '10' is not a token of its own"):
-        class_ids(CharTokenizer(), ["9", "10"])
     fused = train_bpe(["<< << << <<"], 258)                # its only merge
-    with pytest.raises(ValueError, match="class '<' is not a token of its own"):
-        class_ids(fused, ["<"])
+    for tokenizer, classes in (CharTokenizer(), ["9", "10"]), (fused, ["<"]):
+        with pytest.raises(ValueError, match=f"class '{classes[-1]}' is not a token of its own"):
+            class_ids(tokenizer, classes)
 
 
 def test_rows_too_long_stop_the_run_or_are_left_out_and_counted(capsys):
@@ -181,39 +194,6 @@ def test_packing_and_shared_pieces_change_no_number(family, branches):
         results.append([logps, classes, *(p.grad for p in model.parameters())])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"prompt": None}, "'prompt' is missing"), ({"prompt": 5}, "'prompt' has the wrong type"),
-    ({"reject_response": " "}, "'reject_response' is missing or empty"),
-    ({"accept_choice": False}, "'accept_choice' has the wrong type"),
-    ({"accept_choice_id": "7"}, "accept_choice_id '7' is not one of"),
-    ({"context": 5}, "'context' has the wrong type"), ({"context": [5]}, "'context' must be text"),
-    *[({"options": x}, "options must be two") for x in (["Yes"], ["Yes", "Yes"], ["Yes", 5])],
-    ({"probabilities": [0.5, 0.5]}, "2 entries for the classes"),
-    *[({"probabilities": [x, 0, 0, 0, 0, y]}, "sum to 1") for x, y in (
-        (0.5, 0.4), (1.5, -0.5), (float("nan"), 1), (True, 0), ("1", 0))],
-    ({"reject_choice": None}, "give both belief texts or neither")], ids=str)
-def test_what_is_wrong_with_a_row_is_named(change, message):
-    assert message in problem_of(ROW | change, CLASSES)
-    assert problem_of(ROW, CLASSES) is None
-
-
-@pytest.mark.parametrize("file, text, problem", [
-    ("rows.jsonl", f"{json.dumps(ROW)}\n\n{json.dumps(ROW)[:40]}", ", line 3: "),
-    ("rows.jsonl", "{}", ", line 1: .*missing"), ("rows.jsonl", "[" * 200000, ", line 1: "),
-    ("rows.jsonl", "5", ", line 1: the line is not a JSON object"), ("rows.jsonl", "\n", " has no"),
-    ("rows.jsonl", json.dumps(ROW | {"prompt": "\ud800"}), ", line 1: "),
-    ("meta.json", "[1]", " must hold a JSON dict"), ("meta.json", "{", " is not JSON"),
-    ("meta.json", "{}", ": 'classes' must list"),
-    ("meta.json", '{"classes": ["0", "0", "1"]}', ": 'classes' must list two or more different"),
-    ("meta.json", '{"classes": ["0", "1"], "off_scale": "7"}', ": 'off_scale' '7' is not one of"),
-    ("meta.json", '{"classes": ["0", "1"], "stances": {"Yes": 4}}', ": 'stances' must map texts"),
-    ("meta.json", '{"classes": ["0", "1"], "form": "{group}"}', ": .*needs {prompt} once")])
-def test_a_broken_file_is_named_with_its_problem(tmp_path, file, text, problem):
-    (tmp_path / file).write_text(text)
-    with pytest.raises(ValueError, match=f"{file}{problem}"):
-        load_meta(tmp_path) if file == "meta.json" else load_rows(tmp_path / file, CLASSES)
 
 
 def test_an_epoch_is_a_pure_function_and_holds_each_row_once():

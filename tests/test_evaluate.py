@@ -231,7 +231,7 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["nowhere"], "nowhere is not a finished run of train.py"),
     ([], "the following arguments are required: OUT"),
-    (["x", "--samples", "many"], "'many' is not of type int"),
+    (["x", "--samples", "many"], "invalid int value: 'many'"),
     (["x", "--samples", "-1"], "-1 is not a finite number >= 0"),
     (["x", "--device", "mars"], "invalid choice: 'mars'"),
     (["x", "--judge", "j", "--samples", "0"], "--judge, --embeddings need --samples"),
