@@ -114,41 +114,34 @@ def test_common_layouts_and_json_are_read(reply):
     assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
 
 
-@pytest.mark.parametrize("problem, ended, replies", [
-    ("a style that is not one answer to each option", "stop", [
+@pytest.mark.parametrize("ended, replies", [
+    ("stop", [
         f"{YES}\nA2: Not certain.\nA3: [No] n", f"{GOOD}\nI hope that helps!", YES,
         f"{GOOD}\n2. Formal and Polite", "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n",
         f"{YES}\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
         f"{YES}\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n", f"{GOOD}\nA3: [Yes] y3",
         "Q: a?\nA1: Well (yes) y\nA2: [No] n", "Q: a?\nA1: [Yes]\nA2: [No] n",
-        '{"styles": [{"question": "a?", "answers": {"Yes": "y"}}]}',
-        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
-    ("a style cut off by the length limit", "length", [
-        "Q: b?\nA1: [Yes] y\nA2: [No]", json.dumps(STYLES)[12:-40]]),
-    ("the prompt's own example question", "stop", [
         "Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
-        "A2: [No] n"]),
-    ("a reply without a question line", "stop", ["I can't.", "A1: [Yes] y\nA2: [No] n"]),
-    ("a prompt that the server refused", "refused", [f"400: no\n{GOOD}"])])
-def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
+        "A2: [No] n", '{"styles": [{"question": "a?", "answers": {"Yes": "y"}}]}',
+        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
+    ("length", ["Q: b?\nA1: [Yes] y\nA2: [No]", GOOD, json.dumps(STYLES)[12:-40]])])
+def test_a_broken_style_is_listed_and_takes_no_other_with_it(ended, replies):
     for reply in replies:
         first = json.dumps(STYLES) if reply[0] == "{" else GOOD
-        alone, after = (synth.parse_dialogues(text, ["Yes", "No"], ended)
-                        for text in (reply, f"{first}\n\n{reply}"))
-        assert alone[0] == [] and [p["problem"] for p in alone[1]] == [problem]
-        if problem.startswith(("a style", "the prompt's own")):
-            assert after == ([("a?", ["y", "n"])], alone[1])
+        found, [problem] = synth.parse_dialogues(reply, ["Yes", "No"], ended)
+        assert not found and "a style that is cut off" in problem["problem"]
+        assert synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended) == (
+            [("a?", ["y", "n"])], [problem])
 
 
 @pytest.mark.parametrize("label, texts", [
     ("3", ["The rating is 3.", "3 out of 5", "3.0", "**3**", "The predicted rating is: **3**", "[3",
-           '{"rating": 3}', " 3.\n", "Answer: 3"]),
+           '{"rating": 3}', " 3.\n", "Answer: 3", '{\n\n"answer"\n\n:\n"3"}']),
     (None, ["1. The film is dull", "1: France", "4 or 5", "2/3", "10", "-3", "", "{}", "agree",
             "1\n2", '{"a": 1, "b": 2}'])])
 def test_one_of_a_few_labels_is_read_and_never_guessed(label, texts):
     assert [synth.read_label(t, ["1", "2", "3", "4", "5"]) for t in texts] == [label] * len(texts)
     assert synth.read_label("answer: yes", ["Yes", "No"]) == "Yes"
-    assert synth.read_label('{\n\n"answer"\n\n:\n"No"}', ["Yes", "No"]) == "No"
 
 
 def test_an_llm_writes_the_dialogues(table, llm):
@@ -180,11 +173,12 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
         return re.sub(r"\((\d+)\.(1?\d)\)", r"(\2)", reply)      # the same wordings in each reply
     llm.spoil = spoil
     err, _, rows = llm.make("opinions", *table, "--writer", "llm", "--holdout_questions", 0)
-    for what in ("4 x a reply without a question line", "30 x a wording given before",
-                 "4 x a prompt that the server refused", "2 x a question with fewer than 3 texts"):
+    for what in ("4 x a reply without a question line (stop)", "30 x a wording given before",
+                 "4 x a reply without a question line (refused)",
+                 "2 x a question with fewer than 3 texts"):
         assert what in err
-    assert ('"question": "1", "problem": "a reply without a question line", "text": "I\'m sorry, I '
-            'cannot."}') in (tmp_path / "d/unparsed.jsonl").read_text()
+    assert ('"question": "1", "problem": "a reply without a question line (stop)", "text": "I\'m '
+            'sorry, I cannot."}') in (tmp_path / "d/unparsed.jsonl").read_text()
     rows = sum(rows.values(), [])
     assert {r["question_id"] for r in rows} == {"0"}
     assert len(rows) == len({r["prompt"] for r in rows}) == 10
@@ -207,10 +201,11 @@ def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_p
     assert body["response_format"]["json_schema"]["schema"]["properties"] == {
         "answer": {"type": "string", "enum": synth.CLASSES}}
     save(tmp_path / "map.json", {"No": 1})
+    llm.spoil = lambda reply, prompt: "1. Unsure" if "A bit" in prompt else reply
     err, meta, _ = llm.make("opinions", *table, "--classify", "llm")   # and what --map lacks
-    assert "4 questions" in err and len(llm.requests) == 3 + 6 - 2
-    assert meta["belief_to_class"] == {"No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2",
-                                       "A bit": "2", "Not too much": "2", "A lot": "2"}
+    assert "3 of 4 questions" in err and "1 x an option that the LLM gave no class" in err
+    assert len(llm.requests) == 3 + 6 - 2 and meta["belief_to_class"] == {
+        "No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2"}
 
 
 def test_the_survey_table_comes_from_the_hub(table, server, make, tmp_path, monkeypatch):
@@ -218,7 +213,7 @@ def test_the_survey_table_comes_from_the_hub(table, server, make, tmp_path, monk
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     text = (tmp_path / "t.csv").read_text()
     server.answer = lambda r: (200, text, ("ETag", '"abc"'), ("X-Repo-Commit", "c0ffee"))
-    assert "3 questions for Chile" in make("opinions", *table[2:])[0]                  # no --csv
+    assert "3 of 4 questions" in make("opinions", *table[2:])[0]                       # no --csv
     assert {r.path for r in server.requests} == {
         "/datasets/Anthropic/llm_global_opinions/resolve/main/data/global_opinions.csv"}
 
