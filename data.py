@@ -414,7 +414,7 @@ def write(path, text):
     temporary = Path(f"{path}.tmp{os.getpid()}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(text.encode("utf-8", "replace"))  # no file holds lone surrogates
         os.replace(temporary, path)
     except OSError as e:                               # a full-disk error names no file
         raise OSError(e.errno, e.strerror, str(path)) from None

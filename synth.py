@@ -141,31 +141,27 @@ def split_up(items, held, question, problems):
 def save_dataset(o, splits, problems=(), **meta):
     """Write the dataset folder o.out, all of it or nothing. problems: a dict for each thing left
     out; they go to unparsed.jsonl, even if there are no rows."""
+    meta = {"made_by": type(o).__name__.lower(), "form": FORM, **meta,
+            "options": dataclasses.asdict(o)}
+    texts = {"meta.json": json.dumps(meta, ensure_ascii=False, indent=1) + "\n"} | {
+        f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for name, rows in {**splits, "unparsed": problems}.items()}
     for problem, n in Counter(p["problem"] for p in problems).most_common():
         print(f"left out: {n} x {problem}", file=sys.stderr)
     if not all(splits.values()):
-        write_lines(f"{o.out}.unparsed.jsonl", problems)
-        raise ValueError("too little could be used to fill train, eval and test" + (
-            f"; {o.out}.unparsed.jsonl says why, first {problems[0]!s:.300}" if problems else ""))
-    meta = {"made_by": type(o).__name__.lower(), "form": FORM, **meta,
-            "options": dataclasses.asdict(o)}
+        write(f"{o.out}.unparsed.jsonl", texts["unparsed.jsonl"])
+        raise ValueError("too little could be used to fill train, eval and test; "
+                         f"{o.out}.unparsed.jsonl says why, first {problems[:1]!s:.300}")
     folder = Path(f"{o.out}.tmp{os.getpid()}")
     try:
-        write(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-        for name, rows in {**splits, "unparsed": problems}.items():
-            write_lines(folder / f"{name}.jsonl", rows)
+        for name, text in texts.items():
+            if text:
+                write(folder / name, text)
         os.replace(folder, o.out)      # an error if it is a folder with files in it
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     print(f"{o.out}: {sizes} rows", file=sys.stderr)
-
-
-def write_lines(path, rows):
-    """Write rows as JSON lines; no rows, no file."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if text:                           # some files have lone surrogates, which UTF-8 cannot hold
-        write(path, text.encode("utf-8", "replace").decode())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -626,26 +622,31 @@ def one_line(text):
     return " ".join(text.translate(STRAIGHT).split())
 
 
-def unquote(text):
-    """Text without the marks or quotes around it."""
-    return re.sub(r'^"\s*([^"]*?)\s*"$', r"\1", text.strip(" *_"))
+def layout_of(text):
+    """A reply in Appendix A's layout, which a JSON reply (perhaps cut off) is put into."""
+    string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
+    lines = []
+    for pair in re.findall(rf"{string}\s*:\s*{string}", text):
+        name, value = (json.loads(x, strict=False) for x in pair)
+        lines.append(f"Q: {value}" if name == "question" else f"[{name}] {value}")
+    return "\n".join(map(one_line, lines or text.split("\n")))
 
 
 def parse_dialogues(text, options, ended="stop"):
     """An LLM's reply -> ([(paraphrase, [one answer per option]), ...], [problem, ...]). A style is
     a line `Q: ...`, then one line per option: any label, the option in brackets, the answer.
     Nothing is guessed: a style with any other line, or with an answer missing, is a problem."""
+    unquote = lambda text: re.sub(r'^"\s*([^"]*?)\s*"$', r"\1", text.strip(" *_"))
     names = {one_line(option).strip(" .'\"").casefold(): k for k, option in enumerate(options)}
     either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     answer = re.compile(rf"{LABEL}[\[(]{NUMBER}({either})[ .'\"*_]*[\])][ *_:–-]*(?:\[\1\] ?)?"
                         r"(.*\w.*)", re.I)
-    layout = "\n".join(map(one_line, in_words(text).split("\n")))
-    layout = re.sub(rf"\n\W*\n(?={answer.pattern})", "\n", layout, flags=re.I)
+    # an empty line ends a style, but before an answer it is only space
+    layout = re.sub(rf"\n\W*\n(?={answer.pattern})", "\n", layout_of(text), flags=re.I)
     styles, good, problems = re.split(QUESTION, layout)[1:], [], []
     if not styles:
         problems.append({"problem": f"a reply without a question line ({ended})", "text": text})
     for n, style in enumerate(styles, 1):
-        # an empty line ends a style; a line right below the last answer could belong to it
         asked, *lines = re.split(r"(?i)\n[\W_]*(?:\n|$|style\b)", style)[0].split("\n")
         asked, found = unquote(asked), [answer.fullmatch(line) for line in lines]
         answers = {names.get(m[1].casefold()): unquote(m[2]) for m in found if m}
@@ -653,21 +654,11 @@ def parse_dialogues(text, options, ended="stop"):
         copied = asked in PROMPTS["dialogues"]         # its example question, or an empty one
         cut = ended == "length" and n == len(styles)
         if copied or cut or not all(found + said) or len(found) != len(said):
-            problems.append({"problem": f"a style that is cut off, copies the prompt's example or "
+            problems.append({"problem": "a style that is cut off, copies the prompt's example or "
                              f"is not one answer to each option ({ended})", "text": style.strip()})
         else:
             good.append((asked, said))
     return good, problems
-
-
-def in_words(text):
-    """Put a JSON reply (perhaps cut off) into Appendix A's layout; leave any other as it is."""
-    string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
-    lines = []
-    for pair in re.findall(rf"{string}\s*:\s*{string}", text):
-        name, value = (one_line(json.loads(x, strict=False)) for x in pair)
-        lines.append(f"Q: {value}" if name == "question" else f"[{name}] {value}")
-    return "\n".join(lines) or text
 
 
 def read_label(text, labels):
@@ -704,7 +695,6 @@ class Opinions:
 def read_opinions(path):
     """Read {country: [Question without classes, ...]} from CSV with the columns question, options
     (a list of texts) and selections (a dict of each country's shares)."""
-    csv.field_size_limit(1 << 30)
     groups = defaultdict(list)
     for n, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
         row = {str(k).strip().lower(): (v or "").strip() for k, v in row.items() if k}

@@ -102,9 +102,8 @@ def test_a_reply_is_read_however_it_is_laid_out():
 
 
 @pytest.mark.parametrize("reply", [
-    "Q: a?\n1. [Yes] y\n2. [No] n", "Q1. a?\nA1 - [Yes] y\nA2 - [No] n",
-    "*Q:* a?\n*A1:* [Yes] y\n*A2:* [No] n", "Q: a?\n- **B.** [Yes] y\n- **A:** [No] n",
-    "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
+    "Q1. a?\n1. [Yes] y\n2. [No] n", "*Q:* a?\n*A1:* [Yes] y\n*A2 -* [No] n",
+    "1. Q: a?\n- **B.** [Yes] y\n- **A:** [No] n", "q1: a?\na) [Yes] y\nA-2: [No] n",
     "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
     "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\nStyle 2: b",
     "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n",
@@ -114,24 +113,22 @@ def test_common_layouts_and_json_are_read(reply):
     assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
 
 
-@pytest.mark.parametrize("ended, replies", [
-    ("stop", [
-        f"{YES}\nA2: Not certain.\nA3: [No] n", f"{GOOD}\nI hope that helps!", YES,
-        f"{GOOD}\n2. Formal and Polite", "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n",
+@pytest.mark.parametrize("ended, reply", [
+    *[("stop", reply) for reply in (
+        f"{YES}\nA2: Not certain.\nA3: [No] n", f"{GOOD}\n2. I hope that helps!", YES,
+        "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", f"{GOOD}\nA3: [Yes] y3",
         f"{YES}\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
-        f"{YES}\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n", f"{GOOD}\nA3: [Yes] y3",
-        "Q: a?\nA1: Well (yes) y\nA2: [No] n", "Q: a?\nA1: [Yes]\nA2: [No] n",
-        "Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
-        "A2: [No] n", '{"styles": [{"question": "a?", "answers": {"Yes": "y"}}]}',
-        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
-    ("length", ["Q: b?\nA1: [Yes] y\nA2: [No]", GOOD, json.dumps(STYLES)[12:-40]])])
-def test_a_broken_style_is_listed_and_takes_no_other_with_it(ended, replies):
-    for reply in replies:
-        first = json.dumps(STYLES) if reply[0] == "{" else GOOD
-        found, [problem] = synth.parse_dialogues(reply, ["Yes", "No"], ended)
-        assert not found and "a style that is cut off" in problem["problem"]
-        assert synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended) == (
-            [("a?", ["y", "n"])], [problem])
+        f"{YES}\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: [Yes]\nA2: [No] n",
+        "Q: a?\nA1: Well (yes) y\nA2: [No] n", GOOD.replace(
+            "a?", "What’s your stance on defeating terrorism through military force?"),
+        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}')],
+    ("length", GOOD), ("length", json.dumps(STYLES)[12:-40])])
+def test_a_broken_style_is_listed_and_takes_no_other_with_it(ended, reply):
+    found, [problem] = synth.parse_dialogues(reply, ["Yes", "No"], ended)
+    assert not found and "a style that is cut off" in problem["problem"]
+    first = json.dumps(STYLES) if reply[0] == "{" else GOOD
+    assert synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended) == (
+        [("a?", ["y", "n"])], [problem])
 
 
 @pytest.mark.parametrize("label, texts", [
@@ -151,7 +148,6 @@ def test_an_llm_writes_the_dialogues(table, llm):
     body = llm.requests[0].body
     assert "Chile (rural), please generate 10 different" in body["messages"][0]["content"]
     assert body["max_tokens"] == 4096 and body["response_format"]["type"] == "json_schema"
-    assert len(llm.requests) == 3 * 4                       # 40 paraphrases, 10 to a request
     assert [len(rows[s]) for s in SPLITS] == [2 * 72, 2 * 9, 2 * 9 + 18]
     assert meta["belief_to_class"]["A lot"] == "5" and meta["llm"]["llm"] == "gpt-3.5-turbo-1106"
     for r in sum(rows.values(), []):                        # the answer is the one to its belief
@@ -159,9 +155,7 @@ def test_an_llm_writes_the_dialogues(table, llm):
             assert r[f"{side}_response"].endswith(f": {r[f'{side}_choice']}.")
         texts = r["prompt"], r["accept_response"], r["reject_response"]
         assert len({re.search(r"\d+\.\d+", t)[0] for t in texts}) == 1       # of one style
-    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
-    assert not prompts[0] & (prompts[1] | prompts[2])
-    assert llm.make(*flags)[2] == rows and len(llm.requests) == 12      # now it asks nothing
+    assert llm.make(*flags)[2] == rows and len(llm.requests) == 3 * 4  # then it asks nothing
 
 
 def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
@@ -177,11 +171,9 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
                  "4 x a reply without a question line (refused)",
                  "2 x a question with fewer than 3 texts"):
         assert what in err
-    assert ('"question": "1", "problem": "a reply without a question line (stop)", "text": "I\'m '
-            'sorry, I cannot."}') in (tmp_path / "d/unparsed.jsonl").read_text()
-    rows = sum(rows.values(), [])
-    assert {r["question_id"] for r in rows} == {"0"}
-    assert len(rows) == len({r["prompt"] for r in rows}) == 10
+    assert "I'm sorry, I cannot." in (tmp_path / "d/unparsed.jsonl").read_text()
+    prompts = [(r["question_id"], r["prompt"]) for r in sum(rows.values(), [])]
+    assert len(prompts) == len({*prompts}) == 10 and {q for q, _ in prompts} == {"0"}
 
 
 def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm, tmp_path):
