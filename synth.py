@@ -577,7 +577,7 @@ def embed(client, texts, model, size=64):
 TEXT = {"type": "string"}
 STRAIGHT = str.maketrans("‘’“”：［］（）【】", "''\"\":[]()[]")
 QUESTION = r"(?im)^[^a-z\n]*q(?:uestion)?[^a-z\n]*?[:.)]"       # Q:, **Question 2:**, 1. Q1.
-LABEL = r"[^a-z\[(\n]*(?:answer|option|[a-z])?[^a-z\[(\n]*"     # A1:, **B.**, 1), -
+LABEL = r"[^a-z\n]*(?:answer|option|[a-z])?[^a-z\[(\n]*"        # A1:, **B.**, (1), -
 NUMBER = r"[ '\"*_]*(?:(?:option|choice)? ?(?:\d*|[a-z]) ?[.:)] ?)?"    # of [1. Yes], [A. Yes]
 
 
@@ -629,7 +629,8 @@ def layout_of(text):
     for pair in re.findall(rf"{string}\s*:\s*{string}", text):
         name, value = (json.loads(x, strict=False) for x in pair)
         lines.append(f"Q: {value}" if name == "question" else f"[{name}] {value}")
-    return "\n".join(map(one_line, lines or text.split("\n")))
+    layout = "\n".join(map(one_line, lines or text.split("\n")))
+    return re.sub(r"\n[\W_]*\n", "\n\n", layout)          # a line of marks is an empty line
 
 
 def parse_dialogues(text, options, ended="stop"):
@@ -642,20 +643,18 @@ def parse_dialogues(text, options, ended="stop"):
     answer = re.compile(rf"{LABEL}[\[(]{NUMBER}({either})[ .'\"*_]*[\])][ *_:–-]*(?:\[\1\] ?)?"
                         r"(.*\w.*)", re.I)
     # an empty line ends a style, but before an answer it is only space
-    layout = re.sub(rf"\n\W*\n(?={answer.pattern})", "\n", layout_of(text), flags=re.I)
-    styles, good, problems = re.split(QUESTION, layout)[1:], [], []
-    if not styles:
-        problems.append({"problem": f"a reply without a question line ({ended})", "text": text})
-    for n, style in enumerate(styles, 1):
+    layout = re.sub(rf"\n\n(?={answer.pattern})", "\n", layout_of(text), flags=re.I)
+    styles, good, problems = re.split(QUESTION, layout)[1:] or ["\n" + layout], [], []
+    for n, style in enumerate(styles, 1):              # without a question line, it is empty
         asked, *lines = re.split(r"(?i)\n[\W_]*(?:\n|$|style\b)", style)[0].split("\n")
         asked, found = unquote(asked), [answer.fullmatch(line) for line in lines]
         answers = {names.get(m[1].casefold()): unquote(m[2]) for m in found if m}
         said = [answers.get(k) for k in range(len(options))]
-        copied = asked in PROMPTS["dialogues"]         # its example question, or an empty one
+        copied = asked in PROMPTS["dialogues"]         # as its example is, and an empty question
         cut = ended == "length" and n == len(styles)
         if copied or cut or not all(found + said) or len(found) != len(said):
-            problems.append({"problem": "a style that is cut off, copies the prompt's example or "
-                             f"is not one answer to each option ({ended})", "text": style.strip()})
+            problems.append({"problem": "a style without a question of its own and one answer to "
+                             f"each option ({ended})", "text": style.strip()})
         else:
             good.append((asked, said))
     return good, problems

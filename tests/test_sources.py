@@ -103,7 +103,7 @@ def test_a_reply_is_read_however_it_is_laid_out():
 
 @pytest.mark.parametrize("reply", [
     "Q1. a?\n1. [Yes] y\n2. [No] n", "*Q:* a?\n*A1:* [Yes] y\n*A2 -* [No] n",
-    "1. Q: a?\n- **B.** [Yes] y\n- **A:** [No] n", "q1: a?\na) [Yes] y\nA-2: [No] n",
+    "1. Q: a?\n- **B.** [Yes] y\n- **A:** [No] n", "q1: a?\n(1) [Yes] y\nA-2: [No] n",
     "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
     "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\nStyle 2: b",
     "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n",
@@ -122,13 +122,15 @@ def test_common_layouts_and_json_are_read(reply):
         "Q: a?\nA1: Well (yes) y\nA2: [No] n", GOOD.replace(
             "a?", "What’s your stance on defeating terrorism through military force?"),
         '{"styles": [{"question": "a?", "answers": ["Yes"]}]}')],
-    ("length", GOOD), ("length", json.dumps(STYLES)[12:-40])])
+    ("stop", "A1: [Yes] y"), ("refused", "I can't."), ("length", GOOD),
+    ("length", json.dumps(STYLES)[12:-40])])
 def test_a_broken_style_is_listed_and_takes_no_other_with_it(ended, reply):
     found, [problem] = synth.parse_dialogues(reply, ["Yes", "No"], ended)
-    assert not found and "a style that is cut off" in problem["problem"]
-    first = json.dumps(STYLES) if reply[0] == "{" else GOOD
-    assert synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended) == (
-        [("a?", ["y", "n"])], [problem])
+    assert not found and "a style without" in problem["problem"] and ended in problem["problem"]
+    if "?" in reply:
+        first = json.dumps(STYLES) if reply[0] == "{" else GOOD
+        assert synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended) == (
+            [("a?", ["y", "n"])], [problem])
 
 
 @pytest.mark.parametrize("label, texts", [
@@ -167,9 +169,9 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
         return re.sub(r"\((\d+)\.(1?\d)\)", r"(\2)", reply)      # the same wordings in each reply
     llm.spoil = spoil
     err, _, rows = llm.make("opinions", *table, "--writer", "llm", "--holdout_questions", 0)
-    for what in ("4 x a reply without a question line (stop)", "30 x a wording given before",
-                 "4 x a reply without a question line (refused)",
-                 "2 x a question with fewer than 3 texts"):
+    problem = "a style without a question of its own and one answer to each option"
+    for what in (f"4 x {problem} (stop)", f"4 x {problem} (refused)",
+                 "30 x a wording given before", "2 x a question with fewer than 3 texts"):
         assert what in err
     assert "I'm sorry, I cannot." in (tmp_path / "d/unparsed.jsonl").read_text()
     prompts = [(r["question_id"], r["prompt"]) for r in sum(rows.values(), [])]
