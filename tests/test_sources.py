@@ -77,14 +77,14 @@ REPLY = """Here are two styles:
 
 Style 1: Casual and Friendly
 Q: So, tell me: how do you rate it? [be honest]
-A1: [Very good job] Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.
+A1: [Yes] Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.
 A2: [DK/It's "fine" [VOL]] It's "fine", I'd say. "Never" is no "word".
 
 **Style 2: Formal**
 - **Question 2:** "How would you evaluate it?"
 
 - **C** : [dk/it’s “fine” [VOL].] - Fine.
-1. [VERY GOOD JOB]: "Excellent."
+1. [YES]: "Excellent."
 
 I hope that these small talks help!
 """
@@ -94,23 +94,21 @@ GOOD = f"{YES}\nA2: [No] n"
 
 
 def test_a_reply_is_read_however_it_is_laid_out():
-    assert synth.parse_dialogues(REPLY, ["Very good job", 'DK/It\'s "fine" [VOL]']) == ([
+    assert synth.parse_dialogues(REPLY, ["Yes", 'DK/It\'s "fine" [VOL]']) == ([
         ("So, tell me: how do you rate it? [be honest]", [
             "Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.",
             "It's \"fine\", I'd say. \"Never\" is no \"word\"."]),
         ("How would you evaluate it?", ["Excellent.", "Fine."])], [])
-
-
-@pytest.mark.parametrize("reply", [
-    "Q1. a?\n1. [Yes] y\n2. [No] n", "*Q:* a?\n*A1:* [Yes] y\n*A2 -* [No] n",
-    "1. Q: a?\n- **B.** [Yes] y\n- **A:** [No] n", "q1: a?\n(1) [Yes] y\nA-2: [No] n",
-    "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
-    "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\nStyle 2: b",
-    "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n",
-    "Q： a?\nA1： 【Yes】 y\nA2： [Option: No] n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n",
-    json.dumps(STYLES), json.dumps(STYLES, indent=1)])
-def test_common_layouts_and_json_are_read(reply):
-    assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
+    for reply in (
+            GOOD, "Q1. a?\n1. [Yes] y\n2. [No] n", "*Q:* a?\n*A1:* [Yes] y\n*A2 -* [No] n",
+            "1. Q: a?\n- **B.** [Yes] y\n- **A:** [No] n", "q1: a?\n(1) [Yes] y\nA-2: [No] n",
+            "Question: a?\nAnswer 1: [Yes] y\nb) [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
+            "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```",
+            f"{GOOD}\nStyle 2: b", "Q: a?\n\nA1: [Yes] y\n---\nA2: [No] n\n\nBye!",
+            "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\n[No] n",
+            "Q： a?\nA1： 【Yes】 y\nA2： [Option: No] n", json.dumps(STYLES),
+            json.dumps(STYLES, indent=1)):
+        assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
 
 
 @pytest.mark.parametrize("ended, reply", [
@@ -188,8 +186,8 @@ def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm,
 
 
 def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_path):
-    llm.make("opinions", *table[:2], *table[4:], "--classify", "llm", "--max_questions", 1,
-             "--holdout_questions", 0)                      # no --map
+    llm.make("opinions", *table, "--map", "", "--classify", "llm", "--max_questions", 1,
+             "--holdout_questions", 0)
     body = llm.requests[0].body
     assert len(llm.requests) == 3 and body["temperature"] == 0 and body["max_tokens"] == 50
     assert body["response_format"]["json_schema"]["schema"]["properties"] == {
