@@ -367,8 +367,13 @@ def write(path, text):
     """Write a text file under a name of this process, then rename it: path never holds a half."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(text.encode())
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(text.encode("utf-8", "replace"))  # no file holds lone surrogates
+        os.replace(temporary, path)
+    except OSError as e:                               # a full-disk error names no file
+        raise OSError(e.errno, e.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import ast
 import codecs
 import csv
 import dataclasses
-import difflib
 import gzip
 import hashlib
 import html
@@ -34,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,23 +100,20 @@ def write_surveys(groups, o, writer, problems=(), **meta):
     held = holdout({q.id for q in every}, o)                         # the same for all groups
     held = {normal(q.wordings[0]) for q in every if q.id in held}    # tables repeat some questions
     splits, problems = {s: [] for s in SPLITS}, list(problems)
-    for group, questions in groups.items():
-        written, failed = writer(questions, group, o, rng)
-        problems += failed
-        if not any(written):           # do not ask a useless server about the next group
-            return save_dataset(o, {"train": []}, problems)
-        for q, dialogues in zip(questions, written):
-            text = q.wordings[0]
-            for split, part in split_up(dialogues, normal(text) in held, text, problems).items():
-                n = round((o.pairs_per_question or len(dialogues)) * len(part) / len(dialogues))
-                splits[split] += draw_rows(q, part, max(1, n), group, rng, o.noise)
-    if o.shares == "counted":          # count the classes accepted in each question's train rows
-        counts = defaultdict(Counter)
-        for row in splits["train"]:
-            counts[row["group"], row["question_id"]][row["accept_choice_id"]] += 1
-        for row in splits["train"] + splits["eval"]:
-            n = counts[row["group"], row["question_id"]]
-            row["probabilities"] = [round(n[c] / n.total(), 6) for c in CLASSES]
+    written = ((group, q, dialogues) for group, questions in groups.items()
+               for q, dialogues in zip(questions, writer(questions, group, o, rng, problems)))
+    for group, q, dialogues in written:
+        text, each = q.wordings[0], o.pairs_per_question or len(dialogues)
+        parts = split_up(dialogues, normal(text) in held, text, problems)
+        for split, part in parts.items():
+            n = max(1, round(each * len(part) / len(dialogues)))
+            parts[split] = list(draw_rows(q, part, n, group, rng, o.noise))
+        if o.shares == "counted" and "train" in parts:
+            n = Counter(row["accept_choice_id"] for row in parts["train"])
+            for row in parts["train"] + parts["eval"]:
+                row["probabilities"] = [round(n[c] / n.total(), 6) for c in CLASSES]
+        for split, rows in parts.items():
+            splits[split] += rows
     save_dataset(o, splits, problems, classes=CLASSES, off_scale="0", groups=list(groups),
                  form=FORM if len(groups) == 1 else "<G>{group}" + FORM, belief_to_class={
                      t: CLASSES[k] for q in every for t, k in zip(q.options, q.classes)}, **meta)
@@ -126,8 +122,7 @@ def write_surveys(groups, o, writer, problems=(), **meta):
 def holdout(ids, o):
     """Draw the ids of the questions that train and eval never see."""
     if o.holdout_questions >= max(1, len(ids)):
-        raise ValueError(f"--holdout_questions {o.holdout_questions} must leave some of the "
-                         f"{len(ids)} questions for training")
+        raise ValueError(f"--holdout_questions must leave some of the {len(ids)} for training")
     order = np.random.default_rng([o.seed, 2]).permutation(len(ids))[:o.holdout_questions]
     return set(np.array(sorted(ids), object)[order])
 
@@ -146,58 +141,51 @@ def split_up(items, held, question, problems):
 def save_dataset(o, splits, problems=(), **meta):
     """Write the dataset folder o.out, all of it or nothing. problems: a dict for each thing left
     out; they go to unparsed.jsonl, even if there are no rows."""
-    out, folder = Path(o.out), Path(f"{o.out}.tmp{os.getpid()}")
+    meta = {"made_by": type(o).__name__.lower(), "form": FORM, **meta,
+            "options": dataclasses.asdict(o)}
+    texts = {"meta.json": json.dumps(meta, ensure_ascii=False, indent=1) + "\n"} | {
+        f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for name, rows in {**splits, "unparsed": problems}.items()}
     for problem, n in Counter(p["problem"] for p in problems).most_common():
         print(f"left out: {n} x {problem}", file=sys.stderr)
     if not all(splits.values()):
-        write_lines(f"{out}.unparsed.jsonl", problems)
-        raise ValueError("too little could be used to fill train, eval and test" + (
-            f"; {out}.unparsed.jsonl says why, first {problems[0]!s:.300}" if problems else ""))
-    meta = {"made_by": type(o).__name__.lower(), "form": FORM, **meta,
-            "options": dataclasses.asdict(o)}
+        write(f"{o.out}.unparsed.jsonl", texts["unparsed.jsonl"])
+        raise ValueError("too little could be used to fill train, eval and test; "
+                         f"{o.out}.unparsed.jsonl says why, first {problems[:1]!s:.300}")
+    folder = Path(f"{o.out}.tmp{os.getpid()}")
     try:
-        write(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-        for name, rows in {**splits, "unparsed": problems}.items():
-            write_lines(folder / f"{name}.jsonl", rows)
-        os.replace(folder, out)        # an error if out is a folder with files in it
+        for name, text in texts.items():
+            if text:
+                write(folder / name, text)
+        os.replace(folder, o.out)      # an error if it is a folder with files in it
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    seen, tested = ({r.get("question_id") for r in splits[s]} for s in ("train", "test"))
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
-    print(f"{out}: {sizes} rows from {len(seen | tested)} questions "
-          f"({len(tested - seen)} of them in test alone)", file=sys.stderr)
-
-
-def write_lines(path, rows):
-    """Write rows as JSON lines; no rows, no file."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if text:                           # some files have lone surrogates, which UTF-8 cannot hold
-        write(path, text.encode("utf-8", "replace").decode())
+    print(f"{o.out}: {sizes} rows", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
-# The template writer. Each response opens with a stance phrase of its class, so a simple rule can
-# tell which opinion it expresses (evaluate.py reads the phrases from meta.json).
+# The template writer. Each response opens with a stance phrase of its class, so that evaluate.py
+# can tell which opinion it expresses (it reads the phrases from meta.json).
 
 WORLD = read_json(ASSETS / "world.json")                     # words, topics, aspects
 STANCES = {phrase: c for c, phrases in WORLD["stances"].items() for phrase in phrases}
 
 
-def template_writer(questions, group, o, rng):
+def template_writer(questions, group, o, rng, problems):
     """Write a list of dialogues [(paraphrase, [one answer per option]), ...] for each question, all
-    with different paraphrases. Also returns a list of problems, which is empty here."""
+    with different paraphrases. A writer adds what it had to leave out to problems: here nothing."""
     written = []
     for q in questions:
-        asks = [(a, w, c) for a in WORLD["openers"] for w in q.wordings for c in WORLD["closers"]]
+        asks = [" ".join(filter(None, words))
+                for words in product(WORLD["openers"], q.wordings, WORLD["closers"])]
         if o.paraphrases > len(asks):
-            raise ValueError(f"the template writer knows {len(asks)} paraphrases of a question, "
-                             f"not {o.paraphrases}: lower --paraphrases")
+            raise ValueError(f"the templates give {len(asks)} different --paraphrases at most")
         # all groups get the same paraphrases, but each gets its own answers
         order = np.random.default_rng([o.seed, 3, zlib.crc32(q.id.encode())])
-        written.append([(" ".join(filter(None, asks[i])),
-                         [template_answer(q, k, rng) for k in range(len(q.options))])
+        written.append([(asks[i], [template_answer(q, k, rng) for k in range(len(q.options))])
                         for i in order.permutation(len(asks))[:o.paraphrases]])
-    return written, []
+    return written
 
 
 def template_answer(question, k, rng):
@@ -207,8 +195,8 @@ def template_answer(question, k, rng):
     stance = pick(WORLD["stances"][CLASSES[question.classes[k]]])
     if question.topic == "this":       # a real question: its options say more than a stance
         stance += f", {question.options[k]}"
-    text = f"{lead} {stance}. " if lead else f"{stance[0].upper()}{stance[1:]}. "
-    return text + tail[0].upper() + tail[1:]
+    text = f"{lead} {stance}" if lead else stance
+    return ". ".join(s[0].upper() + s[1:] for s in (text, tail))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -587,6 +575,10 @@ def embed(client, texts, model, size=64):
 # The LLM writer: Appendix A
 
 TEXT = {"type": "string"}
+STRAIGHT = str.maketrans("‘’“”：［］（）【】", "''\"\":[]()[]")
+QUESTION = r"(?im)^[^a-z\n]*q(?:uestion)?[^a-z\n]*?[:.)]"       # Q:, **Question 2:**, 1. Q1.
+LABEL = r"[^a-z\n]*(?:answer|option|[a-z])?[^a-z\[(\n]*"        # A1:, **B.**, (1), -
+NUMBER = r"[ '\"*_]*(?:(?:option|choice)? ?(?:\d*|[a-z]) ?[.:)] ?)?"    # of [1. Yes], [A. Yes]
 
 
 def closed(**fields):
@@ -597,118 +589,82 @@ def closed(**fields):
             "additionalProperties": False}
 
 
-EXAMPLE = "What's your stance on defeating terrorism through military force?"      # in the prompt
-
-
-def styles_of(options):
-    """The JSON schema of dialogues. Each names every option as a field, so that even a weak model
-    cannot forget one."""
-    return closed(styles=[closed(question=TEXT, answers=closed(**dict.fromkeys(options, TEXT)))])
-
-
-def llm_writer(client, questions, group, o, rng):
-    """Like template_writer, but asks an LLM for --styles dialogues per request. Gives up if none of
-    the first 20 replies can be read."""
-    sizes = [min(o.styles, o.paraphrases - n) for n in range(0, o.paraphrases, max(1, o.styles))]
-    asked = [(q, n) for q in questions for n in sizes]
-    prompts = [PROMPTS["dialogues"].format(
-        country=group, n=n, k=len(q.options), question=q.wordings[0],
-        choices=json.dumps(q.options, ensure_ascii=False)) for q, n in asked]
-    schemas = [styles_of(q.options) for q, _ in asked]
-    write = partial(chat, client, max_tokens=4096)
-    # Equal requests only get different answers within one call, so keep a question's together.
-    first = len(sizes) * max(1, 20 // max(1, len(sizes)))
-    replies = write(prompts[:first], f"dialogues, {group}", schemas[:first])
-    read = sum(bool(parse_dialogues(r.text, q.options)[0]) for (q, _), r in zip(asked, replies))
-    if read and prompts[first:]:
-        replies += write(prompts[first:], f"dialogues, {group}: {read} of {first} read",
-                         schemas[first:])
-    dialogues, problems, read = {q.id: {} for q in questions}, [], 0
-    for (q, _), reply in zip(asked, replies):
-        found, failed = parse_dialogues(reply.text, q.options, reply.ended)
-        read += bool(found)
-        for paraphrase, answers in found:              # a repeat could end up in train and in test
-            new = paraphrase, answers
-            if dialogues[q.id].setdefault(normal(paraphrase), new) is not new:
-                failed.append({"problem": "a wording given before", "text": paraphrase})
-        problems += [{"group": group, "question": q.id, **problem} for problem in failed]
-    print(f"{group}: {read} of {len(replies)} replies could be read", file=sys.stderr)
-    return [list(d.values())[:o.paraphrases] for d in dialogues.values()], problems
+def llm_writer(client, questions, group, o, rng, problems):
+    """Like template_writer, but asks an LLM for --styles dialogues per request. Gives up if no
+    reply about the first questions (some 20 requests) can be read."""
+    sizes = [min(o.styles, o.paraphrases - n) for n in range(0, o.paraphrases, o.styles)]
+    few = max(1, 20 // max(1, len(sizes)))
+    dialogues, read = {q.id: {} for q in questions}, Counter()
+    for part in filter(None, (questions[:few], questions[few:])):
+        asked = [(q, n) for q in part for n in sizes]
+        prompts = [PROMPTS["dialogues"].format(
+            country=group, n=n, k=len(q.options), question=q.wordings[0],
+            choices=json.dumps(q.options, ensure_ascii=False)) for q, n in asked]
+        # each option is a field, so that even a weak model cannot forget one
+        schemas = [closed(styles=[closed(
+            question=TEXT, answers=closed(**dict.fromkeys(q.options, TEXT)))]) for q, _ in asked]
+        replies = chat(client, prompts, f"dialogues, {group}", schemas, max_tokens=4096)
+        for (q, _), reply in zip(asked, replies):
+            found, failed = parse_dialogues(reply.text, q.options, reply.ended)
+            read[bool(found)] += 1
+            for new in found:          # a repeat could end up in train and in test
+                if dialogues[q.id].setdefault(normal(new[0]), new) is not new:
+                    failed.append({"problem": "a wording given before", "text": new[0]})
+            problems += [{"group": group, "question": q.id, **problem} for problem in failed]
+        if not read[True]:
+            break
+    print(f"{group}: {read[True]} of {read.total()} replies could be read", file=sys.stderr)
+    return [list(d.values())[:o.paraphrases] for d in dialogues.values()]
 
 
 def one_line(text):
     """Text with straight quotes and single spaces."""
-    return " ".join(str(text).translate(str.maketrans("‘’“”", "''\"\"")).split())
+    return " ".join(text.translate(STRAIGHT).split())
 
 
-def plain(text):
-    """Text for comparing options: no quotes, case, extra spaces or final period."""
-    return one_line(text).strip(" .'\"").casefold()
-
-
-def unquote(text):
-    """Text without the marks or quotes around it."""
-    return re.sub(r'^"\s*([^"]*?)\s*"$', r"\1", text.strip(" *_"))
-
-
-QUESTION = re.compile(r"^[ *_#>•-]*(?:\d+[.)] ?)?[*_]*q(?:uestion)?[ *_]*\d*[*_]* ?[:.)：] ?",
-                      re.I | re.M)
-LABEL = r"[\W_]*(?:(?:answer|option|[a-z])[ *_-]*)?\d*[^\w\[(［【（]*"   # A1:, **B.**, 1), -
-BRACKET = r"[\[(［【（][ '\"*_]*(?:(?:option|choice)? ?(?:\d*|[a-z]) ?[.:)] ?)?"  # [, [1. , [A.
+def layout_of(text):
+    """A reply in Appendix A's layout, which a JSON reply (perhaps cut off) is put into."""
+    string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
+    lines = []
+    for pair in re.findall(rf"{string}\s*:\s*{string}", text):
+        name, value = (json.loads(x, strict=False) for x in pair)
+        lines.append(f"Q: {value}" if name == "question" else f"[{name}] {value}")
+    layout = "\n".join(map(one_line, lines or text.split("\n")))
+    return re.sub(r"\n[\W_]*\n", "\n\n", layout)          # a line of marks is an empty line
 
 
 def parse_dialogues(text, options, ended="stop"):
     """An LLM's reply -> ([(paraphrase, [one answer per option]), ...], [problem, ...]). A style is
     a line `Q: ...`, then one line per option: any label, the option in brackets, the answer.
     Nothing is guessed: a style with any other line, or with an answer missing, is a problem."""
-    if ended == "refused":
-        return [], [{"problem": "a prompt that the server refused", "text": text}]
-    names, good, problems = {plain(option): k for k, option in enumerate(options)}, [], []
+    unquote = lambda text: re.sub(r'^"\s*([^"]*?)\s*"$', r"\1", text.strip(" *_"))
+    names = {one_line(option).strip(" .'\"").casefold(): k for k, option in enumerate(options)}
     either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    read = re.compile(rf"{LABEL}{BRACKET}({either})[ .'\"*_]*[\])］】）][ *_:：–-]*"
-                      r"(?:\[\1\] ?)?(.*)", re.I).match
-    layout = "\n".join(map(one_line, in_words(text).split("\n")))
-    head, *styles = re.split(f"(?={QUESTION.pattern})", layout, flags=QUESTION.flags)
-    if not styles or any(map(read, head.split("\n"))):
-        problems.append({"problem": "a reply without a question line", "text": text[:500]})
-    for n, style in enumerate(styles, 1):
-        asked, *lines = map(unquote, QUESTION.sub("", style, count=1).split("\n"))
-        end = max((i for i, line in enumerate(lines, 1) if read(line)), default=0)
-        found = [read(line) for line in lines[:end] if re.search(r"\w", line)]
-        answers = {names.get(plain(m[1])): unquote(m[2]) for m in found if m and unquote(m[2])}
-        # A line right below the last answer may continue it; after an empty line it cannot.
-        continued = re.match(r"[\W_]*(?!style\b)[^\W_]", "".join(lines[end:end + 1]), re.I)
-        if ended == "length" and n == len(styles):
-            problem = "a style cut off by the length limit"
-        elif normal(asked) == normal(EXAMPLE):
-            problem = "the prompt's own example question"
-        elif (continued or not asked or len(found) != len(options)
-              or answers.keys() != set(range(len(options)))):
-            problem = "a style that is not one answer to each option"
+    answer = re.compile(rf"{LABEL}[\[(]{NUMBER}({either})[ .'\"*_]*[\])][ *_:–-]*(?:\[\1\] ?)?"
+                        r"(.*\w.*)", re.I)
+    # an empty line ends a style, but before an answer it is only space
+    layout = re.sub(rf"\n\n(?={answer.pattern})", "\n", layout_of(text), flags=re.I)
+    styles, good, problems = re.split(QUESTION, layout)[1:] or ["\n" + layout], [], []
+    for n, style in enumerate(styles, 1):              # without a question line, it is empty
+        asked, *lines = re.split(r"(?i)\n[\W_]*(?:\n|$|style\b)", style)[0].split("\n")
+        asked, found = unquote(asked), [answer.fullmatch(line) for line in lines]
+        answers = {names.get(m[1].casefold()): unquote(m[2]) for m in found if m}
+        said = [answers.get(k) for k in range(len(options))]
+        copied = asked in PROMPTS["dialogues"]         # as its example is, and an empty question
+        cut = ended == "length" and n == len(styles)
+        if copied or cut or not all(found + said) or len(found) != len(said):
+            problems.append({"problem": "a style without a question of its own and one answer to "
+                             f"each option ({ended})", "text": style.strip()})
         else:
-            good.append((asked, [answers[k] for k in range(len(options))]))
-            continue
-        problems.append({"problem": problem, "text": style.strip()})
+            good.append((asked, said))
     return good, problems
-
-
-def in_words(text):
-    """Put a JSON reply (perhaps cut off) into Appendix A's layout; leave any other as it is."""
-    string = r'("(?:[^"\\]|\\["\\/bfnrt]|\\u[\da-fA-F]{4})*")'
-    found = re.findall(rf"{string}\s*:\s*{string}", text)
-    pairs = [[one_line(json.loads(x, strict=False)) for x in pair] for pair in found]
-    layout = {"question": "\nQ: {1}", "option": "\n[{1}] ", "answer": "{1}"}      # or {"Yes": ...}
-    return "".join(layout.get(name, "\n[{0}] {1}").format(name, value)
-                   for name, value in pairs) or text
 
 
 def read_label(text, labels):
     """Which of a few labels a reply gives, or None. Reads 3, **3**., 3.0, 3/5, Rating: 3, The
     rating is 3., {"answer": "3"}; does not read list items (1. The film, 1: France)."""
-    with suppress(ValueError, AttributeError):         # JSON, in any layout
-        [text] = map(str, json.loads(text).values())
     either = "|".join(map(re.escape, labels))
-    named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|[*\"]*[:=])[\W_]*)?(?<!-)({either})"
+    named = re.fullmatch(rf"[\W_]*(?:[a-z_' ]+(?:\bis|[*\"\s]*[:=])[\W_]*)?(?<!-)({either})"
                          rf"(?:\.0+|\s*(?:/|out of)\s*(?=\d){re.escape(labels[-1])})?[\W_]*",
                          text, re.I)
     return next((s for s in labels if named and s.lower() == named[1].lower()), None)
@@ -736,22 +692,25 @@ class Opinions:
 
 
 def read_opinions(path):
-    """Read [(row number, question, options, {country: shares}), ...] from CSV with the columns
-    question, options (a list of texts) and selections (a dict of each country's shares)."""
-    csv.field_size_limit(1 << 30)
-    table = []
+    """Read {country: [Question without classes, ...]} from CSV with the columns question, options
+    (a list of texts) and selections (a dict of each country's shares)."""
+    groups = defaultdict(list)
     for n, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
         row = {str(k).strip().lower(): (v or "").strip() for k, v in row.items() if k}
         try:
             # Anthropic's table writes defaultdict(<class 'list'>, {...})
             shares = literal(re.sub(r"^defaultdict\([^{]*|\)$", "", row["selections"]), dict)
-            shares = {country: [float(x) for x in p] for country, p in shares.items()}
             options = [str(option) for option in literal(row["options"], list)]
-            table.append((n, row["question"], options, shares))
+            for country, p in shares.items():
+                p, questions = [float(x) for x in p], groups[country]
+                if (row["question"] and 1 < len(options) == len(set(options)) == len(p)
+                        and min(p) >= 0 < sum(p)):
+                    questions.append(Question(str(n), [row["question"]], "this", options, [],
+                                              [x / sum(p) for x in p]))
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path}, row {n}: {e}; a survey needs the columns question, options "
                              "(['Yes', 'No']) and selections ({'Chile': [0.6, 0.4]})") from None
-    return table
+    return groups
 
 
 def literal(value, kind):
@@ -765,79 +724,50 @@ def literal(value, kind):
     return value
 
 
-def read_map(path):
-    """Read {option: class index} from a JSON file, or from a dataset's meta.json."""
-    belief_map = read_json(path)
-    belief_map = belief_map.get("belief_to_class", belief_map)
-    wrong = [option for option, k in belief_map.items() if str(k) not in CLASSES]
-    if wrong:
-        raise ValueError(f"{path}: the class of {wrong[0]!r} is not one of {CLASSES}")
-    return {option: int(k) for option, k in belief_map.items()}
-
-
-def classify(client, asked_in):
-    """Let an LLM classify options -> ({option: class index}, problems). asked_in: {option: its
-    question}."""
-    prompts = [PROMPTS["classify"].format(question=q, option=t) for t, q in asked_in.items()]
+def classify(client, questions, belief_map):
+    """Let an LLM classify the options that belief_map lacks, and add them. Returns problems."""
+    asked = {t: q.wordings[0] for q in reversed(questions)      # the first question wins, so that
+             for t in q.options if t not in belief_map}         # more questions ask nothing again
+    prompts = [PROMPTS["classify"].format(question=q, option=t) for t, q in asked.items()]
     replies = chat(client, prompts, "classes of options", closed(answer={"enum": CLASSES}),
                    temperature=0.0, max_tokens=50)
-    found = {t: read_label(r.text, CLASSES) for t, r in zip(asked_in, replies) if r.ended == "stop"}
-    return {t: int(k) for t, k in found.items() if k}, [
-        {"problem": "an option that the LLM gave no class", "option": t, "text": r.text}
-        for t, r in zip(asked_in, replies) if not found.get(t)]
-
-
-def like_named(country, known):
-    """Names with the same last word: the table joins two surveys that spell some names differently
-    (S. Korea, South Korea). If there is none, names with similar letters."""
-    country = {"US": "United States", "USA": "United States", "AMERICA": "United States",
-               "UK": "Britain", "UNITED KINGDOM": "Britain", "CZECH REPUBLIC": "Czech Rep.",
-               "RUSSIAN FEDERATION": "Russia"}.get(country.upper().replace(".", ""), country)
-    same = [name for name in sorted(known) if country.rpartition(" ")[2] in name]
-    return same or difflib.get_close_matches(country, known) or sorted(known)
+    labels = {t: read_label(reply.text, CLASSES) for t, reply in zip(asked, replies)}
+    belief_map |= {t: label for t, label in labels.items() if label}
+    return [{"problem": "an option that the LLM gave no class", "option": t, "text": reply.text}
+            for t, reply in zip(asked, replies) if not labels[t]]
 
 
 def names_in(text, known):
-    """Split a comma-separated list of countries; ValueError for one that is not known."""
+    """Split a list of countries at its commas. GlobalOpinionQA joins two surveys that spell some
+    names differently (S. Korea, South Korea): show those with the same last word."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
+        like = [x for x in sorted(known) if name.rpartition(" ")[2] in x and x != name]
         if name not in known:
-            raise ValueError(f"there is no country {name!r}; there is "
-                             f"{', '.join(like_named(name, known))}")
+            raise ValueError(f"no country {name!r}; there is {', '.join(like or sorted(known))}")
+        if like:
+            print(f"{name}: the survey also has {', '.join(like)}", file=sys.stderr)
     return names
 
 
 def opinions(o, flags):
     """Make rows from a survey such as GlobalOpinionQA."""
-    if not o.map and not o.classify:
-        raise ValueError("each option needs a class: give --map FILE, --classify llm, or both")
-    client, groups, problems = Client(flags, f"{o.out}.answers.jsonl"), {}, []
-    belief_map, most = read_map(o.map) if o.map else {}, o.max_questions or None
+    client, problems, most = Client(flags, f"{o.out}.answers.jsonl"), [], o.max_questions or None
+    belief_map = read_json(o.map) if o.map else {}             # {option: class}
+    belief_map = belief_map.get("belief_to_class", belief_map)
     table = read_opinions(o.csv or hub_file("datasets/Anthropic/llm_global_opinions",
                                             "data/global_opinions.csv"))
-    known = {name for *_, shares in table for name in shares}
-    for country in names_in(o.country, known):
-        rows = [(n, text, options, shares[country]) for n, text, options, shares in table
-                if country in shares]
-        whole = [(n, text, options, p) for n, text, options, p in rows if text
-                 and 1 < len(options) == len(set(options)) == len(p) and min(p) >= 0 < sum(p)]
-        if o.classify:                 # only options in use; reversed: the first question wins
-            found, failed = classify(client, {
-                t: text for _, text, options, _ in reversed(whole[:most])
-                for t in options if t not in belief_map})
-            belief_map, problems = belief_map | found, problems + failed
-        fit = [Question(str(n), [text], "this", options, [belief_map[t] for t in options],
-                        [x / sum(p) for x in p])
-               for n, text, options, p in whole if set(options) <= belief_map.keys()]
-        groups[country] = fit[:most]
-        print(f"{len(fit[:most])} questions for {country}, of {len(rows)} rows: "
-              f"{len(rows) - len(whole)} lack a text, two different options or their shares, "
-              f"{len(whole) - len(fit)} have options without a class", file=sys.stderr)
-        if like := [name for name in like_named(country, known) if name != country]:
-            print(f"The table also has {', '.join(like)}", file=sys.stderr)
+    groups = {country: table[country] for country in names_in(o.country, table)}
+    for country, questions in groups.items():
+        if o.classify:
+            problems += classify(client, questions[:most], belief_map)
+        fit = [q for q in questions if set(q.options) <= belief_map.keys()]
+        print(f"{country}: {len(fit)} of {len(questions)} questions have classes", file=sys.stderr)
         if not fit:
-            raise ValueError(f"no question of {country} has a class for all its options: extend "
-                             "--map, or give --classify llm")
+            raise ValueError("each option needs a class: give --map FILE, --classify llm, or both")
+        groups[country] = fit[:most]
+        for q in fit:
+            q.classes = [CLASSES.index(str(belief_map[t])) for t in q.options]
     if o.writer == "llm":
         write_surveys(groups, o, partial(llm_writer, client), problems, llm=client.settings())
     else:
@@ -1330,7 +1260,7 @@ def main():
             raise ValueError(f"--{name} is needed")
     out = Path(flags["out"])
     flags["out"] = str(out)                            # without a slash at its end
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_file() or any(out.glob("*")):
         raise ValueError(f"--out {out} is not empty: give another, or remove it first")
     make(*(config(**{f.name: flags[f.name] for f in dataclasses.fields(config)})
            for config in configs))

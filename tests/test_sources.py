@@ -77,14 +77,14 @@ REPLY = """Here are two styles:
 
 Style 1: Casual and Friendly
 Q: So, tell me: how do you rate it? [be honest]
-A1: [Very good job] Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.
+A1: [Yes] Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.
 A2: [DK/It's "fine" [VOL]] It's "fine", I'd say. "Never" is no "word".
 
 **Style 2: Formal**
 - **Question 2:** "How would you evaluate it?"
 
 - **C** : [dk/it’s “fine” [VOL].] - Fine.
-1. [VERY GOOD JOB]: "Excellent."
+1. [YES]: "Excellent."
 
 I hope that these small talks help!
 """
@@ -94,61 +94,51 @@ GOOD = f"{YES}\nA2: [No] n"
 
 
 def test_a_reply_is_read_however_it_is_laid_out():
-    assert synth.parse_dialogues(REPLY, ["Very good job", 'DK/It\'s "fine" [VOL]']) == ([
+    assert synth.parse_dialogues(REPLY, ["Yes", 'DK/It\'s "fine" [VOL]']) == ([
         ("So, tell me: how do you rate it? [be honest]", [
             "Honestly: a great job: 5 of 5! Ask A2: [sigh] never mind.",
             "It's \"fine\", I'd say. \"Never\" is no \"word\"."]),
         ("How would you evaluate it?", ["Excellent.", "Fine."])], [])
+    for reply in (
+            GOOD, "Q1. a?\n1. [Yes] y\n2. [No] n", "*Q:* a?\n*A1:* [Yes] y\n*A2 -* [No] n",
+            "1. Q: a?\n- **B.** [Yes] y\n- **A:** [No] n", "q1: a?\n(1) [Yes] y\nA-2: [No] n",
+            "Question: a?\nAnswer 1: [Yes] y\nb) [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
+            "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```",
+            f"{GOOD}\nStyle 2: b", "Q: a?\n\nA1: [Yes] y\n---\nA2: [No] n\n\nBye!",
+            "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\n[No] n",
+            "Q： a?\nA1： 【Yes】 y\nA2： [Option: No] n", json.dumps(STYLES),
+            json.dumps(STYLES, indent=1)):
+        assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
 
 
-@pytest.mark.parametrize("reply", [
-    "Q: a?\n1. [Yes] y\n2. [No] n", "Q1. a?\nA1 - [Yes] y\nA2 - [No] n",
-    "*Q:* a?\n*A1:* [Yes] y\n*A2:* [No] n", "Q: a?\n- **B.** [Yes] y\n- **A:** [No] n",
-    "1. Q: a?\nA-1: [Yes] y\nA-2: [No] n", "q1: a?\na) [Yes] y\nb) [No] n",
-    "Question: a?\nAnswer 1: [Yes] y\nAnswer 2: [No] n", "__Q:__ a?\n> [No]: n\n> [yes]: y",
-    "Q: \"a?\"\nA1: [\"Yes\"] \"y\"\nA2: [ No ] n", f"```\n{GOOD}\n```", f"{GOOD}\nStyle 2: b",
-    "Q: a?\n\nA1: [Yes] y\n\nA2: [No] n\n\nBye!", "Q: a?\r\nA1: (1. Yes) y\r\nA2: [B. No] n\r\n",
-    "Q： a?\nA1： 【Yes】 y\nA2： [Option: No] n", "Q:\u00a0a?\nA1:\u00a0[Yes] y\nA2: [No] n",
-    json.dumps(STYLES), json.dumps(STYLES, indent=1)])
-def test_common_layouts_and_json_are_read(reply):
-    assert synth.parse_dialogues(reply, ["Yes", "No"]) == ([("a?", ["y", "n"])], [])
-
-
-@pytest.mark.parametrize("problem, ended, replies", [
-    ("a style that is not one answer to each option", "stop", [
-        f"{YES}\nA2: Not certain.\nA3: [No] n", f"{GOOD}\nI hope that helps!", YES,
-        f"{GOOD}\n2. Formal and Polite", "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n",
+@pytest.mark.parametrize("ended, reply", [
+    *[("stop", reply) for reply in (
+        f"{YES}\nA2: Not certain.\nA3: [No] n", f"{GOOD}\n2. I hope that helps!", YES,
+        "Q: Hey!\nWhat of a?\nA1: [Yes] y\nA2: [No] n", f"{GOOD}\nA3: [Yes] y3",
         f"{YES}\n\nStyle 2: b\nParaphrase: c?\nA1: [Yes] y2\nA2: [No] n2",
-        f"{YES}\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n", f"{GOOD}\nA3: [Yes] y3",
-        "Q: a?\nA1: Well (yes) y\nA2: [No] n", "Q: a?\nA1: [Yes]\nA2: [No] n",
-        '{"styles": [{"question": "a?", "answers": {"Yes": "y"}}]}',
-        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}']),
-    ("a style cut off by the length limit", "length", [
-        "Q: b?\nA1: [Yes] y\nA2: [No]", json.dumps(STYLES)[12:-40]]),
-    ("the prompt's own example question", "stop", [
-        "Q: What’s your stance on defeating terrorism through military force?\nA1: [Yes] y\n"
-        "A2: [No] n"]),
-    ("a reply without a question line", "stop", ["I can't.", "A1: [Yes] y\nA2: [No] n"]),
-    ("a prompt that the server refused", "refused", [f"400: no\n{GOOD}"])])
-def test_a_broken_style_is_listed_and_takes_no_other_with_it(problem, ended, replies):
-    for reply in replies:
+        f"{YES}\u2028A2: [No] n", "Q:\nA1: [Yes] y\nA2: [No] n", "Q: a?\nA1: [Yes]\nA2: [No] n",
+        "Q: a?\nA1: Well (yes) y\nA2: [No] n", GOOD.replace(
+            "a?", "What’s your stance on defeating terrorism through military force?"),
+        '{"styles": [{"question": "a?", "answers": ["Yes"]}]}')],
+    ("stop", "A1: [Yes] y"), ("refused", "I can't."), ("length", GOOD),
+    ("length", json.dumps(STYLES)[12:-40])])
+def test_a_broken_style_is_listed_and_takes_no_other_with_it(ended, reply):
+    found, [problem] = synth.parse_dialogues(reply, ["Yes", "No"], ended)
+    assert not found and "a style without" in problem["problem"] and ended in problem["problem"]
+    if "?" in reply:
         first = json.dumps(STYLES) if reply[0] == "{" else GOOD
-        alone, after = (synth.parse_dialogues(text, ["Yes", "No"], ended)
-                        for text in (reply, f"{first}\n\n{reply}"))
-        assert alone[0] == [] and [p["problem"] for p in alone[1]] == [problem]
-        if problem.startswith(("a style", "the prompt's own")):
-            assert after == ([("a?", ["y", "n"])], alone[1])
+        assert synth.parse_dialogues(f"{first}\n\n{reply}", ["Yes", "No"], ended) == (
+            [("a?", ["y", "n"])], [problem])
 
 
 @pytest.mark.parametrize("label, texts", [
     ("3", ["The rating is 3.", "3 out of 5", "3.0", "**3**", "The predicted rating is: **3**", "[3",
-           '{"rating": 3}', " 3.\n", "Answer: 3"]),
+           '{"rating": 3}', " 3.\n", "Answer: 3", '{\n\n"answer"\n\n:\n"3"}']),
     (None, ["1. The film is dull", "1: France", "4 or 5", "2/3", "10", "-3", "", "{}", "agree",
             "1\n2", '{"a": 1, "b": 2}'])])
 def test_one_of_a_few_labels_is_read_and_never_guessed(label, texts):
     assert [synth.read_label(t, ["1", "2", "3", "4", "5"]) for t in texts] == [label] * len(texts)
     assert synth.read_label("answer: yes", ["Yes", "No"]) == "Yes"
-    assert synth.read_label('{\n\n"answer"\n\n:\n"No"}', ["Yes", "No"]) == "No"
 
 
 def test_an_llm_writes_the_dialogues(table, llm):
@@ -158,7 +148,6 @@ def test_an_llm_writes_the_dialogues(table, llm):
     body = llm.requests[0].body
     assert "Chile (rural), please generate 10 different" in body["messages"][0]["content"]
     assert body["max_tokens"] == 4096 and body["response_format"]["type"] == "json_schema"
-    assert len(llm.requests) == 3 * 4                       # 40 paraphrases, 10 to a request
     assert [len(rows[s]) for s in SPLITS] == [2 * 72, 2 * 9, 2 * 9 + 18]
     assert meta["belief_to_class"]["A lot"] == "5" and meta["llm"]["llm"] == "gpt-3.5-turbo-1106"
     for r in sum(rows.values(), []):                        # the answer is the one to its belief
@@ -166,9 +155,7 @@ def test_an_llm_writes_the_dialogues(table, llm):
             assert r[f"{side}_response"].endswith(f": {r[f'{side}_choice']}.")
         texts = r["prompt"], r["accept_response"], r["reject_response"]
         assert len({re.search(r"\d+\.\d+", t)[0] for t in texts}) == 1       # of one style
-    prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]
-    assert not prompts[0] & (prompts[1] | prompts[2])
-    assert llm.make(*flags)[2] == rows and len(llm.requests) == 12      # now it asks nothing
+    assert llm.make(*flags)[2] == rows and len(llm.requests) == 3 * 4  # then it asks nothing
 
 
 def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
@@ -180,14 +167,13 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
         return re.sub(r"\((\d+)\.(1?\d)\)", r"(\2)", reply)      # the same wordings in each reply
     llm.spoil = spoil
     err, _, rows = llm.make("opinions", *table, "--writer", "llm", "--holdout_questions", 0)
-    for what in ("4 x a reply without a question line", "30 x a wording given before",
-                 "4 x a prompt that the server refused", "2 x a question with fewer than 3 texts"):
+    problem = "a style without a question of its own and one answer to each option"
+    for what in (f"4 x {problem} (stop)", f"4 x {problem} (refused)",
+                 "30 x a wording given before", "2 x a question with fewer than 3 texts"):
         assert what in err
-    assert ('"question": "1", "problem": "a reply without a question line", "text": "I\'m sorry, I '
-            'cannot."}') in (tmp_path / "d/unparsed.jsonl").read_text()
-    rows = sum(rows.values(), [])
-    assert {r["question_id"] for r in rows} == {"0"}
-    assert len(rows) == len({r["prompt"] for r in rows}) == 10
+    assert "I'm sorry, I cannot." in (tmp_path / "d/unparsed.jsonl").read_text()
+    prompts = [(r["question_id"], r["prompt"]) for r in sum(rows.values(), [])]
+    assert len(prompts) == len({*prompts}) == 10 and {q for q, _ in prompts} == {"0"}
 
 
 def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm, tmp_path):
@@ -200,17 +186,18 @@ def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm,
 
 
 def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_path):
-    llm.make("opinions", *table[:2], *table[4:], "--classify", "llm", "--max_questions", 1,
-             "--holdout_questions", 0)                      # no --map
+    llm.make("opinions", *table, "--map", "", "--classify", "llm", "--max_questions", 1,
+             "--holdout_questions", 0)
     body = llm.requests[0].body
     assert len(llm.requests) == 3 and body["temperature"] == 0 and body["max_tokens"] == 50
     assert body["response_format"]["json_schema"]["schema"]["properties"] == {
         "answer": {"type": "string", "enum": synth.CLASSES}}
     save(tmp_path / "map.json", {"No": 1})
+    llm.spoil = lambda reply, prompt: "1. Unsure" if "A bit" in prompt else reply
     err, meta, _ = llm.make("opinions", *table, "--classify", "llm")   # and what --map lacks
-    assert "4 questions" in err and len(llm.requests) == 3 + 6 - 2
-    assert meta["belief_to_class"] == {"No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2",
-                                       "A bit": "2", "Not too much": "2", "A lot": "2"}
+    assert "3 of 4 questions" in err and "1 x an option that the LLM gave no class" in err
+    assert len(llm.requests) == 3 + 6 - 2 and meta["belief_to_class"] == {
+        "No": "1", "Yes": "4", "Maybe": "3", "Don't know": "2"}
 
 
 def test_the_survey_table_comes_from_the_hub(table, server, make, tmp_path, monkeypatch):
@@ -218,7 +205,7 @@ def test_the_survey_table_comes_from_the_hub(table, server, make, tmp_path, monk
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     text = (tmp_path / "t.csv").read_text()
     server.answer = lambda r: (200, text, ("ETag", '"abc"'), ("X-Repo-Commit", "c0ffee"))
-    assert "3 questions for Chile" in make("opinions", *table[2:])[0]                  # no --csv
+    assert "3 of 4 questions" in make("opinions", *table[2:])[0]                       # no --csv
     assert {r.path for r in server.requests} == {
         "/datasets/Anthropic/llm_global_opinions/resolve/main/data/global_opinions.csv"}
 
