@@ -245,6 +245,8 @@ def hub(server, monkeypatch, make):
         assert r.query["dataset"].startswith("Some/")
         if r.path == "/splits":
             return 200, {"splits": [{"config": "default", "split": s} for s in server.rows]}
+        if r.query["split"] not in server.rows:
+            return 404, {"error": f"no split {r.query['split']}"}
         rows, start, n = server.rows[r.query["split"]], int(r.query["offset"]), r.query["length"]
         assert r.query["config"] == "default" and int(n) <= 100
         return 200, {"features": [], "num_rows_total": len(rows), "partial": False, "rows": [
@@ -293,15 +295,12 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
 
 
 @pytest.mark.parametrize("path, answer, message", [
-    ("/splits", {"error": "busy"}, "busy"), ("/splits", [], "no splits"),
-    ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came whole"),
-    ("/splits", {"splits": [{"config": "default", "split": "train"}]}, "no split eval or valid"),
-    ("/splits", {"splits": [{"config": "a", "split": "train"}]}, "in a default configuration"),
-    ("probabilities", None, "no probabilities in a row of ['accept"),
-    ("options", "Good|Bad", "not a list: 'Good|Bad'"),
-    ("probabilities", [0.5, 0.5], "neither 6 shares")])
+    ("/splits", {"error": "busy"}, "busy"), ("/splits", {"splits": []}, "no split eval"),
+    ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came"),
+    ("options", "Good|Bad", "not a list: 'Good|Bad'"), ("probabilities", [0.5, 0.5], "2 entries")])
 def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
-    hub.rows, good = {s: published_rows(3, **{path: answer}) for s in SPLITS}, hub.answer
+    rows, good = published_rows(3, **{path: answer}), hub.answer
+    hub.rows = {"train": rows, "dev": rows, "test": rows}
     hub.answer = lambda r: (200, answer) if r.path == path else good(r)
     assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
 
@@ -327,29 +326,26 @@ META = {"Title": "The Ring", "Year": "2002", "Genre": "Horror, Mystery", "imdbID
 PROMPT = "The Ring, 2002, Gore Verbinski (Genre: Horror, Mystery). A videotape."
 
 
-def snap(path):
-    """40 reviews of products P0 and P1, and 6 that are to be left out: the same again (an edition),
-    half a star, no text, too short, too long, without a title."""
-    save(path, *(SNAP.format(n % 3 > 0, 5 if n % 4 else 2, (GREAT if n % 4 else POOR).format(n))
-                 for n in range(40)),
-         SNAP.format(1, 5, GREAT.format(1)), SNAP.format(1, 3.5, "half a star is none"),
-         "product/productId: P1", SNAP.format(1, 4, "short"), SNAP.format(1, 1, "long " * 600),
-         SNAP.format(9, 4, "a product that has no title"))
-
-
 @pytest.fixture
-def reviews(make, tmp_path):
+def reviews(make, tmp_path, monkeypatch):
+    """reviews(file, titles, *flags) runs the command. m.txt.gz has 40 reviews of products P0 and P1
+    and 6 to be left out: the same again, half a star, no text, too short, too long, no title."""
+    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
+    save(tmp_path / "m.txt.gz", *(
+        SNAP.format(n % 3 > 0, 5 if n % 4 else 2, (GREAT if n % 4 else POOR).format(n))
+        for n in range(40)),
+        SNAP.format(1, 5, GREAT.format(1)), SNAP.format(1, 3.5, "half a star is none"),
+        "product/productId: P1", SNAP.format(1, 4, "short"), SNAP.format(1, 1, "long " * 600),
+        SNAP.format(9, 4, "a product that has no title"))
+
     def reviews(name, titles, *flags, check=0):
         save(tmp_path / "t.csv", titles)
         return make("reviews", "--reviews", name, "--titles", "t.csv", *flags, check=check)
     return reviews
 
 
-def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(
-        tmp_path, reviews, server, monkeypatch):
+def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(tmp_path, reviews, server):
     """Two titles are one film to OMDb."""
-    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
-    snap(tmp_path / "m.txt.gz")
     busy = [(503, "busy"), (200, {"Response": "False", "Error": "Error getting data."})]
     server.answer = lambda r: busy.pop() if busy else (200, META)
     flags = "m.txt.gz", 'P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url
@@ -377,12 +373,7 @@ def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(
 
 def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
         tmp_path, reviews, server, monkeypatch):
-    snap(tmp_path / "m.txt")
-    flags = "m.txt", "P0,The Ring (2002)\nP1,Unheard Of\n", "--omdb", server.url
-    assert "set OMDB_API_KEY" in reviews(*flags, check=2)
-    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
-    err = reviews(*flags[:-1], server.url + "/?apikey=omdb-secret", check=2)
-    assert "address without a key" in err and "secret" not in err
+    flags = "m.txt.gz", "P0,The Ring (2002)\nP1,Heard, But Not Seen\n", "--omdb", server.url
     for status, words in ((401, "Invalid API key!"), (200, "Request limit reached!")):
         server.answer = lambda r: (status, {"Response": "False", "Error": words})
         err = reviews(*flags, check=2)
@@ -391,22 +382,29 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
         "Response": "False", "Error": "Movie not found!"})
     err, _, rows = reviews(*flags)
     assert "1 x a title without metadata" in err
+    assert '"Heard, But Not Seen"' in (tmp_path / "d/unparsed.jsonl").read_text()
     assert {r["prompt"] for r in rows["train"]} == {PROMPT}
+    err = reviews(*flags[:-1], server.url + "/?apikey=omdb-secret", check=2)
+    assert "address without a key" in err and "secret" not in err
+    monkeypatch.delenv("OMDB_API_KEY")
+    assert "set OMDB_API_KEY" in reviews(*flags, check=2)
 
 
-@pytest.mark.parametrize("text, plot", [
-    (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}', 'in\\spiritual "peace"'),
-    ('{"Title":"T","Plot":"from\x1f peace.\tSo.","Response":"True"}', "from\x1f peace.\tSo."),
-    ('{"Title":"T","Plot":"say "yes""}', None),
-    ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"), ("[]", "again"),
-    ('{"Response":"False"}', "again")])
-def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
+@pytest.mark.parametrize("text, prompt", [
+    (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}',
+     'T. in\\spiritual "peace"'),
+    ('{"Title":"T","Year":"N/A","Plot":"From\x1f peace.\tSo.","Response":"True"}',
+     "T. From peace. So."),
+    ('{"Title":"T","Plot":"say "yes""}', ""),
+    ('{"Title":"T","Plot":"half a', None), ("<html>", None), ("[]", None),
+    ('{"Response":"False"}', None)])
+def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, prompt):
     response = SimpleNamespace(text=text)
-    if plot == "again":
+    if prompt is None:
         with pytest.raises(data.TryAgain):
             synth.read_omdb(response)
     else:
-        assert synth.read_omdb(response)[0].get("Plot") == plot
+        assert synth.read_omdb(response)[0] == prompt
 
 
 def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
@@ -421,7 +419,7 @@ def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
                            "--max_titles", 2, "--max_reviews", 15, "--min_chars", 1)
     rows = sum(rows.values(), [])
     for reason in ("3 that are no review", "1 that repeat the same user's text",
-                   "1 x a title without metadata, two ratings or 3 reviews, or beyond --max"):
+                   "1 x a title without metadata or two ratings, or beyond --max_titles"):
         assert reason in err
     assert len({r["prompt"] for r in rows}) == 2 and {r["prompt"] for r in rows} <= {
         "Zero.", "One.", "Two."}
@@ -435,25 +433,17 @@ review/score: 5.0\r
 review/text: Amélie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="x">so</a> \
 on the next 3 < 4 “” [[VIDEOID:f6a7]] [[ASIN:B00 The Film]]\r
 \r
-product/productId: P1
-review/score: 1.0
-review/text: bad""".encode(encoding))
-    read = lambda name: list(synth.read_reviews(tmp_path / name, synth.Counter()))
-    assert read("r.txt") == [(["P1"], None, "5", 'Amélie is "good" and so on the next 3 < 4 “”'),
-                             (["P1"], None, "1", "bad")]
-    save(tmp_path / "r.jsonl", "{'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s \"o\"'}")
-    assert read("r.jsonl") == [(["P1"], None, "4", "it's \"o\"")]  # 2014's set, in Python's form
+{'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s "o"'}""".encode(encoding))   # 2014's set
+    assert [synth.review_of(record) for record in synth.records_in(tmp_path / "r.txt")] == [
+        {"product": "P1", "rating": "5", "text": 'Amélie is "good" and so on the next 3 < 4 “”'},
+        {"product": "P1", "rating": "4", "text": "it's \"o\""}]
 
 
-@pytest.mark.parametrize("text, titles, message", [
-    ("[{}]", "P1,One", "It begins with '[{}]'"), ("", "P1,One", "It begins with ''"),
-    ('{\n "asin": "P1",\n "overall": 5.0\n}\n', "P1,One", "It begins with '{'"),
-    ("", "P1,The Good, the Bad", "t.csv must have lines of product,title")])
-def test_a_file_without_readable_reviews_or_titles_is_refused(
-        reviews, tmp_path, text, titles, message):
+@pytest.mark.parametrize("text", ["[{}]", "", '{\n "asin": "P1",\n "overall": 5.0\n}\n'])
+def test_a_file_without_readable_reviews_is_refused(reviews, tmp_path, text):
     save(tmp_path / "r.jsonl", text)
-    err = reviews("r.jsonl", titles, "--metadata", "none", check=2)
-    assert message in err.splitlines()[-1]
+    last = reviews("r.jsonl", "P1,One", "--metadata", "none", check=2).splitlines()[-1]
+    assert "r.jsonl has no review" in last and text[:1] in last.partition("It begins with")[2]
 
 
 @real_data
@@ -526,19 +516,16 @@ def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path)
     assert (tmp_path / "d/unparsed.jsonl").read_text().count("\n") == 5 + 28
 
 
-def test_statements_are_grouped_in_parts_and_then_their_groups_and_so_is_a_refused_list(
-        llm, tmp_path):
+def test_statements_are_grouped_in_parts_and_a_refused_part_costs_no_other(llm, tmp_path):
     client = synth.Client(synth.Chat(base_url=llm.url), tmp_path / "c.jsonl")
     many = [f"Do not harm {n}" for n in range(9)] + [f"Be brief {n}" for n in range(8)]
-    of = synth.group_statements(client, many, 3, size=6)
-    assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
-    assert len(llm.requests) == 4
-    llm.spoil = lambda reply, prompt: (400, "flagged") if "zzz" in prompt else reply
-    of = synth.group_statements(client, [many[0], "zzz", *many[1:3]], 3)
-    assert of == dict.fromkeys(many[:3], "Do not harm")     # it costs the others nothing
-    found = '{"groups": [{"statement": "a", "numbers": %s}]}'                # as the schema asks
-    assert synth.read_groups(found % [2, 1]) == [("a", 2), ("a", 1)]
-    assert synth.read_groups(found % "[null]") == []
+    group = lambda size: synth.group_statements(client, many, 3, size)
+    found = {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
+    assert group(6).items() >= found.items() and len(llm.requests) == 3
+    llm.spoil = lambda reply, prompt: (400, "flagged") if "harm 8" in prompt else reply
+    assert group(5).items() >= {s: g for s, g in found.items() if s not in many[5:10]}.items()
+    llm.spoil = lambda reply, prompt: '{"groups": ["a :: 2, 1, 99", "- **b** :: 1, 3"]}'
+    assert group(20) == {many[1]: "a", many[0]: "a", many[2]: "b"}     # the first group wins
 
 
 @pytest.mark.parametrize("text, classes", [
@@ -559,22 +546,20 @@ PAIR = {"prompt": "Hi?", "chosen": "a", "rejected": "b"}
     {"chosen": "\n\nHuman: Hi?\n\nAssistant: a", "rejected": "\n\nHuman: Hi?\n\nAssistant: b"},
     {"chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]},
     {"prompt": "Hi?", "chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]}])
-def test_pairs_of_any_form_are_read(row):
-    assert synth.pair_of(row) == ("Hi?", "a", "b")
-    assert not all(synth.pair_of(row | {"chosen": None}))   # which leaves it out
+def test_pairs_of_any_form_are_read_and_others_left_out(row, tmp_path, capsys):
+    odd = [row | {"chosen": None}, {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, "{",
+           PAIR | {"chosen": [1]}]
+    save(tmp_path / "p.jsonl", "\ufeff" + json.dumps(row), *odd)
+    assert synth.read_pairs(tmp_path / "p.jsonl") == [("Hi?", "a", "b")]
+    assert "6 pairs, of which 5 are left out" in capsys.readouterr().err
+    save(tmp_path / "p.jsonl", *odd)
+    with pytest.raises(ValueError, match="p.jsonl has no JSON lines"):
+        synth.read_pairs(tmp_path / "p.jsonl")
 
 
-def test_a_file_of_anything_but_pairs_is_refused(tmp_path, pairs):
-    def refused(name, message):
-        with pytest.raises(ValueError, match=message):
-            synth.read_pairs(tmp_path / name)
-    for bad in ({"chosen": "a"}, {"chosen": "a", "rejected": "b"}, [], "{", PAIR | {"chosen": [1]}):
-        save(tmp_path / "p.jsonl", "\ufeff" + json.dumps(PAIR), bad)
-        refused("p.jsonl", "p.jsonl, line 3 is not a pair of chosen")
-    (tmp_path / "p.jsonl").write_bytes(json.dumps(PAIR).replace("Hi", "Qué").encode("cp1252"))
-    refused("p.jsonl", "p.jsonl is not UTF-8")
-    (tmp_path / "cut.gz").write_bytes(pairs.read_bytes()[:400])
-    refused("cut.gz", "cut.gz is not UTF-8 text, or damaged .*fetch it again")
+def test_half_a_download_is_one_line(llm, pairs):
+    pairs.write_bytes(pairs.read_bytes()[:400])
+    assert "Compressed file ended" in llm.make("mine", "--pairs", pairs, check=2).splitlines()[-1]
 
 
 @real_data
