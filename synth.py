@@ -1052,13 +1052,14 @@ def reviews(o):
         prompts = {title: prompt for title, prompt in zip(usable, answers) if prompt}
     problems = [{"problem": "a title without metadata or two ratings, or beyond --max_titles",
                  "text": t} for t in sides if t not in prompts]
-    films = {}
+    films, title_of = defaultdict(list), {p: t for t, p in reversed(prompts.items())}
     for title, prompt in prompts.items():              # titles of one film are one question
-        films.setdefault(prompt, (title, []))[1].extend(sides[title])
+        films[prompt] += sides[title]
     held, splits = holdout(films, o), {s: [] for s in SPLITS}
     rng = np.random.default_rng([o.seed, 1])
-    for prompt, (title, every) in films.items():
-        shares = np.mean([[rating == c for c in STARS] for rating, *_ in every], 0)
+    for prompt, every in films.items():
+        title, ratings = title_of[prompt], Counter(rating for rating, *_ in every)
+        shares = [ratings[c] / len(every) for c in STARS]
         texts = [side for side in every if side[2]]
         drawn = [texts[i] for i in rng.permutation(len(texts))[:o.max_reviews or None]]
         parts = split_up(drawn, prompt in held, title, problems)
@@ -1125,12 +1126,12 @@ def group_statements(client, statements, most, size=50):
         listed = "\n".join(f"{n}. {text}" for n, text in enumerate(part, 1))
         [reply] = chat(client, [PROMPTS["groups"].format(most=most, statements=listed)], "groups",
                        closed(groups=[TEXT]), temperature=0.0, max_tokens=4096)
-        lines, new = reply.text, {}
-        with suppress(ValueError, KeyError, TypeError):                    # JSON, or just lines
+        lines = reply.text             # `statement :: 1, 2`, perhaps in JSON
+        with suppress(ValueError, KeyError, TypeError):
             lines = "\n".join(json.loads(lines)["groups"])
-        for name, numbers in re.findall(r"^[\W\d]*(\w.*?)[*_\s]*::(.*)$", lines, re.M):
-            for n in map(int, re.findall(r"\d+", numbers)):
-                new |= {text: name for text in part[n - 1:n] if text not in new}
+        groups = re.findall(r"^[\W\d]*(\w.*?)[*_\s]*::(.*)$", lines, re.M)
+        new = {part[int(n) - 1]: name for name, numbers in reversed(groups)    # the first one wins
+               for n in re.findall(r"\d+", numbers) if 1 <= int(n) <= len(part)}
         of = {text: new.get(group, group) for text, group in of.items()} | new
     return of
 

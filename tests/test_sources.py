@@ -3,6 +3,7 @@ import gzip
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -235,23 +236,21 @@ def published_rows(n, **change):
 
 @pytest.fixture
 def hub(server, monkeypatch, make):
-    """Plays datasets-server: .rows {split: [row]}; the rows of .long come cut off in pages of more
-    than one row. .fetch(*flags) runs the command."""
+    """Plays datasets-server: .rows {split: [row]}, of which number 123 comes cut off in pages of
+    more than one row. .fetch(*flags) runs the command."""
     monkeypatch.setenv("HF_DATASETS_SERVER", server.url)
     server.fetch = partial(make, "published", "--name", "Some/set")
-    server.rows, server.long = {}, []
 
     def answer(r):
         assert r.query["dataset"].startswith("Some/")
         if r.path == "/splits":
             return 200, {"splits": [{"config": "default", "split": s} for s in server.rows]}
-        if r.query["split"] not in server.rows:
+        if r.query["split"] not in server.rows or r.query["config"] != "default":
             return 404, {"error": f"no split {r.query['split']}"}
         rows, start, n = server.rows[r.query["split"]], int(r.query["offset"]), r.query["length"]
-        assert r.query["config"] == "default" and int(n) <= 100
         return 200, {"features": [], "num_rows_total": len(rows), "partial": False, "rows": [
-            {"row_idx": i, "row": row, "truncated_cells": ["x"] * (n != "1" and i in server.long)}
-            for i, row in enumerate(rows[start:start + int(n)], start)]}
+            {"row_idx": i, "row": row, "truncated_cells": ["x"] * (n != "1" and i == 123)}
+            for i, row in enumerate(rows[start:start + min(int(n), 100)], start)]}
     server.answer = answer
     return server
 
@@ -266,19 +265,15 @@ def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(h
                            reject_choice_id=0)              # which is no empty cell
     hub.rows = {"train": published_rows(250) + odd + other, "validation": published_rows(3) + odd,
                 "test": published_rows(2)}
-    hub.long = [123]
     err, meta, rows = hub.fetch("--name", "Some/mmoqa_pk_large")
     train = rows["train"]
     assert [len(rows[s]) for s in SPLITS] == [253, 3, 2]
     assert "12 x a row with an empty or odd cell" in err
     assert [r["accept_response"] for r in train[:250]] == [f"ok {i}" for i in range(250)]
-    assert train[0] == {
+    assert train[0] | {"extra": 1} == published_rows(1)[0] | {
         "prompt": "How?", "options": ["Good", "Bad", "Don't know"], "accept_choice_id": "4",
-        "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Good",
-        "accept_response": "ok 0", "reject_choice_id": "2", "reject_choice": "Bad",
-        "reject_response": "no", "group": "Pakistan", "question_id": train[9]["question_id"]}
-    assert len({r["question_id"] for r in train}) == 2
-    assert train[-1]["reject_choice_id"] == "0"
+        "group": "Pakistan", "question_id": train[9]["question_id"]}
+    assert len({r["question_id"] for r in train}) == 2 and train[-1]["reject_choice_id"] == "0"
     assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
 
@@ -350,18 +345,16 @@ def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(tmp_path, reviews,
     server.answer = lambda r: busy.pop() if busy else (200, META)
     flags = "m.txt.gz", 'P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url
     err, _, rows = reviews(*flags)
-    for reason in ("1 that repeat the same user's text", "2 that are no review",
-                   "2 too short or too long", "1 of a product without a title"):
-        assert reason in err
+    assert {*re.search("left out: (.*)", err)[1].split(", ")} == {
+        "1 that repeat the same user's text", "2 that are no review", "2 too short or too long",
+        "1 of a product without a title"}
     assert len(rows["train"]) == 32
     for r in sum(rows.values(), []):
         assert r["prompt"] == PROMPT and "accept_choice" not in r
         assert r["probabilities"] == pytest.approx(         # with those of odd length
             [1 / 42, 10 / 42, 0, 1 / 42, 30 / 42], abs=1e-6)
-        assert r["accept_choice_id"] != r["reject_choice_id"]
-        for side in ("accept", "reject"):
-            assert r[f"{side}_response"].startswith(
-                "Good film & fun. It's" if r[f"{side}_choice_id"] == "5" else "Bad, bad film")
+        assert {(r[f"{side}_choice_id"], r[f"{side}_response"][:11])
+                for side in ("accept", "reject")} == {("5", "Good film &"), ("2", "Bad, bad fi")}
     train = {r[f"{s}_response"] for r in rows["train"] for s in ("accept", "reject")}
     assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
     assert {"t": "The Ring", "y": "2002", "plot": "short", "apikey": "omdb-secret"} in [
@@ -391,20 +384,13 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
 
 
 @pytest.mark.parametrize("text, prompt", [
-    (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}',
-     'T. in\\spiritual "peace"'),
-    ('{"Title":"T","Year":"N/A","Plot":"From\x1f peace.\tSo.","Response":"True"}',
-     "T. From peace. So."),
-    ('{"Title":"T","Plot":"say "yes""}', ""),
-    ('{"Title":"T","Plot":"half a', None), ("<html>", None), ("[]", None),
-    ('{"Response":"False"}', None)])
+    (r'{"Title":"T","Plot":"in\spiritual \"joy\"","Response":"True"}', 'T. in\\spiritual "joy"'),
+    ('{"Title":"T","Year":"N/A","Plot":"The\x1f joy.\tSo.","Response":"True"}', "T. The joy. So."),
+    ('{"Title":"T","Plot":"say "yes""}', ""), ('{"Title":"T","Plot":"half a', None),
+    ("<html>", None), ("[]", None), ('{"Response":"False"}', None)])
 def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, prompt):
-    response = SimpleNamespace(text=text)
-    if prompt is None:
-        with pytest.raises(data.TryAgain):
-            synth.read_omdb(response)
-    else:
-        assert synth.read_omdb(response)[0] == prompt
+    with pytest.raises(data.TryAgain) if prompt is None else nullcontext():
+        assert synth.read_omdb(SimpleNamespace(text=text))[0] == prompt
 
 
 def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
@@ -418,11 +404,9 @@ def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
     err, _, rows = reviews("r.jsonl", "P0,Zero\nP1,One\nP2,Two\n", "--metadata", "none",
                            "--max_titles", 2, "--max_reviews", 15, "--min_chars", 1)
     rows = sum(rows.values(), [])
-    for reason in ("3 that are no review", "1 that repeat the same user's text",
-                   "1 x a title without metadata or two ratings, or beyond --max_titles"):
-        assert reason in err
-    assert len({r["prompt"] for r in rows}) == 2 and {r["prompt"] for r in rows} <= {
-        "Zero.", "One.", "Two."}
+    assert "3 that are no review" in err and "1 that repeat the same user's text" in err
+    assert "1 x a title without metadata or two ratings, or beyond --max_titles" in err
+    assert {r["prompt"] for r in rows} == {"One.", "Two."}
     assert len(rows) == 30 and rows[0]["probabilities"] == [0.2] * 5
 
 
@@ -447,16 +431,15 @@ def test_a_file_without_readable_reviews_is_refused(reviews, tmp_path, text):
 
 
 @real_data
-@pytest.mark.parametrize("name, titles", [
-    ("amazon_movies_sample.txt", ["B0001G6PZC", "B000063W1R", "0790747324", "B002OHDRF2"]),
-    ("amazon_movies_and_tv_5_sample.jsonl", ["0005019281", "0005119367"])])
-def test_the_real_reviews_give_rows(reviews, name, titles):
-    err, _, rows = reviews(SHARED / "movies" / name, "".join(f"{t},Film {t}\n" for t in titles),
+@pytest.mark.parametrize("name, products", [
+    ("amazon_movies_sample.txt", {"B0001G6PZC", "B000063W1R", "0790747324", "B002OHDRF2"}),
+    ("amazon_movies_and_tv_5_sample.jsonl", {"0005019281", "0005119367"})])
+def test_the_real_reviews_give_rows(reviews, name, products):
+    err, _, rows = reviews(SHARED / "movies" / name, "".join(f"{p},{p}\n" for p in products),
                            "--metadata", "none")
-    train = rows["train"]
-    assert "that are no review" not in err and len(train) > 60
-    assert {r["question_id"] for r in train} == {f"Film {t}" for t in titles}
-    assert not any(re.search("<br|&quot;", r["accept_response"]) for r in train)
+    assert "that are no review" not in err and len(rows["train"]) > 60
+    assert {r["question_id"] for r in rows["train"]} == products
+    assert not any(re.search("<br|&quot;", r["accept_response"]) for r in rows["train"])
 
 
 # --- Mined beliefs ---------------------------------------------------------------------------
@@ -478,7 +461,7 @@ def pairs(tmp_path):
     return path
 
 
-def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, tmp_path):
+def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs):
     err, meta, rows = llm.make("mine", "--pairs", pairs)
     assert "70 pairs, of which 10 are left out" in err and meta["classes"] == ["1", "2", "3"]
     prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]         # each in one split
@@ -490,22 +473,19 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, tmp_path):
         assert r["accept_choice_id"] == ("3" if i % 10 else "2")     # whichever stood first
         assert r["reject_choice_id"] == ("1" if i % 3 == 0 else "2" if i % 10 else "3")
         assert r["probabilities"] == ([0, 0, 1] if i % 2 else [0, 0.2, 0.8])
-    assert len(llm.requests) == 60 + 1 + 60
-    assert {r.body["max_tokens"] for r in llm.requests} == {100, 4096, 60}
-    assert ["response_format" in r.body for r in llm.requests] == [False] * 60 + [True] * 61
-    assert (tmp_path / "d.answers.jsonl").is_file()         # whatever --out ends in
+    assert [(r.body["max_tokens"], "response_format" in r.body) for r in llm.requests] == [
+        (100, False)] * 60 + [(4096, True)] + [(60, True)] * 60
     assert llm.make("mine", "--pairs", pairs)[2] == rows
     assert len(llm.requests) == 121                         # all of it is kept
 
 
 def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path):
     flagged = 400, {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}
-    replies = {("State the one", "good 35"): "I'm sorry.\nI cannot.",
-               ("State the one", "good 37"): flagged, ("Statement:", "good 36"): flagged,
-               ("Statement:", "good 38"): "both agree",
-               ("Statement:", "good 44"): "1: agree\n2: agree"}
+    spoiled = {"State.*good 35": "I'm sorry.\nI cannot.", "State the.*good 37": flagged,
+               "Statement:.*good 36": flagged, "Statement:.*good 38": "both agree",
+               "Statement:.*good 44": "1: agree\n2: agree"}
     llm.spoil = lambda reply, prompt: next(
-        (r for (a, b), r in replies.items() if a in prompt and b in prompt), reply)
+        (r for words, r in spoiled.items() if re.search(words, prompt, re.S)), reply)
     err, _, rows = llm.make("mine", "--pairs", pairs, "--max_statements", 1)
     for what in ("1 x no statement (stop)", "2 x no two different stances (stop)",
                  "1 x no statement (refused)", "1 x no two different stances (refused)",
