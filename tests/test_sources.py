@@ -306,7 +306,8 @@ def test_a_published_set_of_reviews_has_five_classes_and_no_group(hub):
     hub.rows = {"train": rows, "dev": rows, "test": rows}
     _, meta, rows = hub.fetch()
     row = rows["train"][0]
-    assert meta["classes"] == row["options"] == ["1", "2", "3", "4", "5"] and not meta["off_scale"]
+    assert meta["classes"] == row["options"] == ["1", "2", "3", "4", "5"]
+    assert not meta["off_scale"]
     assert row["accept_choice_id"] == "5" and not {"accept_choice", "group"} & row.keys()
 
 
@@ -502,10 +503,11 @@ def test_statements_are_grouped_in_parts_and_a_refused_part_costs_no_other(llm, 
     group = lambda size: synth.group_statements(client, many, 3, size)
     found = {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
     assert group(6).items() >= found.items() and len(llm.requests) == 3
-    llm.spoil = lambda reply, prompt: (400, "flagged") if "harm 8" in prompt else reply
-    assert group(5).items() >= {s: g for s, g in found.items() if s not in many[5:10]}.items()
-    llm.spoil = lambda reply, prompt: '{"groups": ["a :: 2, 1, 99", "- **b** :: 1, 3"]}'
-    assert group(20) == {many[1]: "a", many[0]: "a", many[2]: "b"}     # the first group wins
+    llm.spoil = lambda reply, prompt: (400, "flagged") if "brief 7" in prompt else reply
+    of = group(8)
+    assert many[16] not in of and of[many[15]] == "Be brief"
+    llm.spoil = lambda reply, prompt: '{"groups": ["a :: 2, 1, 99", "- **b** :: 1"]}'
+    assert group(20) == dict.fromkeys(many[:2], "a")        # the first group wins
 
 
 @pytest.mark.parametrize("text, classes", [
@@ -517,15 +519,16 @@ def test_stances_are_never_guessed(text, classes):
     assert synth.parse_stances(text) == classes
 
 
-USER, SAID = {"role": "user", "content": "Hi?"}, [{"role": "assistant", "content": c} for c in "ab"]
+USER = {"role": "user", "content": "Hi?"}
+A, B = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
 PAIR = {"prompt": "Hi?", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize("row", [
-    PAIR, {"prompt": [USER], "chosen": SAID[:1], "rejected": SAID[1:]},
+    PAIR, {"prompt": [USER], "chosen": [A], "rejected": [B]},
     {"chosen": "\n\nHuman: Hi?\n\nAssistant: a", "rejected": "\n\nHuman: Hi?\n\nAssistant: b"},
-    {"chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]},
-    {"prompt": "Hi?", "chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]}])
+    {"chosen": [USER, A], "rejected": [USER, B]},
+    {"prompt": "Hi?", "chosen": [USER, A], "rejected": [USER, B]}])
 def test_pairs_of_any_form_are_read_and_others_left_out(row, tmp_path, capsys):
     odd = [row | {"chosen": None}, {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, "{",
            PAIR | {"chosen": [1]}]
