@@ -699,7 +699,7 @@ def run(main):
     except BrokenPipeError:                            # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, EOFError, FloatingPointError, RuntimeError, MemoryError) as e:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as e:
         own = isinstance(e, (RuntimeError, MemoryError))           # from torch, in one process
         words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         if getattr(e, "errno", None) == errno.ENOSPC:

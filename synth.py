@@ -948,18 +948,20 @@ codecs.register_error("cp1252", lambda e: (
 
 
 def records_in(path):
-    """Yield the records of a text file, plain or .gz, in UTF-8 or else cp1252: each line of JSON as
-    text, and as a dict what SNAP writes, a line per field (`product/productId: B00...`) and then an
-    empty line."""
+    """Yield the records of a file, plain or .gz, in UTF-8 or else cp1252: a line of JSON as text, or
+    as a dict SNAP's lines of one field each (`product/productId: B00...`) up to an empty line."""
     open_it, record = gzip.open if str(path).endswith(".gz") else open, {}
-    with open_it(path, "rt", encoding="utf-8-sig", errors="cp1252", newline="\n") as f:
-        for line in chain(map(str.strip, f), [""]):
+    lines = open_it(path, "rt", encoding="utf-8-sig", errors="cp1252", newline="\n")
+    try:
+        for line in chain(map(str.strip, lines), [""]):
             if line and not line.startswith("{"):
                 key, _, value = line.partition(": ")
                 record[key] = value
             elif line or record:
                 yield line or record
                 record = {}
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is damaged ({e}): fetch it again") from None
 
 
 def review_of(record):
@@ -985,17 +987,16 @@ def collect_reviews(o, titles):
             continue
         title = titles.get(review.get("parent")) or titles.get(review.get("product"))
         user, text = review.get("user"), review["text"]
-        copy = hash((user, text))
         if not title:
             skipped["of a product without a title"] += 1
-        elif user and copy in seen:    # editions of a film repeat its reviews
+        elif user and hash((user, text)) in seen:      # editions of a film repeat its reviews
             skipped["that repeat the same user's text"] += 1
         else:
-            seen.add(copy)
+            seen.add(hash((user, text)))
             fits = o.min_chars <= len(text) <= o.max_chars
             skipped["too short or too long"] += not fits
             sides[title].append((review["rating"], None, text if fits else None))
-    print("reviews left out: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items()),
+    print("reviews left out: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items() if n),
           file=sys.stderr)
     if not sides:
         first = str(next(records_in(o.reviews), ""))
