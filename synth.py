@@ -948,7 +948,7 @@ codecs.register_error("cp1252", lambda e: (
 
 
 def records_in(path):
-    """Yield the records of a file, plain or .gz, in UTF-8 or else cp1252: a line of JSON as text, or
+    """Yield the records of a file, plain or .gz, in UTF-8 or else cp1252: JSON lines as text, and
     as a dict SNAP's lines of one field each (`product/productId: B00...`) up to an empty line."""
     open_it, record = gzip.open if str(path).endswith(".gz") else open, {}
     lines = open_it(path, "rt", encoding="utf-8-sig", errors="cp1252", newline="\n")

@@ -466,7 +466,8 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs):
     err, meta, rows = llm.make("mine", "--pairs", pairs)
     assert "70 pairs, of which 10 are left out" in err and meta["classes"] == ["1", "2", "3"]
     prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]         # each in one split
-    assert [len(p) for p in prompts] == [22, 4, 4] and sum(map(len, rows.values())) == 60
+    assert [len(p) for p in prompts] == [22, 4, 4]
+    assert sum(map(len, rows.values())) == 60
     for r in sum(rows.values(), []):
         i = int(re.search(r"\d+", r["accept_response"])[0])
         assert r["prompt"] == asked(i)
@@ -474,8 +475,8 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs):
         assert r["accept_choice_id"] == ("3" if i % 10 else "2")     # whichever stood first
         assert r["reject_choice_id"] == ("1" if i % 3 == 0 else "2" if i % 10 else "3")
         assert r["probabilities"] == ([0, 0, 1] if i % 2 else [0, 0.2, 0.8])
-    assert [(r.body["max_tokens"], "response_format" in r.body) for r in llm.requests] == [
-        (100, False)] * 60 + [(4096, True)] + [(60, True)] * 60
+    assert [r.body["max_tokens"] for r in llm.requests] == [100] * 60 + [4096] + [60] * 60
+    assert ["response_format" in r.body for r in llm.requests] == [False] * 60 + [True] * 61
     assert llm.make("mine", "--pairs", pairs)[2] == rows
     assert len(llm.requests) == 121                         # all of it is kept
 
