@@ -40,8 +40,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from data import (FIELDS, FORM, SPLITS, TEXTS, TRIES, Parser, Refused, TryAgain, add_flags,
-                  check_address, hub_file, hub_headers, key_from, load_dataset, normal, progress,
-                  prompt_text, question_of, read_json, read_text, request, run, write)
+                  check_address, hub_file, hub_headers, key_from, load_dataset, normal, problem_of,
+                  progress, prompt_text, question_of, read_json, read_text, request, run, write)
 
 CLASSES = ["0", "1", "2", "3", "4", "5"]  # Appendix B: 1 (least) to 5 (most agreement); 0 off scale
 ASSETS = Path(__file__).with_name("assets")
@@ -797,64 +797,56 @@ def published(o):
                           lambda response: (read_json_answer(response, what), [0, 0]),
                           f"pages of {what}", hub_headers())
 
-    group = o.group or next((g for key, g in GROUP_OF.items() if key in o.name), None)
-    listed = [f"{s['config']}/{s['split']}" for s in ask("splits", [{}])[0]["splits"]]
-    splits, problems = {s: [] for s in SPLITS}, []
+    group = o.group or next((g for key, g in GROUP_OF.items() if key in o.name), "")
+    listed = {s["split"] for s in ask("splits", [{}])[0]["splits"]}
+    splits, problems, counts = {s: [] for s in SPLITS}, [], Counter()
     for split, rows in splits.items():
         names = ["eval", "validation", "valid", "dev"] if split == "eval" else [split]
-        fit = [name for name in names if f"default/{name}" in listed]
-        if not fit:
-            raise ValueError(f"{o.name} has no split {' or '.join(names)} in a default "
-                             f"configuration; it has {listed}")
-        query = {"config": "default", "split": fit[0]}
-        for n, row in enumerate(hub_rows(ask, query, client.cache)):
+        name = next((name for name in names if name in listed), split)
+        for n, record in enumerate(hub_rows(ask, name, client.cache)):
             try:
-                rows.append(published_row(row, group))
-            except (TypeError, ValueError) as e:       # TypeError: a null among numbers
+                rows.append(published_row(record, group))
+            except (KeyError, ValueError) as e:
                 problems.append({"problem": "a row with an empty or odd cell",
-                                 "text": f"{fit[0]}, row {n}: {e}"})
+                                 "text": f"{name}, row {n}: {e!r}"})
+        counts.update((row.get(f"{side}_choice"), row[f"{side}_choice_id"])
+                      for row in rows for side in ("accept", "reject"))
     ratings = any(len(row["probabilities"]) == 5 for row in splits["train"])
-    counts = Counter((row[f"{side}_choice"], row[f"{side}_choice_id"]) for rows in splits.values()
-                     for row in rows for side in ("accept", "reject") if f"{side}_choice" in row)
     save_dataset(o, splits, problems, off_scale=None if ratings else "0",
                  classes=STARS if ratings else CLASSES,   # the most frequent class of a belief wins
-                 belief_to_class=dict(pair for pair, _ in reversed(counts.most_common())))
+                 belief_to_class={t: c for (t, c), _ in reversed(counts.most_common()) if t})
 
 
-def hub_rows(ask, query, cache):
-    """All rows of a split, 100 per page. Large pages cut off long cells, so those rows are fetched
-    again one by one."""
-    page = lambda start, length: query | {"offset": start, "length": length}
-    [first] = ask("rows", [page(0, 100)])
+def hub_rows(ask, split, cache):
+    """All records of a split, 100 to a request; those with long cells cut off again, one by one."""
+    page = lambda start, n=100: {"config": "default", "split": split, "offset": start, "length": n}
+    [first] = ask("rows", [page(0)])
     total = first["num_rows_total"]
-    pages = [first, *ask("rows", [page(n, 100) for n in range(100, total, 100)])]
-    cut = [r["row_idx"] for p in pages for r in p["rows"] if r.get("truncated_cells")]
-    pages += ask("rows", [page(n, 1) for n in cut])
-    rows = {r["row_idx"]: r["row"] for p in pages for r in p["rows"]
-            if not r.get("truncated_cells")}
-    if first.get("partial") or rows.keys() != set(range(total)):
-        raise ValueError(f"{len(rows)} of {total} rows of {query['split']} came whole: the hub has "
-                         f"only part of them, or they changed; remove {cache} and try again")
-    return [rows[n] for n in range(total)]
+    pages = [first, *ask("rows", [page(start) for start in range(100, total, 100)])]
+    cut = [page(r["row_idx"], 1) for p in pages for r in p["rows"] if r.get("truncated_cells")]
+    found = {r["row_idx"]: r for p in [*pages, *ask("rows", cut)] for r in p["rows"]}
+    if len(found) != total or first.get("partial"):
+        raise ValueError(f"{len(found)} of {total} rows of {split} came: the hub has only a part, "
+                         f"or the set has changed; remove {cache} and try again")
+    return [found[n] for n in sorted(found)]
 
 
-def published_row(row, group):
-    """Convert a published row; ValueError if a cell is empty. Numbers may come as text, lists as
-    literals. Without a question_id, rows with the same options and shares are one question."""
-    out = {name: str(row[name]) for name in (*FIELDS, *TEXTS) if row.get(name) not in (None, "")}
-    empty = [name for name in FIELDS if not out.get(name, "").strip()]
-    if empty:
-        raise ValueError(f"no {', '.join(empty)} in a row of {sorted(row)}")
-    out |= {name: re.sub(r"\.0+$", "", out[name])      # 4, "4" and 4.0 are one class
-            for name in ("accept_choice_id", "reject_choice_id")}
-    out["prompt"] = re.sub("^<Q>(.*)<A>$", r"\1", out["prompt"], flags=re.S)
-    out["options"] = [str(x) for x in literal(row["options"], list)]
-    out["probabilities"] = [x + 0 for x in literal(row["probabilities"], list)]
-    if len(out["probabilities"]) not in (5, 6):
-        raise ValueError("neither 6 shares (classes 0..5) nor 5 (ratings)")
-    question = repr((out["options"], out["probabilities"])).encode()
-    out = {"question_id": hashlib.sha256(question).hexdigest()[:12]} | out
-    return ({"group": group} if group else {}) | out
+def published_row(record, group):
+    """Convert a record of the hub; KeyError or ValueError if it is not whole. Numbers may come as
+    text, lists as literals. The same options and shares are one question, unless it has an id."""
+    row = {name: str(value) for name, value in ({"group": group} | record["row"]).items()
+           if name in (*FIELDS, *TEXTS) and value not in (None, "")}
+    for name in ("accept_choice_id", "reject_choice_id"):
+        row[name] = re.sub(r"\.0+$", "", row[name])    # 4, "4" and 4.0 are one class
+    row["prompt"] = row["prompt"].removeprefix("<Q>").removesuffix("<A>")
+    row["options"] = [str(x) for x in literal(row["options"], list)]
+    row["probabilities"] = literal(row["probabilities"], list)
+    question = repr((row["options"], row["probabilities"])).encode()
+    row.setdefault("question_id", hashlib.sha256(question).hexdigest()[:12])
+    problem = problem_of(row, STARS if len(row["probabilities"]) == 5 else CLASSES)
+    if problem or record.get("truncated_cells"):
+        raise ValueError(problem or "its long cells are cut off")
+    return row
 
 
 # ---------------------------------------------------------------------------------------------
@@ -876,113 +868,90 @@ class Reviews:
 
 
 STARS = CLASSES[1:]
+NAMES = {                              # of a field in SNAP's set, 2014's and 2018's, 2023's -> ours
+    "product/productId": "product", "asin": "product", "parent_asin": "parent",
+    "review/userId": "user", "reviewerID": "user", "user_id": "user",
+    "review/score": "rating", "overall": "rating", "rating": "rating",
+    "review/text": "text", "reviewText": "text", "text": "text"}
 codecs.register_error("cp1252", lambda e: (
     e.object[e.start:e.end].decode("cp1252", "replace"), e.end))
 
 
-def lines_of(path, errors="strict"):
-    """Yield the lines of a text file, plain or .gz. errors="cp1252" decodes other bytes as that."""
-    open_it = gzip.open if str(path).endswith(".gz") else open
+def records_in(path):
+    """Yield the records of a file, plain or .gz, in UTF-8 or else cp1252: JSON lines as text, and
+    as a dict SNAP's lines of one field each (`product/productId: B00...`) up to an empty line."""
+    open_it, record = gzip.open if str(path).endswith(".gz") else open, {}
+    lines = open_it(path, "rt", encoding="utf-8-sig", errors="cp1252", newline="\n")
     try:
-        with open_it(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n") as f:
-            yield from f
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise ValueError(f"{path} is not UTF-8 text, or damaged ({e}): save it with that encoding, "
-                         "or fetch it again") from None
-
-
-def read_reviews(path, skipped):
-    """Yield (product ids, user, rating "1".."5", text). SNAP's format has one line per field, as
-    `product/productId: B00...`, and an empty line after each review."""
-    record, first, read = {}, "", 0
-    for line in map(str.strip, chain(lines_of(path, "cp1252"), [""])):
-        first = first or line
-        if line and not line.startswith("{"):
-            key, _, value = line.partition(": ")
-            record[key] = value
-        elif line or record:
-            try:
-                review = review_of(literal(line, dict) if line else record)
-                read += 1
-                yield review
-            except (IndexError, TypeError, ValueError):
-                skipped["that are no review"] += 1
-            record = {}
-    if not read:
-        raise ValueError(f"{path}: no review could be read, neither in SNAP's form (product/"
-                         "productId: ...) nor as JSON lines, in UTF-8. It begins with "
-                         f"{first[:200]!r}")
+        for line in chain(map(str.strip, lines), [""]):
+            if line and not line.startswith("{"):
+                key, _, value = line.partition(": ")
+                record[key] = value
+            elif line or record:
+                yield line or record
+                record = {}
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is damaged ({e}): fetch it again") from None
 
 
 def review_of(record):
-    """(product ids, user or None, rating, clean text) of a record from any of the datasets."""
-    pick = lambda *names: [record[n] for n in names if record.get(n) is not None]
-    rating = float(pick("review/score", "overall", "rating")[0])
-    if rating not in (1, 2, 3, 4, 5):
+    """A record's fields under our names, with the rating as "1".."5" and clean text."""
+    review = {NAMES[k]: v for k, v in literal(record, dict).items() if k in NAMES}
+    rating, text = f"{float(review['rating']):g}", html.unescape(html.unescape(review["text"]))
+    if rating not in STARS:
         raise ValueError(f"a rating of {rating}")
-    text = html.unescape(html.unescape(pick("review/text", "reviewText", "text")[0]))
     # the reviewer did not write tags, [[VIDEOID:...]] and [[ASIN:...]]
     text = re.sub(r"</?[a-zA-Z][^<>]{0,200}>|\[\[[A-Z]+:.*?\]\]", " ", text)
-    products = pick("product/productId", "parent_asin", "asin")
-    user = next(iter(pick("review/userId", "reviewerID", "user_id")), None)
-    return products, user, str(int(rating)), " ".join(text.split())
+    return review | {"rating": rating, "text": " ".join(text.split())}
 
 
-def collect_reviews(o, titles, skipped):
-    """Read the file once -> {title: (5,) counts of ratings}, {title: [a row's side, ...]}. skipped
-    counts what is left out, by reason."""
-    counts, kept, seen = defaultdict(lambda: np.zeros(5)), defaultdict(list), set()
-    for products, user, rating, text in progress(read_reviews(o.reviews, skipped), desc="reviews",
-                                                 unit="review"):
-        title = next((titles[p] for p in products if p in titles), None)
-        copy = hash((user, text))
-        if title is None:
+def collect_reviews(o, titles):
+    """Read the file once -> {title: [a row's side, ...]}. The text is None if its length is not
+    wanted: the rating counts."""
+    sides, seen, skipped = defaultdict(list), set(), Counter()
+    for record in progress(records_in(o.reviews), desc="reviews", unit="review"):
+        try:
+            review = review_of(record)
+        except (KeyError, TypeError, ValueError):
+            skipped["that are no review"] += 1
+            continue
+        title = titles.get(review.get("parent")) or titles.get(review.get("product"))
+        user, text = review.get("user"), review["text"]
+        if not title:
             skipped["of a product without a title"] += 1
-        elif user and copy in seen:    # editions of a film repeat its reviews
+        elif user and hash((user, text)) in seen:      # editions of a film repeat its reviews
             skipped["that repeat the same user's text"] += 1
         else:
-            seen.add(copy)
-            counts[title][STARS.index(rating)] += 1
-            if o.min_chars <= len(text) <= o.max_chars:
-                kept[title].append((rating, None, text))
-            else:
-                skipped["too short or too long"] += 1
-    return counts, kept
+            seen.add(hash((user, text)))
+            fits = o.min_chars <= len(text) <= o.max_chars
+            skipped["too short or too long"] += not fits
+            sides[title].append((review["rating"], None, text if fits else None))
+    print("reviews left out: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items() if n),
+          file=sys.stderr)
+    if not sides:
+        first = str(next(records_in(o.reviews), ""))
+        raise ValueError(f"{o.reviews} has no review (in SNAP's form or as JSON lines) of any "
+                         f"product in {o.titles}. It begins with {first[:200]!r}")
+    return sides
 
 
 def read_omdb(response):
-    """Read OMDb's answer about a film. Stray backslashes and control characters in its JSON are
-    repaired; if that does not help, the film counts as unknown."""
-    text = re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", response.text)
-    try:
-        answer = dict(json.loads(text, strict=False))
-    except (TypeError, ValueError):    # retry if this is half an answer, or not about a film
-        whole = re.fullmatch(r'\{"Title".*\}\s*', text, re.S)
-        answer = {"Error": "Movie not found!" if whole else text[:200]}
-    error = str(answer.get("Error"))
-    if answer.get("Response") != "True" and not re.fullmatch(r"\w+ not found!?", error):
+    """Read OMDb's answer -> the film's prompt as in Table 7: title, year, director (Genre: genre).
+    plot. It is empty if OMDb does not know the film, or its JSON is broken for good."""
+    text = re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", response.text)   # plots have stray backslashes
+    whole = re.fullmatch(r'\{"Title".*\}\s*', text, re.S)
+    film = {"Error": "Movie not found!" if whole else text[:200]}
+    with suppress(TypeError, ValueError):
+        film = dict(json.loads(text, strict=False))    # and control characters
+    error = str(film.get("Error"))
+    if film.get("Response") != "True":
+        if re.fullmatch(r"\w+ not found!?", error):
+            return "", [0, 0]
         raise TryAgain(f"OMDb: {error}", 1 if re.search("limit|key", error) else TRIES)
-    return answer, [0, 0]
-
-
-def describe(titles, o):
-    """{title: prompt} as in Table 7: title, year, director (Genre: genre). plot. Leaves out films
-    that OMDb does not know."""
-    if o.metadata == "none":
-        return {title: f"{title}." for title in titles}
-    named = [re.fullmatch(r"(?s)(.*?)(?: \((\d{4})\))?", title).groups() for title in titles]
-    queries = [{"t": t, "plot": "short"} | ({"y": year} if year else {}) for t, year in named]
-    films = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl").ask(
-        "GET", o.omdb, queries, read_omdb, "OMDb", params={"apikey": key_from("OMDB_API_KEY")})
-    return {t: film_prompt(f) for t, f in zip(titles, films) if f.get("Response") == "True"}
-
-
-def film_prompt(film):
-    """The prompt from OMDb's record, where N/A means unknown."""
     film = {k: " ".join(str(v).split()) for k, v in film.items() if v not in (None, "N/A")}
     head = ", ".join(film[k] for k in ("Title", "Year", "Director") if k in film)
     genre = f" (Genre: {film['Genre']})" if "Genre" in film else ""
-    return f"{head}{genre}. {film.get('Plot', '')}".strip()
+    return f"{head}{genre}. {film.get('Plot', '')}".strip(), [0, 0]
 
 
 def review_rows(title, prompt, shares, part, train, rng):
@@ -997,37 +966,36 @@ def review_rows(title, prompt, shares, part, train, rng):
 
 def reviews(o):
     """Make rows from movie reviews: accept one, reject one of the same film with another rating."""
-    if o.metadata == "omdb" and not key_from("OMDB_API_KEY"):
-        raise ValueError("set OMDB_API_KEY (omdbapi.com gives one), or give --metadata none")
-    if "?" in o.omdb:                  # meta.json holds it
-        raise ValueError("--omdb takes an address without a key: set OMDB_API_KEY")
-    rng, skipped = np.random.default_rng([o.seed, 1]), Counter()
-    try:
-        rows = csv.reader(io.StringIO(read_text(o.titles), newline=""), skipinitialspace=True)
-        titles = dict(row for row in rows if row)
-    except (ValueError, csv.Error) as e:
-        raise ValueError(f"{o.titles} must have lines of product,title, in UTF-8 and with a title "
-                         f"with commas in quotes ({e})") from None
-    counts, kept = collect_reviews(o, titles, skipped)
-    usable = [t for t in sorted(kept, key=lambda t: (-counts[t].sum(), t)) if len(kept[t]) > 2
-              and len({rating for rating, *_ in kept[t]}) > 1]
-    prompts, title_of = describe(usable[:o.max_titles or None], o), {}
-    problems = [{"problem": "a title without metadata, two ratings or 3 reviews, or beyond "
-                 "--max_titles", "text": t} for t in kept if t not in prompts]
-    for title, prompt in prompts.items():  # merge titles of one film: one prompt, one target
-        first = title_of.setdefault(prompt, title)
-        if first != title:
-            counts[first] += counts[title]
-            kept[first] += kept[title]
-    held, splits = holdout(title_of, o), {s: [] for s in SPLITS}
-    for prompt, title in title_of.items():
-        shares = counts[title] / counts[title].sum()
-        sides = [kept[title][i] for i in rng.permutation(len(kept[title]))]
-        parts = split_up(sides[:o.max_reviews or None], prompt in held, title, problems)
+    if "?" in o.omdb or o.metadata == "omdb" and not key_from("OMDB_API_KEY"):
+        raise ValueError("set OMDB_API_KEY (omdbapi.com gives one) or give --metadata none, and "
+                         "--omdb an address without a key")    # since meta.json will hold it
+    table = csv.reader(read_text(o.titles).splitlines(), skipinitialspace=True)
+    titles = {row[0]: ", ".join(row[1:]) for row in table if row}      # a title may have commas
+    sides = collect_reviews(o, titles)
+    usable = [t for t in sorted(sides, key=lambda t: (-len(sides[t]), t))
+              if len({rating for rating, _, text in sides[t] if text}) > 1][:o.max_titles or None]
+    prompts = {title: f"{title}." for title in usable}
+    if o.metadata == "omdb":
+        named = re.compile(r"(?P<t>.*?)(?: \((?P<y>\d{4})\))?")
+        answers = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl").ask(
+            "GET", o.omdb, [named.fullmatch(t).groupdict() | {"plot": "short"} for t in usable],
+            read_omdb, "OMDb", params={"apikey": key_from("OMDB_API_KEY")})
+        prompts = {title: prompt for title, prompt in zip(usable, answers) if prompt}
+    problems = [{"problem": "a title without metadata or two ratings, or beyond --max_titles",
+                 "text": t} for t in sides if t not in prompts]
+    films, title_of = defaultdict(list), {p: t for t, p in reversed(prompts.items())}
+    for title, prompt in prompts.items():              # titles of one film are one question
+        films[prompt] += sides[title]
+    held, splits = holdout(films, o), {s: [] for s in SPLITS}
+    rng = np.random.default_rng([o.seed, 1])
+    for prompt, every in films.items():
+        title, ratings = title_of[prompt], Counter(rating for rating, *_ in every)
+        shares = [ratings[c] / len(every) for c in STARS]
+        texts = [side for side in every if side[2]]
+        drawn = [texts[i] for i in rng.permutation(len(texts))[:o.max_reviews or None]]
+        parts = split_up(drawn, prompt in held, title, problems)
         for split, part in parts.items():
             splits[split] += review_rows(title, prompt, shares, part, parts.get("train", ()), rng)
-    print("reviews left out: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items()),
-          file=sys.stderr)
     save_dataset(o, splits, problems, classes=STARS, off_scale=None)
 
 
@@ -1045,147 +1013,123 @@ class Mine:
     seed: int = 0                # seed of draws and split
 
 
-STANCES_OF = {"1": "disagree", "2": "neutral", "3": "agree"}
-GROUPS = closed(groups=[closed(statement=TEXT, numbers=[{"type": "integer"}])])
-TWO_STANCES = closed(**{f"answer_{n}": {"enum": list(STANCES_OF.values())} for n in "12"})
+CLASS_OF = {"disagree": "1", "neutral": "2", "agree": "3"}
+TWO_STANCES = closed(answer_1={"enum": list(CLASS_OF)}, answer_2={"enum": list(CLASS_OF)})
 
 
 def read_pairs(path):
-    """Read [(prompt, chosen, rejected), ...] from JSON lines; ValueError names a bad line."""
-    pairs = []
-    for number, line in enumerate(lines_of(path), 1):
-        try:
-            if line.strip():
-                pairs.append(pair_of(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}, line {number} is not a pair of chosen and rejected in JSON "
-                             f"({type(e).__name__}: {e})") from None
+    """Read [(prompt, chosen, rejected), ...] from JSON lines."""
+    records, pairs = list(records_in(path)), []
+    for record in records:
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            pairs.append(pair_of(literal(record, dict)))
     good = [pair for pair in pairs if all(pair) and pair[1] != pair[2]]
-    print(f"{len(pairs)} pairs, of which {len(pairs) - len(good)} are left out (an empty text, or "
-          "the same answer twice)", file=sys.stderr)
+    print(f"{len(records)} pairs, of which {len(records) - len(good)} are left out (not JSON, an "
+          "empty text, or the same answer twice)", file=sys.stderr)
+    if not good:
+        raise ValueError(f"{path} has no JSON lines with chosen and rejected")
     return good
 
 
 def pair_of(row):
-    """(prompt, chosen, rejected) of a row in HH-RLHF's form or TRL's lists of messages. A dialogue
-    that includes its prompt is cut before the last assistant turn that both sides share."""
-    def words_of(content):             # a text, parts of it, or null
-        return "".join(part.get("text") or "" for part in content) if isinstance(
-            content, list) else content or ""
-
+    """(prompt, chosen, rejected) of a row in HH-RLHF's form or TRL's lists of messages. Dialogues
+    that include their prompt are cut before the last assistant turn that both share."""
     def text_of(turns):
-        return turns or "" if not isinstance(turns, list) else "".join(
-            f"\n\n{'Human' if m['role'] == 'user' else m['role'].title()}: {words_of(m['content'])}"
-            for m in turns)
+        if isinstance(turns, list):
+            turns = "".join(f"\n\n{'Human' if turn['role'] == 'user' else turn['role'].title()}: "
+                            + turn["content"] for turn in turns)
+        return turns or ""
 
     prompt, chosen, rejected = map(text_of, (row.get("prompt"), row["chosen"], row["rejected"]))
-    inside = not prompt or isinstance(row["chosen"], list) and len(row["chosen"]) > 1
-    if inside and chosen and rejected:
-        end = os.path.commonprefix([chosen, rejected]).rfind("\n\nAssistant:")
-        if end < 0:
-            raise KeyError("no common `Assistant:` turn, and no prompt")
+    end = os.path.commonprefix([chosen, rejected]).rfind("\n\nAssistant:")
+    if end > 0:
         prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
     return tuple(re.sub(r"^\s*(Human|Assistant):", "", text).strip()
                  for text in (prompt, chosen, rejected))
 
 
-def group_statements(client, statements, most, size=200):
-    """Let an LLM group similar statements -> {statement: the one that represents its group}. More
-    than `size` statements are grouped in parts, and then the groups; so is a refused request."""
-    texts = list(dict.fromkeys(statements))
-    if len(texts) <= size:
-        prompt = PROMPTS["groups"].format(most=most, statements="\n".join(
-            f"{n}. {text}" for n, text in enumerate(texts, 1)))
-        [reply] = chat(client, [prompt], "groups", GROUPS, temperature=0.0, max_tokens=4096)
-        if reply.ended != "refused" or len(texts) < 2:
-            found = reversed(read_groups(reply.text))  # the first group wins
-            return {texts[n - 1]: name for name, n in found if name and 1 <= n <= len(texts)}
-        size = -(-len(texts) // 2)
-    of = {}
+def group_statements(client, statements, most, size=50):
+    """Let an LLM group similar statements -> {statement: the one that represents its group}. Each
+    request shows the groups so far and `size` more; if it is refused, these have no group."""
+    texts, of = list(dict.fromkeys(statements)), {}
     for start in range(0, len(texts), size):
-        of |= group_statements(client, texts[start:start + size], most, size)
-    if 1 < len(set(of.values())) < len(texts):
-        again = group_statements(client, of.values(), most, size)
-        of = {s: again[group] for s, group in of.items() if group in again}
+        part = [*dict.fromkeys(of.values()), *texts[start:start + size]]
+        listed = "\n".join(f"{n}. {text}" for n, text in enumerate(part, 1))
+        [reply] = chat(client, [PROMPTS["groups"].format(most=most, statements=listed)], "groups",
+                       closed(groups=[TEXT]), temperature=0.0, max_tokens=4096)
+        lines = reply.text             # `statement :: 1, 2`, perhaps in JSON
+        with suppress(ValueError, KeyError, TypeError):
+            lines = "\n".join(json.loads(lines)["groups"])
+        groups = re.findall(r"^[\W\d]*(\w.*?)[*_\s]*::(.*)$", lines, re.M)
+        new = {part[int(n) - 1]: name for name, numbers in reversed(groups)    # the first one wins
+               for n in re.findall(r"\d+", numbers) if 1 <= int(n) <= len(part)}
+        of = {text: new.get(group, group) for text, group in of.items()} | new
     return of
-
-
-def read_groups(text):
-    """[(statement, number), ...] of a reply, in JSON or in lines `statement :: 1, 2`."""
-    try:
-        return [(str(g["statement"]), int(n)) for g in json.loads(text)["groups"]
-                for n in g["numbers"]]
-    except (ValueError, KeyError, TypeError):
-        groups = re.findall(r"^[\W\d]*(.*?)[*_\s]*::(.*)$", text, re.M)
-        return [(name, int(n)) for name, numbers in groups for n in re.findall(r"\d+", numbers)]
 
 
 def parse_stances(text):
     """The classes of answers 1 and 2 in a reply, in JSON or words, or None."""
     stance = r"\W+(agree|neutral|disagree)s?\W+"
     sides = re.fullmatch(rf"\W*(?:answer.)?1{stance}(?:answer.)?2{stance}", f"{text}.", re.I)
-    return sides and [c for side in sides.groups() for c, name in STANCES_OF.items()
-                      if name == side.lower()]
+    return sides and [CLASS_OF[side.lower()] for side in sides.groups()]
 
 
 def mine(o, flags):
     """Make rows from pairs without beliefs. An LLM states what each pair disagrees about and which
     side agrees with that: the statement becomes the belief text, the stance its class."""
     client, rng = Client(flags, f"{o.out}.answers.jsonl"), np.random.default_rng([o.seed, 1])
-    pairs = read_pairs(o.pairs)
+    pairs, problems = read_pairs(o.pairs), []
     pairs = [pairs[i] for i in rng.permutation(len(pairs))[:o.max_pairs or None]]
     swaps = rng.random(len(pairs)) < 0.5               # their order must reveal nothing
     shown = [dict(prompt=p, first=r if swap else c, second=c if swap else r)
              for (p, c, r), swap in zip(pairs, swaps)]
+    leave_out = lambda problem, text: problems.append({"problem": problem, "text": text})
 
     # 1. What is each pair in conflict about?
-    prompts = [PROMPTS["statement"].format(**x) for x in shown]
-    statements, rows_of, problems = {}, defaultdict(list), []
+    said, prompts = {}, [PROMPTS["statement"].format(**x) for x in shown]
     for i, reply in enumerate(chat(client, prompts, "statements", max_tokens=100)):
-        lines = [line.strip(" *\"“”") for line in reply.text.split("\n") if re.search(r"\w", line)]
-        if reply.ended == "stop" and len(lines) == 1 and len(lines[0]) <= 200:
-            statements[i] = lines[0]
-        else:
-            problems.append({"problem": f"no statement ({reply.ended})", "text": reply.text})
+        said[i] = reply.text.strip(" \n*\"“”")
+        if reply.ended != "stop" or not re.fullmatch(".{1,200}", said[i]):
+            leave_out(f"no statement ({reply.ended})", said.pop(i))
 
     # 2. Which of these statements say the same?
-    of = group_statements(client, statements.values(), o.max_statements)
-    counts = Counter(of[s] for s in statements.values() if s in of).most_common(o.max_statements)
-    asked = {i: of[s] for i, s in statements.items() if of.get(s) in dict(counts)}
-    problems += [{"problem": "a statement in no group, or beyond --max_statements", "text": s}
-                 for i, s in statements.items() if i not in asked]
+    of = group_statements(client, said.values(), o.max_statements)
+    counts = Counter(of[s] for s in said.values() if s in of).most_common(o.max_statements)
+    asked = {i: of[s] for i, s in said.items() if of.get(s) in dict(counts)}
+    for i in said.keys() - asked.keys():
+        leave_out("a statement in no group, or beyond --max_statements", said[i])
 
     # 3. Which side of each pair agrees?
     prompts = [PROMPTS["stances"].format(statement=s, **shown[i]) for i, s in asked.items()]
     replies = chat(client, prompts, "stances", TWO_STANCES, temperature=0.0, max_tokens=60)
+    sides_of = defaultdict(list)                       # {statement: [(prompt, accepted, rejected)]}
     for (i, statement), reply in zip(asked.items(), replies):
         stances = parse_stances(reply.text)
         if stances and stances[0] != stances[1]:
-            stances = stances[::-1] if swaps[i] else stances
-            rows_of[statement].append(row_of(
-                statement, pairs[i][0], ["Disagree", "Neutral", "Agree"], [0, 0, 0],
-                *zip(stances, (statement, statement), pairs[i][1:])))
+            stances = reversed(stances) if swaps[i] else stances
+            sides = zip(stances, (statement, statement), pairs[i][1:])
+            sides_of[statement].append((pairs[i][0], *sides))
         else:
-            problems.append({"problem": f"no two different stances ({reply.ended})",
-                             "text": reply.text})
+            leave_out(f"no two different stances ({reply.ended})", reply.text)
+    save_mined(o, sides_of, problems)
+
+
+def save_mined(o, sides_of, problems):
+    """Make rows of {statement: [(prompt, accepted side, rejected side), ...]} and write them. The
+    target is how often each stance is accepted."""
+    enough = {s: sides for s, sides in sides_of.items() if len(sides) >= o.min_pairs}
     problems += [{"problem": "a statement with fewer than --min_pairs pairs", "text": s}
-                 for s, rows in rows_of.items() if len(rows) < o.min_pairs]
-    save_mined(o, {s: rows for s, rows in rows_of.items() if len(rows) >= o.min_pairs}, problems)
-
-
-def save_mined(o, rows_of, problems):
-    """Write {statement: rows}. The target is how often each stance is accepted."""
-    held, splits = holdout(rows_of, o), {s: [] for s in SPLITS}
-    for statement, rows in rows_of.items():
-        counts = Counter(row["accept_choice_id"] for row in rows)
-        by_prompt = defaultdict(list)                  # pairs of one prompt stay in one split
-        for row in rows:
-            row["probabilities"] = [round(counts[c] / len(rows), 6) for c in STANCES_OF]
-            by_prompt[row["prompt"]].append(row)
-        parts = split_up(list(by_prompt.values()), statement in held, statement, problems)
-        for split, part in parts.items():
-            splits[split] += sum(part, [])
-    save_dataset(o, splits, problems, classes=list(STANCES_OF), off_scale=None, stance=STANCES_OF)
+                 for s in sides_of if s not in enough]
+    held, splits = holdout(enough, o), {s: [] for s in SPLITS}
+    for statement, sides in enough.items():
+        accepted = Counter(side[0] for _, side, _ in sides)
+        shares = [accepted[c] / len(sides) for c in CLASS_OF.values()]
+        prompts = list({prompt: None for prompt, *_ in sides})     # each stays in one split
+        for split, part in split_up(prompts, statement in held, statement, problems).items():
+            splits[split] += [
+                row_of(statement, prompt, ["Disagree", "Neutral", "Agree"], shares, *two)
+                for prompt, *two in sides if prompt in part]
+    save_dataset(o, splits, problems, classes=list(CLASS_OF.values()), off_scale=None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1224,7 +1168,7 @@ def icf(o):
     rng, pools = np.random.default_rng([o.seed, 3]), defaultdict(list)
     for row in splits["train"]:
         pools[row.get("group")].append(row)
-    for row in (row for s in SPLITS for row in splits[s]):
+    for row in chain(*splits.values()):
         pool, shots = pools[row.get("group")], {}
         for i in rng.integers(len(pool), size=1000) if pool else ():
             if question_of(pool[i]) != question_of(row):

@@ -3,6 +3,7 @@ import gzip
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -222,21 +223,21 @@ def published_rows(n, **change):
 
 @pytest.fixture
 def hub(server, monkeypatch, make):
-    """Plays datasets-server: .rows {split: [row]}; the rows of .long come cut off in pages of more
-    than one row. .fetch(*flags) runs the command."""
+    """Plays datasets-server: .rows {split: [row]}, of which number 123 comes cut off in pages of
+    more than one row. .fetch(*flags) runs the command."""
     monkeypatch.setenv("HF_DATASETS_SERVER", server.url)
     server.fetch = partial(make, "published", "--name", "Some/set")
-    server.rows, server.long = {}, []
 
     def answer(r):
         assert r.query["dataset"].startswith("Some/")
         if r.path == "/splits":
             return 200, {"splits": [{"config": "default", "split": s} for s in server.rows]}
+        if r.query["split"] not in server.rows or r.query["config"] != "default":
+            return 404, {"error": f"no split {r.query['split']}"}
         rows, start, n = server.rows[r.query["split"]], int(r.query["offset"]), r.query["length"]
-        assert r.query["config"] == "default" and int(n) <= 100
         return 200, {"features": [], "num_rows_total": len(rows), "partial": False, "rows": [
-            {"row_idx": i, "row": row, "truncated_cells": ["x"] * (n != "1" and i in server.long)}
-            for i, row in enumerate(rows[start:start + int(n)], start)]}
+            {"row_idx": i, "row": row, "truncated_cells": ["x"] * (n != "1" and i == 123)}
+            for i, row in enumerate(rows[start:start + min(int(n), 100)], start)]}
     server.answer = answer
     return server
 
@@ -251,19 +252,15 @@ def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(h
                            reject_choice_id=0)              # which is no empty cell
     hub.rows = {"train": published_rows(250) + odd + other, "validation": published_rows(3) + odd,
                 "test": published_rows(2)}
-    hub.long = [123]
     err, meta, rows = hub.fetch("--name", "Some/mmoqa_pk_large")
     train = rows["train"]
     assert [len(rows[s]) for s in SPLITS] == [253, 3, 2]
     assert "12 x a row with an empty or odd cell" in err
     assert [r["accept_response"] for r in train[:250]] == [f"ok {i}" for i in range(250)]
-    assert train[0] == {
+    assert train[0] | {"extra": 1} == published_rows(1)[0] | {
         "prompt": "How?", "options": ["Good", "Bad", "Don't know"], "accept_choice_id": "4",
-        "probabilities": [0.1, 0, 0.3, 0, 0.6, 0], "accept_choice": "Good",
-        "accept_response": "ok 0", "reject_choice_id": "2", "reject_choice": "Bad",
-        "reject_response": "no", "group": "Pakistan", "question_id": train[9]["question_id"]}
-    assert len({r["question_id"] for r in train}) == 2
-    assert train[-1]["reject_choice_id"] == "0"
+        "group": "Pakistan", "question_id": train[9]["question_id"]}
+    assert len({r["question_id"] for r in train}) == 2 and train[-1]["reject_choice_id"] == "0"
     assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
     assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
 
@@ -280,15 +277,12 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
 
 
 @pytest.mark.parametrize("path, answer, message", [
-    ("/splits", {"error": "busy"}, "busy"), ("/splits", [], "no splits"),
-    ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came whole"),
-    ("/splits", {"splits": [{"config": "default", "split": "train"}]}, "no split eval or valid"),
-    ("/splits", {"splits": [{"config": "a", "split": "train"}]}, "in a default configuration"),
-    ("probabilities", None, "no probabilities in a row of ['accept"),
-    ("options", "Good|Bad", "not a list: 'Good|Bad'"),
-    ("probabilities", [0.5, 0.5], "neither 6 shares")])
+    ("/splits", {"error": "busy"}, "busy"), ("/splits", {"splits": []}, "no split eval"),
+    ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came"),
+    ("options", "Good|Bad", "not a list: 'Good|Bad'"), ("probabilities", [0.5, 0.5], "2 entries")])
 def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
-    hub.rows, good = {s: published_rows(3, **{path: answer}) for s in SPLITS}, hub.answer
+    rows, good = published_rows(3, **{path: answer}), hub.answer
+    hub.rows = {"train": rows, "dev": rows, "test": rows}
     hub.answer = lambda r: (200, answer) if r.path == path else good(r)
     assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
 
@@ -299,7 +293,8 @@ def test_a_published_set_of_reviews_has_five_classes_and_no_group(hub):
     hub.rows = {"train": rows, "dev": rows, "test": rows}
     _, meta, rows = hub.fetch()
     row = rows["train"][0]
-    assert meta["classes"] == row["options"] == ["1", "2", "3", "4", "5"] and not meta["off_scale"]
+    assert meta["classes"] == row["options"] == ["1", "2", "3", "4", "5"]
+    assert not meta["off_scale"]
     assert row["accept_choice_id"] == "5" and not {"accept_choice", "group"} & row.keys()
 
 
@@ -314,45 +309,40 @@ META = {"Title": "The Ring", "Year": "2002", "Genre": "Horror, Mystery", "imdbID
 PROMPT = "The Ring, 2002, Gore Verbinski (Genre: Horror, Mystery). A videotape."
 
 
-def snap(path):
-    """40 reviews of products P0 and P1, and 6 that are to be left out: the same again (an edition),
-    half a star, no text, too short, too long, without a title."""
-    save(path, *(SNAP.format(n % 3 > 0, 5 if n % 4 else 2, (GREAT if n % 4 else POOR).format(n))
-                 for n in range(40)),
-         SNAP.format(1, 5, GREAT.format(1)), SNAP.format(1, 3.5, "half a star is none"),
-         "product/productId: P1", SNAP.format(1, 4, "short"), SNAP.format(1, 1, "long " * 600),
-         SNAP.format(9, 4, "a product that has no title"))
-
-
 @pytest.fixture
-def reviews(make, tmp_path):
+def reviews(make, tmp_path, monkeypatch):
+    """reviews(file, titles, *flags) runs the command. m.txt.gz has 40 reviews of products P0 and P1
+    and 6 to be left out: the same again, half a star, no text, too short, too long, no title."""
+    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
+    save(tmp_path / "m.txt.gz", *(
+        SNAP.format(n % 3 > 0, 5 if n % 4 else 2, (GREAT if n % 4 else POOR).format(n))
+        for n in range(40)),
+        SNAP.format(1, 5, GREAT.format(1)), SNAP.format(1, 3.5, "half a star is none"),
+        "product/productId: P1", SNAP.format(1, 4, "short"), SNAP.format(1, 1, "long " * 600),
+        SNAP.format(9, 4, "a product that has no title"))
+
     def reviews(name, titles, *flags, check=0):
         save(tmp_path / "t.csv", titles)
         return make("reviews", "--reviews", name, "--titles", "t.csv", *flags, check=check)
     return reviews
 
 
-def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(
-        tmp_path, reviews, server, monkeypatch):
+def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(tmp_path, reviews, server):
     """Two titles are one film to OMDb."""
-    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
-    snap(tmp_path / "m.txt.gz")
     busy = [(503, "busy"), (200, {"Response": "False", "Error": "Error getting data."})]
     server.answer = lambda r: busy.pop() if busy else (200, META)
     flags = "m.txt.gz", 'P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url
     err, _, rows = reviews(*flags)
-    for reason in ("1 that repeat the same user's text", "2 that are no review",
-                   "2 too short or too long", "1 of a product without a title"):
-        assert reason in err
+    assert {*re.search("left out: (.*)", err)[1].split(", ")} == {
+        "1 that repeat the same user's text", "2 that are no review", "2 too short or too long",
+        "1 of a product without a title"}
     assert len(rows["train"]) == 32
     for r in sum(rows.values(), []):
         assert r["prompt"] == PROMPT and "accept_choice" not in r
         assert r["probabilities"] == pytest.approx(         # with those of odd length
             [1 / 42, 10 / 42, 0, 1 / 42, 30 / 42], abs=1e-6)
-        assert r["accept_choice_id"] != r["reject_choice_id"]
-        for side in ("accept", "reject"):
-            assert r[f"{side}_response"].startswith(
-                "Good film & fun. It's" if r[f"{side}_choice_id"] == "5" else "Bad, bad film")
+        assert {(r[f"{side}_choice_id"], r[f"{side}_response"][:11])
+                for side in ("accept", "reject")} == {("5", "Good film &"), ("2", "Bad, bad fi")}
     train = {r[f"{s}_response"] for r in rows["train"] for s in ("accept", "reject")}
     assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
     assert {"t": "The Ring", "y": "2002", "plot": "short", "apikey": "omdb-secret"} in [
@@ -364,12 +354,7 @@ def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(
 
 def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
         tmp_path, reviews, server, monkeypatch):
-    snap(tmp_path / "m.txt")
-    flags = "m.txt", "P0,The Ring (2002)\nP1,Unheard Of\n", "--omdb", server.url
-    assert "set OMDB_API_KEY" in reviews(*flags, check=2)
-    monkeypatch.setenv("OMDB_API_KEY", "omdb-secret")
-    err = reviews(*flags[:-1], server.url + "/?apikey=omdb-secret", check=2)
-    assert "address without a key" in err and "secret" not in err
+    flags = "m.txt.gz", "P0,The Ring (2002)\nP1,Heard, But Not Seen\n", "--omdb", server.url
     for status, words in ((401, "Invalid API key!"), (200, "Request limit reached!")):
         server.answer = lambda r: (status, {"Response": "False", "Error": words})
         err = reviews(*flags, check=2)
@@ -378,22 +363,22 @@ def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
         "Response": "False", "Error": "Movie not found!"})
     err, _, rows = reviews(*flags)
     assert "1 x a title without metadata" in err
+    assert '"Heard, But Not Seen"' in (tmp_path / "d/unparsed.jsonl").read_text()
     assert {r["prompt"] for r in rows["train"]} == {PROMPT}
+    err = reviews(*flags[:-1], server.url + "/?apikey=omdb-secret", check=2)
+    assert "address without a key" in err and "secret" not in err
+    monkeypatch.delenv("OMDB_API_KEY")
+    assert "set OMDB_API_KEY" in reviews(*flags, check=2)
 
 
-@pytest.mark.parametrize("text, plot", [
-    (r'{"Title":"T","Plot":"in\spiritual \"peace\"","Response":"True"}', 'in\\spiritual "peace"'),
-    ('{"Title":"T","Plot":"from\x1f peace.\tSo.","Response":"True"}', "from\x1f peace.\tSo."),
-    ('{"Title":"T","Plot":"say "yes""}', None),
-    ('{"Title":"T","Plot":"half a', "again"), ("<html>", "again"), ("[]", "again"),
-    ('{"Response":"False"}', "again")])
-def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, plot):
-    response = SimpleNamespace(text=text)
-    if plot == "again":
-        with pytest.raises(data.TryAgain):
-            synth.read_omdb(response)
-    else:
-        assert synth.read_omdb(response)[0].get("Plot") == plot
+@pytest.mark.parametrize("text, prompt", [
+    (r'{"Title":"T","Plot":"in\spiritual \"joy\"","Response":"True"}', 'T. in\\spiritual "joy"'),
+    ('{"Title":"T","Year":"N/A","Plot":"The\x1f joy.\tSo.","Response":"True"}', "T. The joy. So."),
+    ('{"Title":"T","Plot":"say "yes""}', ""), ('{"Title":"T","Plot":"half a', None),
+    ("<html>", None), ("[]", None), ('{"Response":"False"}', None)])
+def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, prompt):
+    with pytest.raises(data.TryAgain) if prompt is None else nullcontext():
+        assert synth.read_omdb(SimpleNamespace(text=text))[0] == prompt
 
 
 def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
@@ -407,11 +392,9 @@ def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
     err, _, rows = reviews("r.jsonl", "P0,Zero\nP1,One\nP2,Two\n", "--metadata", "none",
                            "--max_titles", 2, "--max_reviews", 15, "--min_chars", 1)
     rows = sum(rows.values(), [])
-    for reason in ("3 that are no review", "1 that repeat the same user's text",
-                   "1 x a title without metadata, two ratings or 3 reviews, or beyond --max"):
-        assert reason in err
-    assert len({r["prompt"] for r in rows}) == 2 and {r["prompt"] for r in rows} <= {
-        "Zero.", "One.", "Two."}
+    assert "3 that are no review" in err and "1 that repeat the same user's text" in err
+    assert "1 x a title without metadata or two ratings, or beyond --max_titles" in err
+    assert {r["prompt"] for r in rows} == {"One.", "Two."}
     assert len(rows) == 30 and rows[0]["probabilities"] == [0.2] * 5
 
 
@@ -422,38 +405,29 @@ review/score: 5.0\r
 review/text: Amélie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="x">so</a> \
 on the next 3 < 4 “” [[VIDEOID:f6a7]] [[ASIN:B00 The Film]]\r
 \r
-product/productId: P1
-review/score: 1.0
-review/text: bad""".encode(encoding))
-    read = lambda name: list(synth.read_reviews(tmp_path / name, synth.Counter()))
-    assert read("r.txt") == [(["P1"], None, "5", 'Amélie is "good" and so on the next 3 < 4 “”'),
-                             (["P1"], None, "1", "bad")]
-    save(tmp_path / "r.jsonl", "{'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s \"o\"'}")
-    assert read("r.jsonl") == [(["P1"], None, "4", "it's \"o\"")]  # 2014's set, in Python's form
+{'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s "o"'}""".encode(encoding))   # 2014's set
+    assert [synth.review_of(record) for record in synth.records_in(tmp_path / "r.txt")] == [
+        {"product": "P1", "rating": "5", "text": 'Amélie is "good" and so on the next 3 < 4 “”'},
+        {"product": "P1", "rating": "4", "text": "it's \"o\""}]
 
 
-@pytest.mark.parametrize("text, titles, message", [
-    ("[{}]", "P1,One", "It begins with '[{}]'"), ("", "P1,One", "It begins with ''"),
-    ('{\n "asin": "P1",\n "overall": 5.0\n}\n', "P1,One", "It begins with '{'"),
-    ("", "P1,The Good, the Bad", "t.csv must have lines of product,title")])
-def test_a_file_without_readable_reviews_or_titles_is_refused(
-        reviews, tmp_path, text, titles, message):
+@pytest.mark.parametrize("text", ["[{}]", "", '{\n "asin": "P1",\n "overall": 5.0\n}\n'])
+def test_a_file_without_readable_reviews_is_refused(reviews, tmp_path, text):
     save(tmp_path / "r.jsonl", text)
-    err = reviews("r.jsonl", titles, "--metadata", "none", check=2)
-    assert message in err.splitlines()[-1]
+    last = reviews("r.jsonl", "P1,One", "--metadata", "none", check=2).splitlines()[-1]
+    assert "r.jsonl has no review" in last and text[:1] in last.partition("It begins with")[2]
 
 
 @real_data
-@pytest.mark.parametrize("name, titles", [
-    ("amazon_movies_sample.txt", ["B0001G6PZC", "B000063W1R", "0790747324", "B002OHDRF2"]),
-    ("amazon_movies_and_tv_5_sample.jsonl", ["0005019281", "0005119367"])])
-def test_the_real_reviews_give_rows(reviews, name, titles):
-    err, _, rows = reviews(SHARED / "movies" / name, "".join(f"{t},Film {t}\n" for t in titles),
+@pytest.mark.parametrize("name, products", [
+    ("amazon_movies_sample.txt", {"B0001G6PZC", "B000063W1R", "0790747324", "B002OHDRF2"}),
+    ("amazon_movies_and_tv_5_sample.jsonl", {"0005019281", "0005119367"})])
+def test_the_real_reviews_give_rows(reviews, name, products):
+    err, _, rows = reviews(SHARED / "movies" / name, "".join(f"{p},{p}\n" for p in products),
                            "--metadata", "none")
-    train = rows["train"]
-    assert "that are no review" not in err and len(train) > 60
-    assert {r["question_id"] for r in train} == {f"Film {t}" for t in titles}
-    assert not any(re.search("<br|&quot;", r["accept_response"]) for r in train)
+    assert "that are no review" not in err and len(rows["train"]) > 60
+    assert {r["question_id"] for r in rows["train"]} == products
+    assert not any(re.search("<br|&quot;", r["accept_response"]) for r in rows["train"])
 
 
 # --- Mined beliefs ---------------------------------------------------------------------------
@@ -475,11 +449,12 @@ def pairs(tmp_path):
     return path
 
 
-def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, tmp_path):
+def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs):
     err, meta, rows = llm.make("mine", "--pairs", pairs)
     assert "70 pairs, of which 10 are left out" in err and meta["classes"] == ["1", "2", "3"]
     prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]         # each in one split
-    assert [len(p) for p in prompts] == [22, 4, 4] and sum(map(len, rows.values())) == 60
+    assert [len(p) for p in prompts] == [22, 4, 4]
+    assert sum(map(len, rows.values())) == 60
     for r in sum(rows.values(), []):
         i = int(re.search(r"\d+", r["accept_response"])[0])
         assert r["prompt"] == asked(i)
@@ -487,22 +462,19 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs, tmp_path):
         assert r["accept_choice_id"] == ("3" if i % 10 else "2")     # whichever stood first
         assert r["reject_choice_id"] == ("1" if i % 3 == 0 else "2" if i % 10 else "3")
         assert r["probabilities"] == ([0, 0, 1] if i % 2 else [0, 0.2, 0.8])
-    assert len(llm.requests) == 60 + 1 + 60
-    assert {r.body["max_tokens"] for r in llm.requests} == {100, 4096, 60}
+    assert [r.body["max_tokens"] for r in llm.requests] == [100] * 60 + [4096] + [60] * 60
     assert ["response_format" in r.body for r in llm.requests] == [False] * 60 + [True] * 61
-    assert (tmp_path / "d.answers.jsonl").is_file()         # whatever --out ends in
     assert llm.make("mine", "--pairs", pairs)[2] == rows
     assert len(llm.requests) == 121                         # all of it is kept
 
 
 def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path):
     flagged = 400, {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}
-    replies = {("State the one", "good 35"): "I'm sorry.\nI cannot.",
-               ("State the one", "good 37"): flagged, ("Statement:", "good 36"): flagged,
-               ("Statement:", "good 38"): "both agree",
-               ("Statement:", "good 44"): "1: agree\n2: agree"}
+    spoiled = {"State.*good 35": "I'm sorry.\nI cannot.", "State the.*good 37": flagged,
+               "Statement:.*good 36": flagged, "Statement:.*good 38": "both agree",
+               "Statement:.*good 44": "1: agree\n2: agree"}
     llm.spoil = lambda reply, prompt: next(
-        (r for (a, b), r in replies.items() if a in prompt and b in prompt), reply)
+        (r for words, r in spoiled.items() if re.search(words, prompt, re.S)), reply)
     err, _, rows = llm.make("mine", "--pairs", pairs, "--max_statements", 1)
     for what in ("1 x no statement (stop)", "2 x no two different stances (stop)",
                  "1 x no statement (refused)", "1 x no two different stances (refused)",
@@ -513,19 +485,17 @@ def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path)
     assert (tmp_path / "d/unparsed.jsonl").read_text().count("\n") == 5 + 28
 
 
-def test_statements_are_grouped_in_parts_and_then_their_groups_and_so_is_a_refused_list(
-        llm, tmp_path):
+def test_statements_are_grouped_in_parts_and_a_refused_part_costs_no_other(llm, tmp_path):
     client = synth.Client(synth.Chat(base_url=llm.url), tmp_path / "c.jsonl")
     many = [f"Do not harm {n}" for n in range(9)] + [f"Be brief {n}" for n in range(8)]
-    of = synth.group_statements(client, many, 3, size=6)
-    assert of == {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
-    assert len(llm.requests) == 4
-    llm.spoil = lambda reply, prompt: (400, "flagged") if "zzz" in prompt else reply
-    of = synth.group_statements(client, [many[0], "zzz", *many[1:3]], 3)
-    assert of == dict.fromkeys(many[:3], "Do not harm")     # it costs the others nothing
-    found = '{"groups": [{"statement": "a", "numbers": %s}]}'                # as the schema asks
-    assert synth.read_groups(found % [2, 1]) == [("a", 2), ("a", 1)]
-    assert synth.read_groups(found % "[null]") == []
+    group = lambda size: synth.group_statements(client, many, 3, size)
+    found = {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
+    assert group(6).items() >= found.items() and len(llm.requests) == 3
+    llm.spoil = lambda reply, prompt: (400, "flagged") if "brief 7" in prompt else reply
+    of = group(8)
+    assert many[16] not in of and of[many[15]] == "Be brief"
+    llm.spoil = lambda reply, prompt: '{"groups": ["a :: 2, 1, 99", "- **b** :: 1"]}'
+    assert group(20) == dict.fromkeys(many[:2], "a")        # the first group wins
 
 
 @pytest.mark.parametrize("text, classes", [
@@ -537,31 +507,30 @@ def test_stances_are_never_guessed(text, classes):
     assert synth.parse_stances(text) == classes
 
 
-USER, SAID = {"role": "user", "content": "Hi?"}, [{"role": "assistant", "content": c} for c in "ab"]
+USER = {"role": "user", "content": "Hi?"}
+A, B = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
 PAIR = {"prompt": "Hi?", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize("row", [
-    PAIR, {"prompt": [USER], "chosen": SAID[:1], "rejected": SAID[1:]},
+    PAIR, {"prompt": [USER], "chosen": [A], "rejected": [B]},
     {"chosen": "\n\nHuman: Hi?\n\nAssistant: a", "rejected": "\n\nHuman: Hi?\n\nAssistant: b"},
-    {"chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]},
-    {"prompt": "Hi?", "chosen": [USER, SAID[0]], "rejected": [USER, SAID[1]]}])
-def test_pairs_of_any_form_are_read(row):
-    assert synth.pair_of(row) == ("Hi?", "a", "b")
-    assert not all(synth.pair_of(row | {"chosen": None}))   # which leaves it out
+    {"chosen": [USER, A], "rejected": [USER, B]},
+    {"prompt": "Hi?", "chosen": [USER, A], "rejected": [USER, B]}])
+def test_pairs_of_any_form_are_read_and_others_left_out(row, tmp_path, capsys):
+    odd = [row | {"chosen": None}, {"chosen": "a"}, {"chosen": "a", "rejected": "b"}, "{",
+           PAIR | {"chosen": [1]}]
+    save(tmp_path / "p.jsonl", "\ufeff" + json.dumps(row), *odd)
+    assert synth.read_pairs(tmp_path / "p.jsonl") == [("Hi?", "a", "b")]
+    assert "6 pairs, of which 5 are left out" in capsys.readouterr().err
+    save(tmp_path / "p.jsonl", *odd)
+    with pytest.raises(ValueError, match="p.jsonl has no JSON lines"):
+        synth.read_pairs(tmp_path / "p.jsonl")
 
 
-def test_a_file_of_anything_but_pairs_is_refused(tmp_path, pairs):
-    def refused(name, message):
-        with pytest.raises(ValueError, match=message):
-            synth.read_pairs(tmp_path / name)
-    for bad in ({"chosen": "a"}, {"chosen": "a", "rejected": "b"}, [], "{", PAIR | {"chosen": [1]}):
-        save(tmp_path / "p.jsonl", "\ufeff" + json.dumps(PAIR), bad)
-        refused("p.jsonl", "p.jsonl, line 3 is not a pair of chosen")
-    (tmp_path / "p.jsonl").write_bytes(json.dumps(PAIR).replace("Hi", "Qué").encode("cp1252"))
-    refused("p.jsonl", "p.jsonl is not UTF-8")
-    (tmp_path / "cut.gz").write_bytes(pairs.read_bytes()[:400])
-    refused("cut.gz", "cut.gz is not UTF-8 text, or damaged .*fetch it again")
+def test_half_a_download_is_one_line(llm, pairs):
+    pairs.write_bytes(pairs.read_bytes()[:400])
+    assert "hh.jsonl.gz is damaged" in llm.make("mine", "--pairs", pairs, check=2)
 
 
 @real_data
