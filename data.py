@@ -9,6 +9,7 @@ the pieces it needs. meta.json can change the prompt's form, for example to name
 Left out on purpose: streaming and worker processes (the largest published set fits in memory).
 """
 import argparse
+import errno
 import hashlib
 import inspect
 import json
@@ -310,8 +311,8 @@ def load_meta(folder, form=""):
     meta = {"off_scale": None, "belief_to_class": {}, "stances": {}} | read_json(path)
     meta["form"] = form or meta.get("form", FORM)
     names, classes = re.findall(r"\{(\w+)\}", meta["form"]), meta.get("classes") or []
-    if {*map(type, classes)} != {str}:
-        raise ValueError(f"{path}: 'classes' must list the labels as strings, got {classes}")
+    if {*map(type, classes)} != {str} or not 1 < len(classes) == len({*classes}):
+        raise ValueError(f"{path}: 'classes' must list two or more different labels as strings")
     used = {meta["off_scale"], *meta["belief_to_class"].values(), *meta["stances"].values()}
     if used - {None, *classes}:
         raise ValueError(f"{path}: {used - {None, *classes}} are not among its classes {classes}")
@@ -490,13 +491,16 @@ def find_checkpoint(name):
     local = path.exists() or "/" in name and path.parent.is_dir()
     if local or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"no folder {name} (nor a hub name, such as gpt2 or ORG/MODEL)")
-    for files in (["tokenizer_config.json", "config.json"], ["tokenizer.json", "vocab.json"],
-                  ["merges.txt", "tokenizer.json"], ["config.json"]):
-        hub_file(name, *files)
-    weights = hub_file(name, "model.safetensors", "model.safetensors.index.json")
-    if weights.suffix == ".json":
-        for shard in {*re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(weights))}:
-            hub_file(name, shard)
+    try:
+        for files in (["tokenizer_config.json", "config.json"], ["tokenizer.json", "vocab.json"],
+                      ["merges.txt", "tokenizer.json"], ["config.json"]):
+            hub_file(name, *files)
+        weights = hub_file(name, "model.safetensors", "model.safetensors.index.json")
+        if weights.suffix == ".json":
+            for shard in {*re.findall(r'"(\w[\w.-]*\.safetensors)"', read_text(weights))}:
+                hub_file(name, shard)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"there is no folder {name}; on the hub: {e}") from None
     return weights.parent
 
 
@@ -632,7 +636,9 @@ def run(main):
     except BrokenPipeError:                            # `| head` has read enough
         os._exit(141)
     except (ValueError, OSError, FloatingPointError) as e:
-        words = str(e)
+        words = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+        if getattr(e, "errno", None) == errno.ENOSPC:
+            words += ": free some space and run again (train.py: with --resume)"
     except (RuntimeError, MemoryError) as e:           # from torch, in one process
         causes = [CAUSES[x] for x in CAUSES if re.search(x, f"{type(e).__name__}: {e}", re.I)]
         if not causes:

@@ -63,7 +63,7 @@ def flags():
 help_first(__name__, flags)            # answers --help without waiting for torch
 
 import numpy as np
-import regex                           # re has no \p{L}
+import regex                           # comes with tiktoken
 import torch
 import torch.nn.functional as F
 

@@ -145,9 +145,12 @@ class Pref:
 class Loss:
     """What a loss needs. The rest of the project reads these fields, never a loss's name."""
     objective: Callable                # (Scores, options) -> (loss (B,), {name: (B,) to log})
-    branches: tuple = ("chosen",)      # from data.BRANCHES; calibration and margins read the first
+    branches: tuple = ("chosen",)      # names from data.BRANCHES, chosen first
     reference: bool = False            # starts from an SFT checkpoint, which is its reference
     mismatch: bool = False             # reads Scores.mismatch
+
+    def __post_init__(self):           # calibration and margins read branch 0
+        assert self.branches[0] == "chosen", self.branches
 
 
 def sft(s, o):
@@ -210,8 +213,9 @@ LOSSES = {
 # Plumbing: baselines, and the preference terms of other papers
 
 def uniform_sft(s, o):
-    """SFT as if the beliefs were spread evenly. Rows accept an option with its share p, and reject
-    one of the other n - 1 evenly: weights 1/n and (n-1)/n give each option p/n + (1-p)/n = 1/n."""
+    """SFT as if the beliefs were spread evenly. With n options the accepted one is drawn from the
+    shares p and the rejected one evenly from the rest, so that the accepted answer with weight 1/n
+    and the rejected with (n-1)/n stand for each option with p/n + (1-p)/n = 1/n: even, exactly."""
     nll = mean_nll(s.logps, s.counts)                                                 # (B, 2)
     return nll[:, 0] / s.n_options + nll[:, 1] * (1 - 1 / s.n_options), {}
 
@@ -250,26 +254,33 @@ def dpo_soft(s, pieces, o):
 
 
 def hdpo(s, pieces, o):
-    """H-DPO (arXiv 2411.07595): DPO if alpha = beta. Its optimum is ref^(beta/alpha) * p^(1/alpha):
-    with alpha 1 and beta 0 it needs no reference and learns the shares p themselves from pairs."""
+    """H-DPO (arXiv 2411.07595) weights the entropy and cross-entropy parts of DPO's KL separately.
+    With alpha = beta it is DPO. Its optimum is ref^(beta/alpha) * p^(1/alpha): with alpha 1 and
+    beta 0 it needs no reference and learns the shares p themselves from pairs."""
     chosen, rejected = s.logps[..., pieces].sum(-1).unbind(1)
     ref_chosen, ref_rejected = s.ref[..., pieces].sum(-1).unbind(1)
     return -F.logsigmoid(o.alpha * (chosen - rejected) - o.beta * (ref_chosen - ref_rejected))
+
+
+def goal(o):
+    """1 / (2 beta), where IPO and Cal-DPO pull the log-ratios."""
+    if o.beta == 0:
+        raise ValueError("--beta must be more than 0 for this loss")
+    return 1 / (2 * o.beta)
 
 
 def ipo(s, pieces, o):
     """IPO (arXiv 2310.12036, Eq. 17), with beta for its tau. Log-ratios are summed; some
     implementations average them, which changes the strength of a given beta."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    return (chosen - rejected - 1 / (2 * o.beta)) ** 2
+    return (chosen - rejected - goal(o)) ** 2
 
 
 def cal_dpo(s, pieces, o):
     """Cal-DPO (arXiv 2412.14516): no beta in the sigmoid; each log-ratio is pulled to +-1/(2 beta).
     The squares are halved, as in the released code; another paper quotes them without the half."""
     chosen, rejected = logratios(s, pieces).unbind(1)
-    goal = 1 / (2 * o.beta)
-    squares = (chosen - goal) ** 2 + (rejected + goal) ** 2
+    squares = (chosen - goal(o)) ** 2 + (rejected + goal(o)) ** 2
     return -F.logsigmoid(chosen - rejected) + squares / 2
 
 

@@ -14,14 +14,14 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import regex                           # re has no \p{L}
+import regex                           # comes with tiktoken
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -453,7 +453,7 @@ def save_model(model, folder, eos):
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokens: byte-level BPE
+# Tokens: byte-level BPE on top of tiktoken
 
 EOS = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's
@@ -473,20 +473,26 @@ class Tokenizer:
 
     def __init__(self, files, eos=None):
         t = json.loads(files.get("tokenizer.json", "{}")) or gpt2_form(files)
-        self.nfc, self.cuts = bool(t.get("normalizer")), split_patterns(t)
-        added = {a["content"]: a["id"] for a in t["added_tokens"]}
+        *cuts, last = split_patterns(t)
+        vocab, added = t["model"]["vocab"], {a["content"]: a["id"] for a in t["added_tokens"]}
         merges = [m.split(" ") if isinstance(m, str) else m for m in t["model"]["merges"]]
-        self.vocab = {token: i for token, i in t["model"]["vocab"].items() if token not in added}
-        self.ranks = {pair: rank for rank, pair in enumerate(map(tuple, merges))}
-        self.whole = t["model"].get("ignore_merges")   # Llama 3: words of the vocabulary stay whole
+        # tiktoken merges by rank and returns ranks. Here ranks follow the merges; self.ids maps a
+        # rank to its id. A byte without a token is dropped, as in Hugging Face.
+        tokens = list(dict.fromkeys([*BYTES, *map("".join, merges)]))
+        rank_of = {token: rank for rank, token in enumerate(tokens)}
+        if any(max(rank_of[a], rank_of[b]) > rank_of[a + b] for a, b in merges):
+            raise ValueError("a merge comes before the merges that make its parts")
+        ranks = {bytes(BYTES[c] for c in token): rank for token, rank in rank_of.items()}
+        self.ids = [vocab.get(c) for c in BYTES] + [vocab[token] for token in tokens[256:]]
+        every = f"{last}|(?:(?!{last})(?s:.))+"        # tiktoken would drop unmatched text
+        self.bpe = tiktoken.Encoding("bpe", pat_str=every, mergeable_ranks=ranks, special_tokens={})
         # Pythia gives runs of spaces their own ids; they are cut out first, longest first.
         self.runs = {text: i for text, i in added.items() if text.isspace()}
         if self.runs:
-            self.cuts.insert(0, regex.compile("|".join(sorted(self.runs, key=len)[::-1])))
-        self.ids_of = lru_cache(200_000)(self.bpe)
-        self.bytes = {i: bytes(BYTES[c] for c in token) for token, i in self.vocab.items()
-                      if BYTES.keys() >= {*token}}
-        self.bytes |= {i: text.encode() for text, i in added.items()}
+            cuts.insert(0, "|".join(sorted(self.runs, key=len)[::-1]))
+        self.cuts, self.nfc = [regex.compile(cut) for cut in cuts], bool(t.get("normalizer"))
+        self.bytes = dict(zip(self.ids, ranks)) | {i: text.encode() for text, i in added.items()}
+        self.bytes.pop(None, None)
         self.n_tokens = max(self.bytes) + 1
         named = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token")
         named = named["content"] if isinstance(named, dict) else named
@@ -520,20 +526,13 @@ class Tokenizer:
         pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
         for cut in self.cuts:
             pieces = [x for piece in pieces for x in isolate(cut, piece)]
-        return [i for piece in pieces for i in self.ids_of(piece)]
-
-    def bpe(self, piece):
-        """One piece -> ids: join the pair that was learned first, until no pair is known. A byte
-        without a token is dropped, as in Hugging Face."""
-        if piece in self.runs:
-            return [self.runs[piece]]
-        parts = [CHARS[b] for b in piece.encode("utf-8", "replace")]
-        if self.whole and "".join(parts) in self.vocab:
-            return [self.vocab["".join(parts)]]
-        rank = lambda pair: self.ranks.get(pair, math.inf)
-        while (best := min(zip(parts, parts[1:]), key=rank, default=None)) in self.ranks:
-            parts = merge(parts, best)
-        return [self.vocab[p] for p in parts if p in self.vocab]
+        ids = []
+        for piece in pieces:
+            if piece in self.runs:
+                ids.append(self.runs[piece])
+            else:
+                ids += [self.ids[rank] for rank in self.bpe.encode_ordinary(piece)]
+        return [i for i in ids if i is not None]
 
     def decode(self, ids):
         """Ids -> text, skipping end-of-text and ids without a token."""
@@ -552,10 +551,10 @@ def gpt2_form(files):
 
 def split_patterns(t):
     """Return the regexes that split text before merging, each applied to the pieces of the last.
-    ValueError for a part of tokenizer.json that would need other code."""
-    normalizer = (t.get("normalizer") or {}).get("type", "NFC")
-    if normalizer != "NFC":
-        raise ValueError(f"normalizer {normalizer}")
+    Raises ValueError, naming the part of tokenizer.json, if it is not byte-level BPE."""
+    kind, normalizer = t["model"].get("type", "BPE"), (t.get("normalizer") or {}).get("type")
+    if kind != "BPE" or normalizer not in (None, "NFC"):
+        raise ValueError(f"model {kind}, normalizer {normalizer}")
     splitter, patterns = t.get("pre_tokenizer") or {}, []
     steps = splitter.get("pretokenizers", [splitter])
     for step in steps:
@@ -571,7 +570,7 @@ def split_patterns(t):
                 raise ValueError(f"pre_tokenizer {step}")
     if steps[-1]["type"] != "ByteLevel" or not patterns:      # later steps would see bytes
         raise ValueError(f"pre_tokenizer {splitter}")
-    return [regex.compile(pattern) for pattern in patterns]
+    return patterns
 
 
 def isolate(pattern, text):
@@ -584,20 +583,27 @@ def train_bpe(texts, vocab_size):
     """Learn merges from texts: the most frequent pair first, on ties the largest bytes, until the
     vocabulary is full or no pair occurs twice. Deterministic."""
     counts = Counter(w for t in texts for w in re.findall(r" ?[^\W\d_]+| ?[^\s\w]+", t))
-    words = {w: [bytes([b]) for b in w.encode()] for w in counts}      # word -> its tokens
-    merges = []
+    words = {w: [bytes([b]) for b in w.encode()] for w in sorted(counts)}      # word -> its tokens
+    pairs, where, merges = Counter(), defaultdict(set), []   # where: pair -> words that held it
+
+    def count(word, sign):
+        """Add a word's pairs to the counts (sign 1) or subtract them (-1)."""
+        for pair in zip(words[word], words[word][1:]):
+            pairs[pair] += sign * counts[word]
+            where[pair].add(word)
+
+    for word in words:
+        count(word, 1)
     while len(merges) < max(1, vocab_size - 257):      # 256 bytes, the merges, <|endoftext|>
-        pairs = Counter()
-        for word, parts in words.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += counts[word]
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
-        if pairs[best] < 2:
+        if best is None or pairs[best] < 2:
             break
         merges.append(best)
-        for word, parts in words.items():
-            if best[0] in parts:                       # else there is nothing to join
-                words[word] = merge(parts, best)
+        for word in where.pop(best):
+            count(word, -1)
+            words[word] = merge(words[word], best)
+            count(word, 1)
+        del pairs[best]
     spelled = [["".join(CHARS[b] for b in token) for token in pair] for pair in merges]
     tokens = [*CHARS.values(), *map("".join, spelled), EOS]
     return Tokenizer({

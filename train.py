@@ -148,7 +148,7 @@ def train_step(r, batch):
     device, mine = r.model.head.device, batch[rank::size]
     n = o.micro_batch or len(mine) or 1
     micros = [mine[i:i + n] for i in range(0, len(mine), n)] or [[]]      # n rows each, at most
-    z0, sums = None, {}
+    z0, logged = None, []
     if loss.mismatch:                  # KTO's baseline is the same for all micro-batches
         s = score_rows(r.model, [items[i] for i in batch], ("mismatch",), r.classes, o.dtype)
         z0 = (s.logps[:, 0] - ref[batch, -1]).mean(0).to(device)       # (3,), Eq. 10 by piece
@@ -166,14 +166,15 @@ def train_step(r, batch):
             # DDP takes the mean over processes, this is to be the mean over rows
             (values[:len(index)].sum() * size / len(batch)).backward()
         parts = {"loss": values, **parts, "chosen_logps": s.logps[:, 0].sum(-1)}
-        for name, value in parts.items():
-            value = value.detach()[:len(index)].contiguous()
-            sums[name] = sums.get(name, 0) + value.sum().double()
+        logged.append({k: v.detach()[:len(index)] for k, v in parts.items()})
     norm = float(torch.nn.utils.clip_grad_norm_(r.model.parameters(), o.clip or math.inf))
-    everyone = gather([torch.stack([*sums.values()]).tolist()])           # a list per process
-    sums = dict(zip(sums, np.sum(everyone, axis=0).tolist()))
+    rows = {k: torch.cat([x[k] for x in logged]) for k in parts}          # on this process
+    sums = sum_over_ranks(torch.stack([v.sum().double() for v in rows.values()]), device)
+    sums = dict(zip(rows, sums.tolist()))
     if not math.isfinite(sums["loss"] + norm):
-        raise FloatingPointError("the loss or its gradient is not finite: lower --lr")
+        bad = gather([items[i].row + 1 for i, v in zip(mine, rows["loss"]) if not v.isfinite()])
+        raise FloatingPointError("the loss or its gradient is not finite: lower --lr"
+                                 + f" (rows {sorted(bad)[:5]} of train.jsonl)" * bool(bad))
     r.optimizer.step()
     return sums, norm
 
@@ -251,7 +252,7 @@ def loop(r):
                 r.save_state()
 
             # 5) stop if any process was asked to
-            if gather(stop):
+            if sum_over_ranks(torch.tensor(len(stop)), r.model.head.device):
                 r.save_state()
                 say(f"stopped and saved at step {r.step}; to continue, add --resume to the command")
                 sys.exit(130)
@@ -334,6 +335,14 @@ def leave():
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)
+
+
+def sum_over_ranks(values, device):
+    """Sum a tensor over the processes, on all of them. A single process does not sync its GPU."""
+    if dist.is_initialized():
+        values = values.to(device)
+        dist.all_reduce(values)
+    return values
 
 
 def gather(values):
@@ -420,6 +429,8 @@ def resolve(o):
         raise ValueError(f"--loss {o.loss!r} is unknown: choose from {', '.join(LOSSES)}")
     if 0 in (o.batch_size, o.log_every):
         raise ValueError("--batch_size and --log_every must be more than 0")
+    if not 0 < o.prior < 1:
+        raise ValueError("--prior must be between 0 and 1")
     if o.init and o.model == "scratch":                # from a run, or from a plain checkpoint
         made = Path(o.init).parent / "config.json"
         o.model = read_json(made).get("model", o.init) if made.is_file() else o.init
@@ -607,7 +618,11 @@ def optimizer_of(o, model):
 
 
 def report(r):
-    """Print the metrics that the method trains, before and after."""
+    """Print the metrics that the method trains, before and after, and one question's shares."""
+    item, decode = r.items["eval"][0], r.tokenizer.decode
+    s = score_rows(r.model, [item], ("chosen",), r.classes, r.o.dtype)    # on all processes
+    if rank_and_size()[0] > 0:
+        return
     evals = [line["eval"] for line in r.lines if "eval" in line]
     kind = "given" if "given" in r.loss.branches else "joint"
     of = {"given": "the answer given the belief", "joint": "belief and answer"}[kind]
@@ -617,13 +632,16 @@ def report(r):
                        (f"{kind}_minority", f"margin of {of}, minority")):
         if evals[-1].get(name) is not None:
             print(f"  {text:58}{evals[0][name]:9.3f}{evals[-1][name]:9.3f}")
+    print(f"\nFor example, the shares of the classes: {decode(item.prompt):.500}")
+    print(" " * 10 + "".join(f"{decode([c]):>7}" for c in r.classes))
+    for name, shares in (("group", s.target), ("model", s.class_logps.softmax(-1))):
+        print(f"  {name:8}" + "".join(f"{p:7.2f}" for p in shares[0].tolist()))
     print(f"\nnext: python evaluate.py {r.o.out}, or ask it: --ask \"YOUR QUESTION\"")
 
 
 def main():
     r = train(resolve(Config(**vars(flags().parse_args()))))
-    if rank_and_size()[0] == 0:
-        report(r)
+    report(r)
     leave()
 
 

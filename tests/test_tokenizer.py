@@ -50,23 +50,21 @@ FAMILIES = {
     "gpt2": {},
     "pythia": {"normalizer": {"type": "NFC"}, "added_tokens": [
         special(BPE.eos, EOS), *(special(BPE.n_tokens + n, " " * (24 - n)) for n in range(23))]},
-    "llama3": steps(split(LLAMA3)) | {"whole": True},
+    "llama3": steps(split(LLAMA3)),
     "qwen2": steps(split(LLAMA3.replace("{1,3}", ""))) | {"normalizer": {"type": "NFC"}},
     "smollm2": steps({"type": "Digits", "individual_digits": True}, use_regex=True),
     "deepseek": steps(split(r"\p{N}{1,3}"), split("[一-龥]+"), split(r"\p{L}+| ?[\p{P}\p{S}]+")),
 }
 
 
-def mini(folder, whole=False, **parts):
-    """Our small vocabulary as a tokenizer.json with these parts. whole: some of its words are no
-    result of merges."""
+def mini(folder, **parts):
+    """Our small vocabulary as a tokenizer.json with these parts."""
     vocab = json.loads(BPE.files["vocab.json"])
-    merges = BPE.files["merges.txt"].splitlines()[1:]
     t = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
          "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL,
          "added_tokens": [special(BPE.eos, EOS)],
          "model": {"type": "BPE", "vocab": {t: i for t, i in vocab.items() if t != EOS},
-                   "ignore_merges": whole, "merges": merges[:99] if whole else merges}} | parts
+                   "merges": BPE.files["merges.txt"].splitlines()[1:]}} | parts
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(t))
     return folder
@@ -141,16 +139,19 @@ def test_learned_merges_survive_saving_and_broken_files_are_one_line(tmp_path):
     for text in strings(300):
         assert again.encode(text) == BPE.encode(text) and again.decode(again.encode(text)) == text
     assert len(BPE.encode("the cat sat")) == 3             # the common words are whole tokens
-    (tmp_path / "vocab.json").write_text("{")
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"{folder}: no tokenizer.json .or vocab.json"):
-            Tokenizer.load(folder)
+    head, *lines = (tmp_path / "merges.txt").read_text().splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join([head, *reversed(lines)]))
+    with pytest.raises(ValueError, match="a merge comes before the merges that make"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: no tokenizer.json"):
+        Tokenizer.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("parts, words", [
-    ({"model": {"type": "Unigram", "vocab": []}}, "merges"),
+    ({"model": {"type": "Unigram", "vocab": []}}, "model Unigram"),
+    ({"model": {"type": "WordPiece", "vocab": {}}}, "model WordPiece"),
     ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer.*Metaspace"),
-    ({"pre_tokenizer": None}, "pre_tokenizer"), (steps(split("(")), "missing"),
+    ({"pre_tokenizer": None}, "pre_tokenizer"), (steps(split("(")), "Parsing|missing"),
     (steps({"type": "Metaspace"}), "pre_tokenizer.*Metaspace"), (steps(), "pre_tokenizer"),
     ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
     ({"added_tokens": []}, "no end-of-text token")])
