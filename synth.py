@@ -337,12 +337,11 @@ class Client:
     def ask(self, method, url, bodies, read, desc, headers=None, params=None):
         """Answer request bodies (JSON to POST, or the query of a GET) in their order; the n-th of
         equal bodies gets the n-th answer. read(response) returns (answer, [tokens in, out]) or
-        raises TryAgain. params: more of the query, such as a key."""
+        raises TryAgain. params: more of the query, such as a key (so no redirect is followed)."""
         def get(body):
             sent = {"json": body} if method == "POST" else {"params": body | (params or {})}
             return request(method, url, headers, partial(read_or_retry, read), self.pause,
-                           timeout=(10, self.o.timeout),
-                           allow_redirects=False, **sent)  # the key would travel along
+                           timeout=(10, self.o.timeout), allow_redirects=False, **sent)
 
         jobs, seen = {}, Counter()                         # {hash: body}; copies of each body
         for body in bodies:
@@ -411,7 +410,7 @@ class Client:
         try:
             return get(fit)
         except Refused as e:
-            named = [k for k in fit if k not in ("model", "messages")
+            named = [k for k in fit if k not in ("model", "messages", "input")
                      and re.search(NAMES.get(k, rf"\b{k}\b"), e.words, re.I)]
             if not named or e.status not in (400, 404, 422, 500, 501):
                 if e.status in OF_PROMPT and "messages" in body:
@@ -446,7 +445,7 @@ def read_or_retry(read, response):
     try:
         return read(response)
     except (ValueError, TypeError, KeyError, AttributeError):
-        tries = 2 if response.text.startswith(("{", "data:")) else TRIES
+        tries = 2 if response.text.startswith(("{", "[", "data:")) else TRIES
         kind = response.headers.get("Content-Type", "no type")
         raise TryAgain(f"unreadable answer ({kind}): {response.text[:300]}", tries) from None
 

@@ -293,7 +293,7 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
 
 
 @pytest.mark.parametrize("path, answer, message", [
-    ("/splits", {"error": "busy"}, "busy"), ("/splits", [], "no splits"),
+    ("/splits", {"error": "busy"}, "busy"), ("/splits", [], "unreadable answer"),
     ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came whole"),
     ("/splits", {"splits": [{"config": "default", "split": "train"}]}, "no split eval or valid"),
     ("/splits", {"splits": [{"config": "a", "split": "train"}]}, "in a default configuration"),
