@@ -301,14 +301,14 @@ class Client:
     params, which are neither hashed nor stored."""
     def __init__(self, o, cache):
         check_address(o.base_url, "--base_url")
-        if o.max_usd and not (o.usd_in or o.usd_out):
+        self.tokens, self.prices = np.zeros(2, int), np.array([o.usd_in, o.usd_out]) / 1e6
+        if o.max_usd and not any(self.prices):
             raise ValueError("--max_usd needs prices: --usd_in and --usd_out")
         try:
             self.extra = dict(json.loads(o.extra or "{}"))
         except (ValueError, TypeError):
             raise ValueError('--extra must be a JSON object, such as {"seed": 1}') from None
         self.o, self.cache, self.answers = o, Path(cache), {}
-        self.tokens = np.zeros(2, int)                     # in and out
         self.refused, self.unfit = 0, set()    # refusals in a row; (model, parameter to leave out)
         self.lock = threading.Lock()
         lines = self.cache.read_bytes().split(b"\n") if self.cache.is_file() else [b""]
@@ -326,12 +326,9 @@ class Client:
         return {"base_url": self.o.base_url.partition("?")[0], "llm": self.o.llm,
                 "temperature": self.o.temperature, "max_tokens": self.o.max_tokens}
 
-    def usd(self):
-        return self.tokens @ (self.o.usd_in, self.o.usd_out) / 1e6
-
     def spent(self):
         """Tokens and cost so far, for the progress bar."""
-        cost = f", ${self.usd():.4f}" if self.o.usd_in or self.o.usd_out else ""
+        cost = f", ${self.tokens @ self.prices:.4f}" if any(self.prices) else ""
         return f"{self.tokens[0]:,} tokens in, {self.tokens[1]:,} out{cost}" * any(self.tokens)
 
     def ask(self, method, url, bodies, read, desc, headers=None, params=None):
@@ -372,7 +369,7 @@ class Client:
         try:
             if self.halt.is_set():
                 return
-            if self.o.max_usd and self.usd() >= self.o.max_usd:
+            if 0 < self.o.max_usd <= self.tokens @ self.prices:
                 raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()})")
             answer, tokens = self.fetch(get, body)
             refused = self.keep(key, answer, tokens)
@@ -446,8 +443,7 @@ def read_or_retry(read, response):
         return read(response)
     except (ValueError, TypeError, KeyError, AttributeError):
         tries = 2 if response.text.startswith(("{", "[", "data:")) else TRIES
-        kind = response.headers.get("Content-Type", "no type")
-        raise TryAgain(f"unreadable answer ({kind}): {response.text[:300]}", tries) from None
+        raise TryAgain(f"unreadable answer: {response.text[:300]!r}", tries) from None
 
 
 def read_json_answer(response, field):
@@ -473,8 +469,8 @@ def read_chat(response):
     error = answer.get("error") or choice.get("error")         # despite the status 200
     code = error.get("code") if isinstance(error, dict) else None
     if (error or FAILED.search(ended)) and code not in OF_PROMPT:
-        raise TryAgain(f"the answer ended with {error or ended}"[:300],
-                       2 if error and not code else TRIES)
+        tries = 2 if error and not code else TRIES     # a mere text will hardly change
+        raise TryAgain(f"the answer ended with {error or ended}"[:300], tries)
     text = message.get("content") or ""
     if isinstance(text, list):                         # of parts, some of which may be thinking
         text = "".join(p["text"] for p in text if p.get("type", "text") == "text")
@@ -530,11 +526,12 @@ def embed(client, texts, model, size=64):
     try:
         parts = client.ask("POST", url, bodies, read_embeddings, "embeddings", headers)
     except ConnectionError as e:                       # some servers take only 10 at once
-        if min(size, len(texts)) == 1 or getattr(e.__cause__, "status", 0) not in (400, 413, 422):
-            raise
-        return embed(client, texts, model, size // 2)
-    vectors = np.array([vector for part in parts for vector in part])
+        if size > 1 and getattr(e.__cause__, "status", 0) in (400, 413, 422):
+            return embed(client, texts, model, size // 2)
+        raise
+    vectors = np.concatenate(parts)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
 
 
 # ---------------------------------------------------------------------------------------------

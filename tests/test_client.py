@@ -199,9 +199,6 @@ def test_a_server_that_is_slow_or_out_of_reach_is_tried_less_often_unless_it_had
     fails(away, "8 times", "a")
 
 
-NO = completion(None) | {"choices": [{"message": {"content": None, "refusal": "I won't."}}]}
-
-
 @pytest.mark.parametrize("answer, text, ended", [
     *[(completion(said), "answer", "stop") for said in (
         "<think>\nQ: a draft\n</think>\n\nanswer", "o </think> answer",
@@ -210,7 +207,7 @@ NO = completion(None) | {"choices": [{"message": {"content": None, "refusal": "I
         "analysis a assistantfinalanswer",
         "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
         [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"}])],
-    *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "end_turn", "STOP", "", None, "x")],
+    *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "STOP", "", None, "x")],
     *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")]],
     ids=str)
 def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, answer, text, ended):
@@ -218,23 +215,21 @@ def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, ans
     assert synth.chat(client(), ["a"], "asking") == [(text, ended)]
 
 
-@pytest.mark.parametrize("answer, words", [
-    ((400, {"error": {"message": "Content Exists Risk", "param": None}}), "400: .*Exists Risk"),
-    ((403, "your input was flagged; this model requires moderation"), "403: .*flagged"),
-    ((413, "Request too large for model `m`, please reduce your message"), "413: "),
-    ((400, "request (4390 tokens) exceeds the available context size"), "context size"),
-    ((200, {"error": {"code": 403, "message": "flagged"}}), "flagged"),
-    ((200, {"choices": [{"error": {"code": 403, "message": "flagged"}}]}), "flagged"),
-    ((200, {"choices": None, "promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY"),
-    ((200, NO), "I won't."), ((200, completion("")), "no content"),
-    *[((200, NO | {"choices": choices}), "no content, finish_reason stop") for choices in (
-        [], [None], [{"message": None}])],
-    *[((200, completion("a", x)), "no content, finish_reason " + x.lower()) for x in (
+@pytest.mark.parametrize("status, answer, words", [
+    (400, {"error": {"message": "Content Exists Risk", "param": None}}, "400: .*Exists Risk"),
+    (403, "your input was flagged; this model requires moderation", "403: .*flagged"),
+    (413, "Request too large for model `m`, please reduce your message", "413: "),
+    (200, {"error": {"code": 403, "message": "flagged"}}, "flagged"),
+    (200, {"choices": [{"error": {"code": 403, "message": "flagged"}}]}, "flagged"),
+    (200, {"choices": None, "promptFeedback": {"blockReason": "SAFETY"}}, "SAFETY"),
+    (200, {"choices": [{"message": {"content": None, "refusal": "I won't."}}]}, "I won't."),
+    *[(200, {"choices": x}, "finish_reason stop") for x in ([], [None], [{"message": None}])],
+    *[(200, completion("a", x), "finish_reason " + x.lower()) for x in (
         "content_filter", "SAFETY", "refusal", "RECITATION")],
-    ((200, completion("<think>hm", "length")), "reason length .raise --max_tokens")], ids=str)
+    (200, completion("<think>hm", "length"), "finish_reason length .raise --max_tokens")], ids=str)
 def test_a_refused_prompt_is_reported_and_asked_again_by_the_next_run(
-        client, server, capsys, answer, words):
-    server.answer = lambda r: answer if question(r) == "bad" else FINE
+        client, server, capsys, status, answer, words):
+    server.answer = lambda r: (status, answer) if question(r) == "bad" else FINE
     for _ in range(2):
         a, bad, b = synth.chat(client(), ["a", "bad", "b"], "asking")
         assert a == b == ("fine", "stop")
@@ -243,17 +238,14 @@ def test_a_refused_prompt_is_reported_and_asked_again_by_the_next_run(
     assert len(server.requests) == 3 + 1
 
 
-@pytest.mark.parametrize("answer", [(400, "no such model"), (403, "Your account was suspended"),
-                                    (200, completion(""))], ids=str)
-def test_five_refusals_in_a_row_end_a_run_only_if_a_harmless_prompt_is_refused_as_well(
-        client, server, answer):
-    flagged = lambda r: answer if question(r) in "1234567" else FINE
-    server.answer = flagged
-    for new in (7 + 1 + 3, 7 + 1):                          # the others are in the cache
-        c = client()
-        assert ask(c, *"1234567xyz")[7:] == ["fine"] * 3
-        assert len(server.requests) == new and not server.requests.clear()
-    server.answer = lambda r: answer
+@pytest.mark.parametrize("bad", [(400, "no such model"), (403, "suspended"), (200, completion(""))])
+def test_five_refusals_in_a_row_end_a_run_if_a_harmless_prompt_is_refused_too(client, server, bad):
+    server.answer = lambda r: bad if question(r) in "1234567" else FINE
+    for sent in (7 + 1 + 3, 7 + 1):                         # then the others are in the cache
+        assert ask(client(), *"1234567xyz")[7:] == ["fine"] * 3
+        assert len(server.requests) == sent
+        server.requests.clear()
+    server.answer = lambda r: bad
     fails(client(), "even a harmless prompt is refused: .*the answers so far are kept", *"1234567")
     assert [question(r) for r in server.requests] == [*"12345", "Reply with yes."]
 
