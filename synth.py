@@ -409,9 +409,9 @@ class Client:
         except Refused as e:
             named = [k for k in fit if k not in ("model", "messages", "input")
                      and re.search(NAMES.get(k, rf"\b{k}\b"), e.words, re.I)]
-            if not named or e.status not in (400, 404, 422, 500, 501):
-                if e.status in OF_PROMPT and "messages" in body:
-                    return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
+            if not named and e.status in OF_PROMPT and "messages" in body:
+                return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
+            if not named:
                 raise
             culprit = model, named[-1]                 # of --extra, rather than our own
             if culprit not in self.unfit:              # the threads may all find out at once
