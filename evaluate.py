@@ -23,7 +23,7 @@ from typing import Literal
 from data import (FORM, SPLITS, Parser, add_flags, class_ids, dataset_name, encode_rows,
                   find_checkpoint, help_first, load_dataset, normal, progress, prompt_text,
                   question_of, read_json, read_text, run, write)
-from synth import PROMPTS, Chat, Client, chat, closed, embed, read_label
+from synth import HARMLESS, PROMPTS, Chat, Client, chat, closed, embed, read_label
 
 
 @dataclass
@@ -660,7 +660,7 @@ def each(action, outs):
 def try_servers(rows, o, client, device):
     """Check that the judge and the encoder work before hours of other work."""
     if o.judge:
-        client.check(llm=o.judge)
+        chat(client, [HARMLESS], "checking the server", llm=o.judge, max_tokens=64)
     if o.embeddings:
         encode(["test"], o.embeddings, client, device)
     if o.judge_check:

@@ -262,55 +262,43 @@ class Chat:
 
 class Reply(NamedTuple):
     """An LLM's answer without its thinking, and how it ended: "stop", "length" (it was cut off) or
-    "refused" (the text is then the server's message instead of an answer)."""
+    "refused" (the text is then what the server says instead of an answer)."""
     text: str
     ended: str
 
 
-# An error concerns this one prompt (flagged or too long), a parameter that we can leave out, or
-# every request alike (model, key, endpoint). These patterns tell which.
-FLAGGED = re.compile("content.?(policy|management|exists)|filter|flagged|refus|safety|moderat|spii|"
-                     "inspect|inappropriate|harmful|prohibit|recitation|sensitive|violat|"
-                     "guardrail|invalid.?prompt|unsafe|risk|block", re.I)
-TOO_LONG = re.compile("context.{0,20}(length|size|window|exceed)|too (long|large|many.{0,9}tokens)|"
-                      "token limit|(input|prompt|model) length|longer than the maximum", re.I)
-PARAMETERS = {"response_format": "response_format|schema|structured|grammar|json.?mode|guided"} | {
-    name: name for name in ("top_p", "frequency_penalty", "temperature", "max_tokens",
-                            "max_completion_tokens")}
-OF_ALL = re.compile(r"\bmodel\b|api.?key|parameter|endpoint|support|unknown|unrecogni|extra inputs|"
-                    "not permitted|deployment|stream|permission|account|credit|quota", re.I)
-PASSING = re.compile(r"code\W+(429|5\d\d)\b")      # inside an answer with status 200
-OF_CLIENT = re.compile(r"suspend|deactivat|billing|your account|<html|\bIP\b|you have been blocked|"
-                       "access (is|was|has been)? ?(denied|blocked)", re.I)
-# Finish reasons that mean failed, and cut off. FLAGGED finds refusals; the rest are good endings.
-FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload|"
-                    "interrupt|exception|unavail|other|unknown|preempt|kill|disconnect|reject")
-CUT = re.compile("length|max.*token|context|incomplete|time_limit")
+HARMLESS = "Reply with yes."
+OF_PROMPT = (400, 403, 413, 422, 451)  # statuses that may be about one prompt: flagged or too long
+# How servers name a parameter that they do not take, if not as we do.
+NAMES = {"response_format": "response_format|schema|structured|grammar|json.?mode|guided"}
+# Finish reasons that mean refused, failed and cut off. The rest are good endings.
+REFUSED = re.compile("filter|safety|refus|recitation|sensitive|prohibit|blocklist|spii|guardrail")
+FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|malformed|interrupt|other")
+CUT = re.compile("length|max.*token|context|incomplete")
 # Thinking runs to its last closing tag, or to the end of the text if it is never closed.
 TAG = r"(\w+:)?(think|thinking|thought|reasoning|scratchpad)\s*>"
-OPENED = "|".join([f"<{TAG}", r"\[THINK\]", "◁think▷", r"<\|(START_THINKING|begin_of_thought)\|>",
-                   r"<\|channel\|>analysis"])
-CLOSED = "|".join([f"</{TAG}", r"\[/THINK\]", "◁/think▷", r"<\|(END_THINKING|end_of_thought)\|>",
-                   r"<\|channel\|>final<\|message\|>", "assistantfinal", "</details>"])
+OPENED = rf"<{TAG}|\[THINK\]|<\|channel\|>analysis"
+CLOSED = rf"</{TAG}|\[/THINK\]|<\|channel\|>final<\|message\|>|assistantfinal"
 THINKING = re.compile(rf"(.*({CLOSED}))?(\s*({OPENED}).*)?", re.I | re.S)
 
 
 class Client:
-    """Sends many requests at once and appends every good answer to a JSON-lines file, keyed by the
-    hash of its request, so a killed run resumes where it stopped and a repeated one costs nothing.
-    API keys travel in headers and params, which are neither hashed nor stored."""
+    """Sends many requests at once and appends each answer to a JSON-lines file, keyed by the hash
+    of its request, so a killed run resumes where it stopped and a repeated one costs nothing.
+    Refused prompts are not kept: the next run asks them again. API keys travel in headers and
+    params, which are neither hashed nor stored."""
     def __init__(self, o, cache):
         check_address(o.base_url, "--base_url")
-        if o.concurrency < 1 or o.max_usd and not (o.usd_in or o.usd_out):
-            raise ValueError("--concurrency must be 1 or more, and --max_usd needs prices to count "
-                             "by: --usd_in and --usd_out")
+        self.tokens, self.prices = np.zeros(2, int), np.array([o.usd_in, o.usd_out]) / 1e6
+        if o.max_usd and not any(self.prices):
+            raise ValueError("--max_usd needs prices: --usd_in and --usd_out")
         try:
             self.extra = dict(json.loads(o.extra or "{}"))
         except (ValueError, TypeError):
             raise ValueError('--extra must be a JSON object, such as {"seed": 1}') from None
         self.o, self.cache, self.answers = o, Path(cache), {}
-        self.tokens = np.zeros(2, int)                     # in and out
-        self.unfit, self.lock = set(), threading.Lock()    # (model, parameter it does not take)
+        self.refused, self.unfit = 0, set()    # refusals in a row; (model, parameter to leave out)
+        self.lock = threading.Lock()
         lines = self.cache.read_bytes().split(b"\n") if self.cache.is_file() else [b""]
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):    # the half line of a killed run
@@ -326,90 +314,77 @@ class Client:
         return {"base_url": self.o.base_url.partition("?")[0], "llm": self.o.llm,
                 "temperature": self.o.temperature, "max_tokens": self.o.max_tokens}
 
-    def usd(self):
-        return self.tokens @ (self.o.usd_in, self.o.usd_out) / 1e6
-
     def spent(self):
         """Tokens and cost so far, for the progress bar."""
-        cost = f", ${self.usd():.4f}" if self.o.usd_in or self.o.usd_out else ""
+        cost = f", ${self.tokens @ self.prices:.4f}" if any(self.prices) else ""
         return f"{self.tokens[0]:,} tokens in, {self.tokens[1]:,} out{cost}" * any(self.tokens)
-
-    def check(self, **settings):
-        """Send one tiny request to catch a wrong key, address or model before hours of work."""
-        [reply] = chat(self, ["Reply with yes."], "checking the server", max_tokens=64, **settings)
-        if re.match(r"4\d\d: ", reply.text):
-            raise ValueError(f"the server refuses a harmless prompt: {reply.text}")
 
     def ask(self, method, url, bodies, read, desc, headers=None, params=None):
         """Answer request bodies (JSON to POST, or the query of a GET) in their order; the n-th of
         equal bodies gets the n-th answer. read(response) returns (answer, [tokens in, out]) or
-        raises TryAgain. params: more of the query, such as a key."""
+        raises TryAgain. params: more of the query, such as a key (so no redirect is followed)."""
+        def get(body):
+            sent = {"json": body} if method == "POST" else {"params": body | (params or {})}
+            return request(method, url, headers, partial(read_or_retry, read), self.pause,
+                           timeout=(10, self.o.timeout), allow_redirects=False, **sent)
+
         jobs, seen = {}, Counter()                         # {hash: body}; copies of each body
         for body in bodies:
             text = json.dumps([url, body], sort_keys=True)
             jobs[hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()] = body
             seen[text] += 1
-        found = {key: self.answers[key] for key in jobs if key in self.answers}
-        self.good, self.refused = len(found), 0            # answers in this call, see keep()
-        new = [job for job in jobs.items() if job[0] not in found]
-        send = partial(self.send, lambda body: request(
-            method, url, headers, read, pause=self.pause, timeout=(10, self.o.timeout),
-            allow_redirects=False,                         # the key would travel along
-            json=body if method == "POST" else None,
-            params=None if method == "POST" else body | (params or {})))
+        new = [job for job in jobs.items() if job[0] not in self.answers]
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        self.bar = progress(total=len(jobs), initial=len(found), desc=desc, unit="answer")
-        self.halt, self.error = threading.Event(), None
-        try:
-            with self.bar, ThreadPoolExecutor(self.o.concurrency) as pool:
-                try:
-                    found |= pool.map(send, new)
-                except KeyboardInterrupt:
-                    print("waiting for answers in flight (Ctrl-C drops them)", file=sys.stderr)
-                    signal.signal(signal.SIGINT, signal.SIG_DFL)   # a second one ends at once
-                    raise
-                finally:
-                    self.halt.set()                        # wakes threads that wait to retry
-        except (ValueError, OSError):                  # self.error, or another thread's echo of it
-            raise ConnectionError(f"{self.error}; {len(self.answers)} answers are kept in "
-                                  f"{self.cache}, run the same command to go on") from self.error
-        return [found[key] for key in jobs]
+        self.halt, self.error = threading.Event(), None    # halt wakes threads that wait to retry
+        self.bar = progress(total=len(jobs), initial=len(jobs) - len(new), desc=desc, unit="answer")
+        with self.bar, ThreadPoolExecutor(self.o.concurrency) as pool:
+            try:
+                list(pool.map(partial(self.send, get), new))
+            except KeyboardInterrupt:
+                self.halt.set()
+                print("waiting for answers in flight (Ctrl-C drops them)", file=sys.stderr)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)   # a second one ends at once
+                raise
+        if self.error:
+            raise ConnectionError(f"{self.error}; the answers so far are kept in {self.cache}, "
+                                  "run the same command to go on") from self.error
+        return [self.answers[key] for key in jobs]
 
     def send(self, get, job):
-        """Get one job's answer and cache it -> (key, answer). The first error stops all threads."""
+        """Get and keep the answer to one job. The first error stops all threads. Five refusals in
+        a row may not be about the prompts: if a harmless one is refused too, the run ends."""
         key, body = job
         try:
-            with self.lock:
-                if self.halt.is_set():
-                    raise ConnectionAbortedError("stopped")
-                if self.o.max_usd and self.usd() >= self.o.max_usd:
-                    raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()})")
+            if self.halt.is_set():
+                return
+            if 0 < self.o.max_usd <= self.tokens @ self.prices:
+                raise ValueError(f"--max_usd {self.o.max_usd:g} is reached ({self.spent()})")
             answer, tokens = self.fetch(get, body)
-            with self.lock:
-                self.keep(key, answer, tokens)
-        except Exception as e:
+            refused = self.keep(key, answer, tokens)
+            harmless = body | {"messages": [{"role": "user", "content": HARMLESS}]}
+            if refused and body == harmless:
+                raise ValueError(f"even a harmless prompt is refused: {answer.text}")
+            if refused == 5:
+                self.send(get, (None, harmless))
+        except (ValueError, OSError) as e:
             self.error = self.error or e
             self.halt.set()
-            raise
-        return key, answer
 
     def keep(self, key, answer, tokens):
-        """Count an answer and append it to the cache. A refusal is cached only if it is clearly
-        about the prompt and a good answer came before; five before any good one end the run."""
-        self.tokens += tokens
+        """Append an answer to the cache unless it is a refusal -> number of refusals in a row."""
         refused = isinstance(answer, Reply) and answer.ended == "refused"
-        self.refused += refused
-        self.good += not refused
-        if not refused or self.good and FLAGGED.search(answer.text):
+        with self.lock:
+            self.tokens += tokens
             self.answers[key] = answer
-            with open(self.cache, "a", encoding="utf-8", newline="\n") as f:
+            self.refused = self.refused + 1 if refused else 0
+            self.bar.set_postfix_str(self.spent(), refresh=False)
+            self.bar.update()
+            if refused:
+                return self.refused
+            with open(self.cache, "a", newline="\n") as f:
                 f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
-        if not self.good and self.refused >= 5:
-            raise ValueError(f"all of the first {self.refused} were refused: {answer.text}")
-        if self.o.max_usd and not refused and not any(tokens):
+        if self.o.max_usd and not any(tokens):
             raise ValueError("the server reports no usage, so --max_usd cannot hold")
-        self.bar.set_postfix_str(self.spent(), refresh=False)
-        self.bar.update()
 
     def fetch(self, get, body):
         """Get one answer, leaving out the parameters that this model has refused before."""
@@ -420,40 +395,22 @@ class Client:
         try:
             return get(fit)
         except Refused as e:
-            culprit = culprit_of(e, fit)
-            if culprit == "messages":
+            named = [k for k in fit if k not in ("model", "messages", "input")
+                     and re.search(NAMES.get(k, rf"\b{k}\b"), e.words, re.I)]
+            if not named and e.status in OF_PROMPT and "messages" in body:
                 return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
-            if not culprit:
+            if not named:
                 raise
-            with self.lock:                            # the threads may all find out at once
-                if (model, culprit) not in self.unfit:
-                    self.bar.write(f"{model} refuses {culprit}, which is left out from now on: "
-                                   f"{e.words[:200]}", file=sys.stderr)
-                self.unfit.add((model, culprit))
+            culprit = model, named[-1]                 # of --extra, rather than our own
+            if culprit not in self.unfit:              # the threads may all find out at once
+                self.unfit.add(culprit)
+                self.bar.write(f"{model} refuses {named[-1]}, which is left out from now on: "
+                               f"{e.words[:200]}", file=sys.stderr)
         return self.fetch(get, body)
 
     def pause(self, seconds, problem):
         self.bar.set_postfix_str(f"waiting {seconds:.0f} s: {problem[:60]}")
         return self.halt.wait(seconds)
-
-
-def about_prompt(words):
-    """Whether a server's words are about this one prompt, so that trying again cannot help."""
-    return (FLAGGED.search(words) or TOO_LONG.search(words)) and not PASSING.search(words)
-
-
-def culprit_of(e, body):
-    """Which field of a request body a Refused is about: a parameter, or a chat's messages. None if
-    every request would be refused. When in doubt, the messages: Client.keep counts those."""
-    if OF_CLIENT.search(e.words):      # "your account was flagged" is not about the prompt
-        return None
-    culprit = next((k for k in PARAMETERS
-                    if k in body and re.search(PARAMETERS[k], e.words, re.I)), None)
-    named = culprit and culprit in e.words
-    if about_prompt(e.words) and not named or not culprit and not OF_ALL.search(e.words):
-        culprit = "messages"
-    statuses = (400, 403, 413, 422, 451) if culprit == "messages" else (400, 404, 422, 500, 501)
-    return culprit if culprit in body and e.status in statuses else None
 
 
 def endpoint(o, path):
@@ -467,74 +424,68 @@ def endpoint(o, path):
     return f"{base.rstrip('/')}/{path}{mark}{query}", auth if key else {}
 
 
+def read_or_retry(read, response):
+    """read(response). What it cannot read is asked for again: a whole answer of another form once,
+    for it will hardly change; half an answer or a web page until the tries are used up."""
+    try:
+        return read(response)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        tries = 2 if response.text.startswith(("{", "[", "data:")) else TRIES
+        raise TryAgain(f"unreadable answer: {response.text[:300]!r}", tries) from None
+
+
 def read_json_answer(response, field):
-    """A server's JSON answer, in which `field` must be a list. Raises Refused for an error about
-    this prompt, even one with status 200, and TryAgain for anything else."""
-    kind, refused = response.headers.get("Content-Type", "no type"), None
-    tries = 2 if "event-stream" in kind or response.text.startswith("data:") else TRIES
-    with suppress(ValueError, AttributeError, RecursionError):     # half an answer, or HTML
-        answer = json.loads(response.content)
-        found = answer.get(field)
-        if not found and "completion" in str(answer.get("object")):
-            found = []                                 # how Gemini blocks a prompt
-        if isinstance(found, list) and not answer.get("error"):
-            return answer | {field: found}
-        if not PASSING.search(response.text):
-            tries, refused = 2, about_prompt(response.text)
-    if refused:
-        raise Refused(response.url.partition("?")[0], 400, response.text[:500])
-    raise TryAgain(f"no {field} in the answer ({kind}): {response.text[:300]}", tries)
+    """A server's JSON object, in which `field` must be a list."""
+    answer = json.loads(response.content)
+    if not isinstance(answer[field], list):
+        raise TypeError(f"{field} is not a list")
+    return answer
 
 
 def tokens_of(answer):
     """[tokens in, tokens out] of an answer; 0 where the server does not count them."""
     usage = answer.get("usage") or {}
-    counts = [usage.get(f"{k}_tokens") for k in ("prompt", "completion")]
-    return [int(n) if isinstance(n, (int, float)) and n == n else 0 for n in counts]
+    return [int(usage.get(f"{k}_tokens") or 0) for k in ("prompt", "completion")]
 
 
 def read_chat(response):
     """A chat completion -> (Reply, [tokens in, out]). Raises TryAgain if it failed."""
-    answer = read_json_answer(response, "choices")
-    try:
-        choice, tokens = (answer["choices"] or [None])[0] or {}, tokens_of(answer)
-        ended, message = choice.get("finish_reason") or "stop", choice.get("message") or {}
-        text, refusal = message.get("content") or "", message.get("refusal")
-        if isinstance(text, list):                     # of parts, some of which may be thinking
-            text = "".join(p["text"] for p in text if p.get("type", "text") in (
-                "text", "output_text"))
-        text = THINKING.sub("", text, count=1).strip()
-        text = re.sub(r"^```\w*\n(.*?)\n?```$", r"\1", text, flags=re.S)     # fenced as a whole
-    except (AttributeError, TypeError, KeyError, ValueError):
-        raise TryAgain(f"no chat completion: {str(answer)[:300]}", 2) from None
-    ended = str(ended).lower()
-    error = str(choice.get("error") or "")
-    if about_prompt(error):
-        return Reply(error[:500], "refused"), tokens
-    if error or FAILED.search(ended):
-        raise TryAgain(f"the answer ended with {ended}: {error[:300]}")
-    if text and not FLAGGED.search(ended):
-        text = text.encode("utf-8", "replace").decode()    # no file can hold a lone surrogate
-        return Reply(text, "length" if CUT.search(ended) else "stop"), tokens
-    hint = ": raise --max_tokens, a model that thinks needs more" if CUT.search(ended) else ""
-    words = f"refusal: {refusal}" if refusal else f"no content, finish_reason {ended}{hint}"
-    return Reply(words[:500], "refused"), tokens
+    answer = json.loads(response.content)
+    choice = (answer.get("choices") or [None])[0] or {}
+    message = choice.get("message") or {}
+    ended = str(choice.get("finish_reason") or "stop").lower()
+    error = answer.get("error") or choice.get("error")         # despite the status 200
+    code = error.get("code") if isinstance(error, dict) else None
+    if (error or FAILED.search(ended)) and code not in OF_PROMPT:
+        tries = 2 if error and not code else TRIES     # a mere text will hardly change
+        raise TryAgain(f"the answer ended with {error or ended}"[:300], tries)
+    text = message.get("content") or ""
+    if isinstance(text, list):                         # of parts, some of which may be thinking
+        text = "".join(p["text"] for p in text if p.get("type", "text") == "text")
+    text = THINKING.sub("", text, count=1).strip()
+    text = re.sub(r"^```\w*\n(.*?)\n?```$", r"\1", text, flags=re.S)         # fenced as a whole
+    text = text.encode("utf-8", "replace").decode()    # no file can hold a lone surrogate
+    if text and not error and not REFUSED.search(ended):
+        return Reply(text, "length" if CUT.search(ended) else "stop"), tokens_of(answer)
+    hint = " (raise --max_tokens: a model that thinks needs more)" if CUT.search(ended) else ""
+    words = f"no content, finish_reason {ended}{hint}: {error or message or answer}"
+    return Reply(words[:500], "refused"), tokens_of(answer)
 
 
-def chat(client, prompts, desc, schema=None, **settings):
+def chat(client, prompts, desc, schema=None, llm=None, temperature=None, max_tokens=None):
     """Ask an LLM prompts -> [Reply]. schema: the JSON schema of the answers, or a list with one per
-    prompt; dropped if the server does not support it. settings override the Chat flags of the same
-    name, except that --max_tokens wins if it was given."""
-    o = dataclasses.replace(client.o, **settings)
-    body = {"model": o.llm, "temperature": o.temperature,
-            "max_tokens": client.o.max_tokens or o.max_tokens}
-    bodies, schemas = [], schema if isinstance(schema, list) else [schema] * len(prompts)
+    prompt; dropped if the server does not support it. llm and temperature override the flags;
+    max_tokens is for where --max_tokens is not given."""
+    o, bodies = client.o, []
+    schemas = schema if isinstance(schema, list) else [schema] * len(prompts)
     for prompt, form in zip(prompts, schemas):
-        fields = {"messages": [{"role": "user", "content": prompt}], "response_format": form and {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "strict": True, "schema": form}}}
-        fields = body | fields | client.extra
-        bodies.append({k: v for k, v in fields.items() if v is not None})
+        body = {"model": llm or o.llm, "max_tokens": o.max_tokens or max_tokens,
+                "temperature": o.temperature if temperature is None else temperature,
+                "messages": [{"role": "user", "content": prompt}]}
+        if form:
+            body["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": "answer", "strict": True, "schema": form}}
+        bodies.append({k: v for k, v in (body | client.extra).items() if v is not None})
     url, headers = endpoint(o, "chat/completions")
     replies = [Reply(*r) for r in client.ask("POST", url, bodies, read_chat, desc, headers)]
     refused = [r.text for r in replies if r.ended == "refused"]
@@ -546,15 +497,14 @@ def chat(client, prompts, desc, schema=None, **settings):
 
 def read_embeddings(response):
     """An answer with one embedding per input -> (vectors in input order, [tokens in, 0])."""
-    answer, n = read_json_answer(response, "data"), len(json.loads(response.request.body)["input"])
-    with suppress(KeyError, TypeError, AttributeError, ValueError):
-        # Some servers omit an index of 0, some give none at all: the sort is stable.
-        items = sorted(answer["data"], key=lambda item: int(item.get("index") or 0))
-        vectors = np.array([item["embedding"] for item in items])
-        if (vectors.dtype.kind in "if" and vectors.shape[:-1] == (n,)
-                and np.isfinite(vectors).all() and vectors.any(1).all()):
-            return vectors.tolist(), tokens_of(answer)
-    raise TryAgain(f"no embedding of numbers for each input: {response.text[:200]}", 2)
+    answer, n = json.loads(response.content), len(json.loads(response.request.body)["input"])
+    # Some servers omit an index of 0, some give none at all: the sort is stable.
+    items = sorted(answer["data"], key=lambda item: item.get("index") or 0)
+    vectors = np.array([item["embedding"] for item in items], float)
+    norms = np.linalg.norm(vectors, axis=-1)
+    if norms.shape != (n,) or not np.isfinite(norms).all() or not norms.all():
+        raise ValueError("not one vector of numbers for each input")
+    return vectors.tolist(), tokens_of(answer)
 
 
 def embed(client, texts, model, size=64):
@@ -564,11 +514,12 @@ def embed(client, texts, model, size=64):
     try:
         parts = client.ask("POST", url, bodies, read_embeddings, "embeddings", headers)
     except ConnectionError as e:                       # some servers take only 10 at once
-        if min(size, len(texts)) == 1 or getattr(e.__cause__, "status", 0) not in (400, 413, 422):
-            raise
-        return embed(client, texts, model, size // 2)
-    vectors = np.array([vector for part in parts for vector in part])
+        if size > 1 and getattr(e.__cause__, "status", 0) in (400, 413, 422):
+            return embed(client, texts, model, size // 2)
+        raise
+    vectors = np.concatenate(parts)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
 
 
 # ---------------------------------------------------------------------------------------------

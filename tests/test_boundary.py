@@ -66,7 +66,8 @@ def test_the_losses_that_the_help_of_train_names_are_there():
 
 @pytest.mark.parametrize("error, line", [
     (ValueError("no\nsuch  thing"), "no such thing"), (FloatingPointError("nan"), "nan"),
-    (OSError(28, "No space left on device", "log"), "log: No space left on device: free some space"),
+    (OSError(28, "No space left on device", "log"), "log: No space left on device: "
+     "free some space and run again (train.py: with --resume)"),
     (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "out of memory: lower --micro_batch, add "
      "--checkpointing, or lower --samples; --resume continues from the last saved state")])
 def test_an_error_is_one_line_below_the_bar(monkeypatch, capsys, error, line):

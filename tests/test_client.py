@@ -52,7 +52,7 @@ def test_answers_come_in_order_from_no_more_than_concurrency_requests_at_once(cl
         done.append(r)
         return 200, completion("said " + question(r))
     server.answer = answer
-    assert ask(client(concurrency=3), *"abcdefghijkl") == [f"said {x}" for x in "abcdefghijkl"]
+    assert ask(client(concurrency=3), *"abcdefghi") == [f"said {x}" for x in "abcdefghi"]
     assert max(at_once) == 3
 
 
@@ -71,7 +71,7 @@ def test_nothing_but_what_was_given_is_sent(client, server):
 
 @pytest.mark.parametrize("flags, words", [
     ({"extra": "[1]"}, "--extra must be a JSON object"), ({"max_usd": 1.0}, "needs prices"),
-    ({"base_url": "localhost"}, "is not an http"), ({"concurrency": 0}, "must be 1 or more"),
+    ({"base_url": "localhost"}, "is not an http"),
     ({"base_url": "http://me:very-secret@127.0.0.1/v1"}, "user:password@((?!secret).)*$")])
 def test_a_flag_that_cannot_be_meant_is_one_line(client, flags, words):
     with pytest.raises(ValueError, match=words):
@@ -85,8 +85,8 @@ def test_only_what_was_never_answered_is_asked_and_equal_questions_get_their_own
     assert ask(client(temperature=0.5), "a") == ["5"]       # another request
 
 
-@pytest.mark.parametrize("broken", ['{"key": "a', "\n", "[1, 2]\n", '{"key": 1}\n', "\udcff\udcfe"])
-def test_a_broken_last_line_of_the_cache_is_survived_and_ended(client, server, broken):
+@pytest.mark.parametrize("broken", ['{"key": "a', "[1, 2]\n", '{"key": 1}\n', "\udcff\udcfe"])
+def test_a_broken_line_of_the_cache_is_survived_and_ended(client, server, broken):
     ask(client(), "a")
     with open(client().cache, "a", errors="surrogateescape") as f:
         f.write(broken)
@@ -160,15 +160,9 @@ def test_azure_has_its_own_url_and_header_and_a_redirect_gets_no_key(client, ser
 
 PASSING = [(429, "slow down"), (503, {"error": "busy"}), (200, "<html>Wait"),
            (200, {"error": {"code": 502}}), (200, "cut", ("Content-Length", "99")),
-           (200, "[" * 9999),
-           *[(200, completion("a te", end)) for end in (
-               "error", "tool_calls", "abort", "OTHER", "interrupted")]]
-FINAL = [(400, "no such model"), (401, "wrong key"), (404, "page not found"), (501, "no"),
-         (429, {"error": {"code": "insufficient_quota"}}),
-         (429, {"error": {"type": "exceeded_current_quota_error"}}),
-         (403, "Your account was flagged and suspended"), (403, "<html>You have been blocked"),
-         (403, "Access from your IP address is blocked by policy")]
-TWICE = [(200, {"error": "Unexpected endpoint"}), (200, 'data: {"choices": []}')]
+           *[(200, completion("a te", end)) for end in ("error", "tool_calls", "abort")]]
+TWICE = [(200, {"error": "no such path"}), (200, 'data: {"choices": []}'), (200, {"choices": "x"})]
+FINAL = [(401, "wrong key"), (404, "no page"), (501, "no"), (429, {"code": "insufficient_quota"})]
 
 
 @pytest.mark.parametrize("bad, times", [(x, n) for n, answers in (
@@ -180,8 +174,9 @@ def test_what_may_pass_is_asked_again_and_the_rest_ends_the_run(client, server, 
         asked[question(r)] += 1
         return bad if asked[question(r)] <= broken.get(question(r), 0) else FINE
     server.answer = answer
-    fails(client(), "; 2 answers are kept", "a", "twice", "bad", "d")
+    fails(client(), "the answers so far are kept", "a", "twice", "bad", "d")
     assert asked == {"a": 1, "twice": times // 3 + 1, "bad": times}     # and nothing after it
+    assert len(client().answers) == 2
 
 
 def test_the_wait_that_a_server_names_is_read():
@@ -199,79 +194,62 @@ def test_a_server_that_is_slow_or_out_of_reach_is_tried_less_often_unless_it_had
     fails(away, "8 times", "a")
 
 
-@pytest.mark.parametrize("words, error", [("please stream", OSError), ("no", ValueError)])
-def test_check_finds_a_wrong_server_with_one_short_request(client, server, words, error):
-    server.answer = lambda r: (400, words)
-    with pytest.raises(error, match=f"400.*{words}"):
-        client().check(llm="m")
-    assert [r.body["max_tokens"] for r in server.requests] == [64]
-
-
-NO = completion(None) | {"choices": [{"message": {"content": None, "refusal": "I won't."}}]}
-EMPTY = "no content, finish_reason "
-
-
 @pytest.mark.parametrize("answer, text, ended", [
     *[(completion(said), "answer", "stop") for said in (
         "<think>\nQ: a draft\n</think>\n\nanswer", "o </think> answer",
         "<think>a</think> no <think>b</think> answer", "[THINK]a[/THINK]answer",
-        "<think >a</think >answer", "◁think▷a◁/think▷answer", "<scratchpad>a</scratchpad>answer",
-        "```json\nanswer\n```",
-        "<|begin_of_thought|>a<|end_of_thought|>answer", "analysis a assistantfinalanswer",
+        "<seed:think >a</seed:think >answer", "```json\nanswer\n```",
+        "analysis a assistantfinalanswer",
         "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
-        [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"},
-         {"type": "reasoning_text", "text": "h"}])],
-    *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "end_turn", "STOP", "", None, "x")],
-    *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")],
-    *[(completion("a", x), EMPTY + x.lower(), "refused") for x in (
-        "content_filter", "SAFETY", "refusal", "RECITATION")],
-    (completion("<think>hm", "length"),
-     EMPTY + "length: raise --max_tokens, a model that thinks needs more", "refused"),
-    (NO, "refusal: I won't.", "refused"),
-    *[(NO | {"choices": choices}, EMPTY + "stop", "refused") for choices in (
-        [], [None], [{"message": None}], [{"message": {"content": ""}}])]], ids=str)
+        [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"}])],
+    *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "STOP", "", None, "x")],
+    *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")]],
+    ids=str)
 def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, answer, text, ended):
     server.answer = lambda r: (200, answer)
     assert synth.chat(client(), ["a"], "asking") == [(text, ended)]
 
 
-@pytest.mark.parametrize("answer, words, kept", [
-    ((400, {"error": {"code": "content_filter"}}), "400: .*content_filter", True),
-    ((400, {"error": {"message": "Content Exists Risk", "param": None}}), "Exists Risk", True),
-    ((400, {"error": {"code": "data_inspection_failed"}}), "data_inspection", True),
-    ((403, "your input was flagged; this model requires moderation"), "403: .*flagged", True),
-    ((400, "request (4390 tokens) exceeds the available context size"), "context size", False),
-    ((400, "Your request exceeded model token limit: 8192"), "token limit", False),
-    ((400, "This model's maximum prompt length is 131072 but the request has"), "400", False),
-    ((413, "Request too large for model `m`, please reduce your message"), "413: ", False),
-    ((400, "The response was filtered. Available Model Group Fallbacks=None"), "filtered", True),
-    ((200, {"choices": None, "promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY", True),
-    ((200, {"object": "chat.completion", "usage": None}), "no content", False),
-    ((451, "content policy"), "451: content policy", True),
-    ((200, {"choices": [{"error": {"code": 403, "message": "flagged"}}]}), "flagged", True),
-    ((400, "no"), "400: no", False), ((200, NO), "refusal: I won't.", True),
-    ((200, completion("")), "no content", False)], ids=str)
-def test_a_refused_prompt_is_reported_and_ends_nothing(client, server, capsys, answer, words, kept):
-    server.answer = lambda r: answer if question(r) == "bad" else FINE
+@pytest.mark.parametrize("status, answer, words", [
+    (400, {"error": {"message": "Content Exists Risk", "param": None}}, "400: .*Exists Risk"),
+    (403, "your input was flagged; this model requires moderation", "403: .*flagged"),
+    (413, "Request too large for model `m`, please reduce your message", "413: "),
+    (200, {"error": {"code": 403, "message": "flagged"}}, "flagged"),
+    (200, {"choices": [{"error": {"code": 403}, "message": {"content": "a te"}}]}, "403"),
+    (200, {"choices": None, "promptFeedback": {"blockReason": "SAFETY"}}, "SAFETY"),
+    (200, {"choices": [{"message": {"content": None, "refusal": "I won't."}}]}, "I won't."),
+    *[(200, {"choices": x}, "finish_reason stop") for x in ([], [None], [{"message": None}])],
+    *[(200, completion("a", x), "finish_reason " + x.lower()) for x in (
+        "content_filter", "SAFETY", "refusal", "RECITATION")],
+    (200, completion("<think>hm", "length"), "finish_reason length .raise --max_tokens")], ids=str)
+def test_a_refused_prompt_is_reported_and_asked_again_by_the_next_run(
+        client, server, capsys, status, answer, words):
+    server.answer = lambda r: (status, answer) if question(r) == "bad" else FINE
     for _ in range(2):
         a, bad, b = synth.chat(client(), ["a", "bad", "b"], "asking")
         assert a == b == ("fine", "stop")
         assert bad.ended == "refused" and re.search(words, bad.text)
         assert "1 of 3 prompts were refused, the first: " in capsys.readouterr().err
-    assert len(server.requests) == 4 - kept                 # what may change is asked again
+    assert len(server.requests) == 3 + 1
 
 
-@pytest.mark.parametrize("answer", [(400, "no"), (403, "flagged"), (200, completion(""))], ids=str)
-def test_a_run_ends_if_its_first_few_prompts_are_all_refused(client, server, answer):
-    ask(client(), "an earlier run")
-    server.answer = lambda r: answer
-    fails(client(), "all of the first 5 were refused.*; 1 answers are kept", *"abcdefgh")
-    assert len(server.requests) == 1 + 5
+@pytest.mark.parametrize("bad", [(400, "no such model"), (403, "suspended"), (200, completion(""))])
+def test_five_refusals_in_a_row_end_a_run_if_a_harmless_prompt_is_refused_too(client, server, bad):
+    server.answer = lambda r: bad if question(r) in "1234567" else FINE
+    for sent in (7 + 1 + 3, 7 + 1):                         # then the others are in the cache
+        assert ask(client(), *"1234567xyz")[7:] == ["fine"] * 3
+        assert len(server.requests) == sent
+        server.requests.clear()
+    assert ask(client(), *"1a2b3c4d5e")[1::2] == ["fine"] * 5 and len(server.requests) == 10
+    server.requests.clear()
+    server.answer = lambda r: bad
+    fails(client(), "even a harmless prompt is refused: .*the answers so far are kept", *"1234567")
+    assert [question(r) for r in server.requests] == [*"12345", "Reply with yes."]
 
 
 def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsys, monkeypatch):
     monkeypatch.setenv("API_KEY", "x")                      # a dummy, which garbles no message
-    refused = {"top_p": "'top_p' is not supported", "temperature": "`temperature` and `top_p`: one",
+    refused = {"top_p": "`temperature` and `top_p` cannot both be specified",
                "max_tokens": "Use 'max_completion_tokens' instead of 'max_tokens'",
                "response_format": "failed to parse grammar"}
     server.answer = lambda r: next(
@@ -280,8 +258,9 @@ def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsy
     c = client(extra='{"top_p": 0.5}', temperature=0.7, max_tokens=9)
     synth.chat(c, ["a", "b"], "asking", schema={"type": "object"})
     assert server.requests[-1].body == {"model": c.o.llm, "max_completion_tokens": 9,
-                                        "messages": [{"role": "user", "content": "b"}]}
-    assert len(server.requests) == 4 + 2 and capsys.readouterr().err.count("left out") == 4
+                                        "messages": [{"role": "user", "content": "b"}],
+                                        "temperature": 0.7}
+    assert len(server.requests) == 3 + 2 and capsys.readouterr().err.count("left out") == 3
 
 
 def embeddings(r, vector, index=range):
@@ -290,18 +269,18 @@ def embeddings(r, vector, index=range):
     return 200, {"data": found[::-1] if index is range else found, "usage": {"prompt_tokens": 1.0}}
 
 
-@pytest.mark.parametrize("index", [
-    range, lambda n: [None, *range(1, n)], lambda n: [None] * n, lambda n: map(str, range(n))])
+@pytest.mark.parametrize("index", [range, lambda n: [None, *range(1, n)], lambda n: [None] * n])
 def test_embeddings_come_in_order_however_many_inputs_a_server_takes(client, server, index):
     vector = lambda x: [3.0 * int(x), 4.0 * int(x)] if int(x) % 2 else [int(x), 0.0]
-    server.answer = lambda r: (400, "batch size is invalid") if len(r.body["input"]) > 10 else (
-        embeddings(r, vector, index))
+    server.answer = lambda r: (400, "batch size of input is invalid") if (
+        len(r.body["input"]) > 10) else embeddings(r, vector, index)
     vectors = synth.embed(client(), [str(i) for i in range(1, 71)], "e")
     np.testing.assert_allclose(vectors, [[0.6, 0.8], [1, 0]] * 35)
 
 
-@pytest.mark.parametrize("vector", [[None, None], [0, 0], [[1, 2]], ["a", "b"], "text", [], [True]])
+@pytest.mark.parametrize("vector", [[None, None], [0, 0], [[1, 2]], ["a", "b"], "text", []])
 def test_broken_embeddings_are_an_error_and_not_kept(client, server, vector):
     server.answer = lambda r: embeddings(r, lambda text: vector)
-    with pytest.raises(OSError, match="no embedding of numbers.*2 times; 0 answers are kept"):
+    with pytest.raises(OSError, match="unreadable answer.*2 times; the answers so far"):
         synth.embed(client(), ["a", "b"], "e")
+    assert not client().answers

@@ -278,6 +278,7 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
 
 @pytest.mark.parametrize("path, answer, message", [
     ("/splits", {"error": "busy"}, "busy"), ("/splits", {"splits": []}, "no split eval"),
+    ("/splits", [], "unreadable answer"),
     ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came"),
     ("options", "Good|Bad", "not a list: 'Good|Bad'"), ("probabilities", [0.5, 0.5], "2 entries")])
 def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
