@@ -196,41 +196,39 @@ YES_OR_NO = re.compile(r"(?i)[\W_]*(?:answer[\W_]+)?(yes|no)\b(?![\s,]*(/|or\b|a
 THREE = dict(zip("12345", "11233"))    # Appendix H: ratings 1 to 5 as three classes
 
 
-def judge(client, model, asked):
-    """Ask an LLM about [(question, belief, answer), ...] with Appendix H's prompts: does the
-    answer express the belief or, if the belief is None, which rating does the review give? Returns
-    labels, None where the judge failed (all None if over 5% failed), and a summary line."""
-    name, labels = ("expresses", ["Yes", "No"]) if asked and asked[0][1] else ("rating", [*"123"])
-    prompts = [PROMPTS[name].format(question=q, belief=b, answer=a) for q, b, a in asked]
+def judge(client, model, prompts, labels):
+    """Ask an LLM for a label per prompt, None where it failed (everywhere, if over 5% failed).
+    Returns the labels and a summary line. Stops after 20 prompts if no reply can be read."""
     found, failed = [], []
     for part in filter(None, (prompts[:20], prompts[20:])):
         for text, ended in chat(client, part, "judging", closed(answer={"enum": labels}), llm=model,
                                 temperature=0.0, max_tokens=64):
             words = YES_OR_NO.match(text)
             label = read_label(text, labels) or words and words[1].title()
-            good = label in labels and ended != "refused"
-            found.append(label if good else None)
-            failed += [] if good else [text]
-        if not any(found):             # more requests would be wasted
+            found.append(label if label in labels and ended != "refused" else None)
+            failed += [text] if found[-1] is None else []
+        if not any(found):
             break
     line = f"{model}: {len(failed)} of {len(found)} judgements failed"
     line += f" (one: {failed[0]!r:.80})" if failed else ""
     if len(failed) > 0.05 * len(found):
-        return [None] * len(asked), f"{line}, more than 5%: no mean is given"
+        return [None] * len(prompts), f"{line}, more than 5%: no mean is given"
     return found, line
 
 
 def belief_preference_consistency(answers, rows, client, model):
     """BPC (B, k): does an LLM find the announced belief (for reviews, the class) in the response?
     NaN where the judge failed; 0, without asking, if either is missing. And a summary line."""
-    reviews, asked = not rows[0].get("accept_choice"), {}
+    reviews, prompts = not rows[0].get("accept_choice"), {}        # prompts of Appendix H
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (label, belief, response) in enumerate(parsed):
             if (label if reviews else belief) and response.strip():
-                asked[i, k] = row["prompt"], None if reviews else belief, response
-    found, line = judge(client, model, [*asked.values()])
+                prompts[i, k] = PROMPTS["rating" if reviews else "expresses"].format(
+                    question=row["prompt"], belief=belief, answer=response)
+    labels = ["1", "2", "3"] if reviews else ["Yes", "No"]
+    found, line = judge(client, model, [*prompts.values()], labels)
     bpc = np.full((len(answers), len(answers[0])), np.nan if {*found} == {None} else 0.0)
-    for (i, k), label in zip(asked, found):
+    for (i, k), label in zip(prompts, found):
         expected = THREE.get(answers[i][k][0]) if reviews else "Yes"
         bpc[i, k] = label == expected if label else np.nan
     return bpc, line
@@ -242,7 +240,8 @@ def check_judge(rows, client, model, n):
     truth = [THREE.get(str(row["accept_choice_id"])) for row in rows]
     if None in truth or rows[0].get("accept_choice"):
         raise ValueError("--judge_check is for reviews, whose classes are the ratings 1 to 5")
-    found, line = judge(client, model, [("", None, row["accept_response"]) for row in rows])
+    prompts = [PROMPTS["rating"].format(answer=row["accept_response"]) for row in rows]
+    found, line = judge(client, model, prompts, ["1", "2", "3"])
     if not any(found):
         return line
     said, true = np.array([pair for pair in zip(found, truth) if pair[0]]).T
@@ -257,15 +256,14 @@ def response_similarity(answers, rows, encode):
     """RS (B, k): cosine of each response to the dataset's for the announced belief, of its own row
     if possible. 0 if the belief is not an option or the response empty; NaN if there is none."""
     known, pairs, rs = {}, {}, np.zeros((len(answers), len(answers[0])))
-    wordings = lambda row: (row["prompt"], question_of(row))   # its own; else any of the question
     for row, side in product(rows, ("accept", "reject")):
-        for key in wordings(row):
+        for key in (row["prompt"], question_of(row)):
             known.setdefault((key, row.get(f"{side}_choice")), row[f"{side}_response"])
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (_, belief, response) in enumerate(parsed):
             if belief in row["options"] and response.strip():
-                theirs = [known.get((key, belief)) for key in wordings(row)]
-                pairs[i, k] = response, theirs[0] or theirs[1]
+                other = known.get((question_of(row), belief))          # of any wording
+                pairs[i, k] = response, known.get((row["prompt"], belief), other)
     texts = list(dict.fromkeys(text for pair in pairs.values() for text in pair if text))
     vectors = dict(zip(texts, encode(texts))) if texts else {}
     for at, (response, theirs) in pairs.items():
@@ -280,27 +278,28 @@ def encode(texts, name, client=None, device="cpu"):
     if name.startswith("api:"):
         return embed(client, texts, name[4:])
     folder = find_checkpoint(name)
-    c, vocab = (read_json(folder / f"{file}.json") for file in ("config", "tokenizer"))
+    c = read_json(folder / "config.json")
     if (c.get("model_type"), c.get("hidden_act")) != ("bert", "gelu"):
         raise ValueError(f"{folder} is not a BERT with exact GELUs, as all-MiniLM-L6-v2 is")
+    vocab = read_json(folder / "tokenizer.json")["model"]["vocab"]
     w = {k.removeprefix("bert."): v.float().to(device) for k, v in read_weights(folder).items()}
-    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"],
-                                        c["layer_norm_eps"])
+    both = lambda name: (w[f"{name}.weight"], w[f"{name}.bias"])
+    linear = lambda x, name: F.linear(x, *both(name))
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], *both(name), c["layer_norm_eps"])
     heads = lambda x: x.unflatten(1, (c["num_attention_heads"], -1)).transpose(0, 1)  # (H, T, D)
-    table = lambda name: w[f"embeddings.{name}_embeddings.weight"]
+    word, position, kind = (w[f"embeddings.{k}_embeddings.weight"]
+                            for k in ("word", "position", "token_type"))
     vectors = []
     for text in texts:                                 # one at a time, so nothing is padded
-        ids = torch.tensor(wordpiece(text, vocab["model"]["vocab"]), device=device)
-        x = table("word")[ids] + table("position")[:len(ids)] + table("token_type")[0]    # (T, C)
-        x = norm(x, "embeddings.LayerNorm")
-        for at in (f"encoder.layer.{i}" for i in range(c["num_hidden_layers"])):
-            qkv = (heads(linear(x, f"{at}.attention.self.{k}")) for k in ("query", "key", "value"))
-            y = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)             # (T, C)
-            y = linear(y, f"{at}.attention.output.dense")
-            x = norm(x + y, f"{at}.attention.output.LayerNorm")
-            y = F.gelu(linear(x, f"{at}.intermediate.dense"))
-            x = norm(x + linear(y, f"{at}.output.dense"), f"{at}.output.LayerNorm")
+        ids = wordpiece(text, vocab)
+        x = norm(word[ids] + position[:len(ids)] + kind[0], "embeddings.LayerNorm")     # (T, C)
+        for at in (f"encoder.layer.{i}." for i in range(c["num_hidden_layers"])):
+            qkv = (heads(linear(x, f"{at}attention.self.{k}")) for k in ("query", "key", "value"))
+            y = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)           # (T, C)
+            y = linear(y, f"{at}attention.output.dense")
+            x = norm(x + y, f"{at}attention.output.LayerNorm")
+            y = F.gelu(linear(x, f"{at}intermediate.dense"))
+            x = norm(x + linear(y, f"{at}output.dense"), f"{at}output.LayerNorm")
         vectors.append(F.normalize(x.mean(0), dim=0).cpu())
     return torch.stack(vectors).numpy()
 
@@ -315,13 +314,16 @@ def wordpiece(text, vocab, most=256):
     text = regex.sub(r"(?V1)\p{Mn}|[\p{C}--[\t\n\r]]|\ufffd", "", text)  # no accents, controls
     ids = [vocab["[CLS]"]]
     for word in regex.findall(rf"{MARK}|(?:(?!{MARK})\S)+", text):
-        pieces, prefix = [None] if len(word) > 100 else [], ""         # None: unknown, as in BERT
-        while word and None not in pieces:
+        pieces, prefix = [], ""
+        while word:
             ends = (n for n in range(len(word), 0, -1) if prefix + word[:n] in vocab)
-            end = next(ends, 1)
-            pieces.append(vocab.get(prefix + word[:end]))
+            end = next(ends, None)
+            if not end or len(word) > 100:             # as in BERT
+                pieces = [vocab["[UNK]"]]
+                break
+            pieces.append(vocab[prefix + word[:end]])
             word, prefix = word[end:], "##"
-        ids += [vocab["[UNK]"]] if None in pieces else pieces
+        ids += pieces
     return ids[:most - 1] + [vocab["[SEP]"]]
 
 
@@ -334,23 +336,20 @@ SEED = re.compile(r"-seed\d+$")        # runs that differ only in this suffix ar
 
 def read_run(out, o):
     """The flags of a run (defaults for a bare checkpoint or a chat model). Adds the folder of its
-    `weights`, the fingerprint it `began` from, `meta` and `splits` to measure, the rows it
-    `trained` on, and the `folder` for the results."""
+    `weights`, the fingerprint it `began` from, the `folder` for results, `meta` and `splits` to
+    measure, and the rows it `trained` on."""
     r = Flags(data=o.data, dtype="bfloat16" if device_of(o.device) == "cuda" else "float32")
-    r.weights, r.splits = out, {}
-    r.meta = {"classes": list("012345"), "form": FORM}     # the opinion task's, if there is no data
-    folder, weights = Path(out), Path(out, o.checkpoint)
-    if o.ask and (folder / "../metrics.jsonl").is_file():  # OUT/best
-        folder, weights = folder.parent, folder
     r.folder = Path(f"out/{dataset_name(o.data)}-{re.sub('[/:]+', '-', out.strip('/'))}")
-    if (folder / "metrics.jsonl").is_file() or not (o.data or o.ask):
-        try:
-            first = read_text(folder / "metrics.jsonl").split("\n")[0]
-            vars(r).update(read_json(folder / "config.json"), began=json.loads(first)["init"],
-                           weights=weights, folder=folder)
-        except (LookupError, TypeError, ValueError, OSError) as e:
-            raise ValueError(f"not a finished run of train.py ({e}): finish it with --resume; a "
-                             "checkpoint or chat:MODEL needs --data") from None
+    r.weights, folder, weights = out, Path(out), Path(out, o.checkpoint)
+    if o.ask and (folder / "../metrics.jsonl").is_file():      # OUT/best
+        folder, weights = folder.parent, folder
+    if (folder / "metrics.jsonl").is_file():
+        first = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])
+        vars(r).update(read_json(folder / "config.json"), folder=folder, weights=weights,
+                       began=first["init"])
+    elif not (o.data or o.ask):
+        raise ValueError(f"{out} is no run of train.py; a checkpoint or chat:MODEL needs --data")
+    r.meta, r.splits = {"classes": list("012345"), "form": FORM}, {}       # if there is no data
     if o.data or r.data:
         splits = ("train", "eval", o.split)
         r.meta, r.splits = load_once(o.data or r.data, splits, r.form)
@@ -367,7 +366,7 @@ def measure(out, o, client, device):
     r = read_run(out, o)
     r.rows, r.metrics = r.splits[o.split], {}
     if out.startswith("chat:"):
-        texts = on_first_rank(lambda: chat_answers(out[5:], r, o, client))
+        texts = chat_answers(out[5:], r, o, client)
     else:
         texts = measure_weights(out, r, o, device)
     r.answers = [[r.parse(text, few_shot=bool(row.get("context"))) for text in k]
@@ -379,9 +378,9 @@ def measure(out, o, client, device):
     wordings = lambda row: {question_of(row), normal(row["prompt"])}
     trained = set().union(*map(wordings, r.trained))
     r.seen = np.array([bool(wordings(row) & trained) for row in r.rows])     # (B,)
+    reference = {k: float(jsd(q, known).mean()) for k, q in reference_distributions(known).items()}
     r.about = {"split": o.split, "checkpoint": o.checkpoint, "data": o.data or r.data,
-               "reference_jsd": {name: float(jsd(q, known).mean())
-                                 for name, q in reference_distributions(known).items()}}
+               "reference_jsd": reference}
     if rank_and_size()[0] == 0:
         lines = [{"prompt": row["prompt"], "answers": k} for row, k in zip(r.rows, texts)]
         write(r.folder / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
@@ -394,7 +393,8 @@ def chat_answers(model, r, o, client):
     if not all(row.get("context") for row in r.rows):
         raise ValueError("the rows have no few-shot context: make them with `synth.py icf`")
     prompts = ["".join(row["context"]) + prompt_text(row, r.meta["form"]) for row in r.rows]
-    replies = chat(client, prompts, model, llm=model, temperature=0.0, max_tokens=o.max_new_tokens)
+    replies = on_first_rank(lambda: chat(client, prompts, model, llm=model, temperature=0.0,
+                                         max_tokens=o.max_new_tokens))
     return [["" if ended == "refused" else text] for text, ended in replies]
 
 
@@ -543,26 +543,21 @@ def print_report(results):
 
 def ask(outs, o):
     """Ask each model the questions; print bars and answers, or JSON."""
-    models = {out: open_model(out, o) for out in outs}
+    runs = {out: read_run(out, o) for out in outs}     # a bare checkpoint counts as an opinion run
+    for out, r in runs.items():
+        r.rows = sum(r.splits.values(), [])
+        groups = {row["group"] for row in r.rows if row.get("group")}
+        if (o.group or "{group}" in r.meta["form"]) and o.group not in groups:
+            raise ValueError(f"--group must be one that {out} was trained for: "
+                             f"{', '.join(sorted(groups)) or 'there is none'}")
+        r.model, r.tokenizer = load_checkpoint(r.weights, device_of(o.device))
     lines = (line.strip() for text in o.ask for line in (sys.stdin if text == "-" else [text]))
     for question in filter(None, lines):
-        found = {out: opinion_of(question, r, o) for out, r in models.items()}
+        found = {out: opinion_of(question, r, o) for out, r in runs.items()}
         if o.json:
             print(json.dumps({"question": question, "group": o.group, "models": found}), flush=True)
         else:
             print_opinions(question, found)
-
-
-def open_model(out, o):
-    """Load a run with its `model` and `tokenizer`; a bare checkpoint counts as an opinion run."""
-    r = read_run(out, o)
-    r.rows = sum(r.splits.values(), [])
-    groups = {row["group"] for row in r.rows if row.get("group")}
-    if (o.group or "{group}" in r.meta["form"]) and o.group not in groups:
-        raise ValueError(f"--group must be one that {out} was trained for: "
-                         f"{', '.join(sorted(groups)) or 'there is none'}")
-    r.model, r.tokenizer = load_checkpoint(r.weights, device_of(o.device))
-    return r
 
 
 @torch.no_grad()
@@ -582,28 +577,27 @@ def opinion_of(question, r, o):
     logps = logps[class_ids(tokenizer, classes)]                                      # (K,)
     # The likeliest belief text of a class is what the model writes greedily after it.
     texts = [r.parse(c + x)[1] for c, x in zip(classes, generate(classes, 0))]
-    likeliest = {c: f"{c}<{text}>" if text else c for c, text in zip(classes, texts)}
-    starts = beliefs_to_speak(likeliest, r, o)
+    beliefs = {c: f"{c}<{text}>" if text else c for c, text in zip(classes, texts)}
+    starts = [beliefs.get(x, x) for x in labels_to_speak(r, o)]
     shares, group = logps.softmax(-1).tolist(), group_shares(question, r.rows, o.group)
     return {"classes": classes, "beliefs": texts, "shares": shares, "group_shares": group,
             "class_mass": float(logps.exp().sum()), "jsd": group and float(jsd(shares, group)),
             "answers": [*zip(starts, generate(starts, 1.0))]}
 
 
-def beliefs_to_speak(likeliest, r, o):
-    """The belief that each sampled answer starts from: the likeliest of each class, --belief, or
-    the likeliest of classes drawn from --shares. likeliest: {class: belief}."""
+def labels_to_speak(r, o):
+    """The class, or the whole --belief, that each sampled answer starts from."""
+    classes = r.meta["classes"]
     if o.belief:
         label, text, _ = r.parse(o.belief)
         if not label:
             raise ValueError(f"--belief {o.belief!r} must be one of the classes "
-                             f"{', '.join(likeliest)}, alone or as in \"{[*likeliest][-1]}<Yes>\"")
-        return [o.belief if text else likeliest[label]] * o.samples
-    labels = np.repeat([*likeliest], o.samples)
+                             f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
+        return [o.belief if text else label] * o.samples
     if o.shares:
-        shares = np.array(o.shares.split(","), float)
-        labels = np.random.default_rng(o.seed).choice([*likeliest], len(labels), p=shares)
-    return [likeliest[label] for label in sorted(labels)]
+        shares, n = np.array(o.shares.split(","), float), len(classes) * o.samples
+        return sorted(np.random.default_rng(o.seed).choice(classes, n, p=shares).tolist())
+    return [c for c in classes for _ in range(o.samples)]
 
 
 def group_shares(question, rows, group):
@@ -658,9 +652,10 @@ def finish(runs, o, client, device):
                 r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, vectors))
                 save(r)
             if o.judge:
-                bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
-                r.metrics["bpc"], r.about["judged"] = mean(bpc), line
-                print(f"{out}: BPC by {line}")
+                bpc, r.about["judged"] = belief_preference_consistency(
+                    r.answers, r.rows, client, o.judge)
+                r.metrics["bpc"] = mean(bpc)
+                print(f"{out}: BPC by {r.about['judged']}")
                 save(r)
     finally:
         print_report({out: summary(r, runs.get(o.against), o.against) for out, r in runs.items()})
@@ -671,8 +666,8 @@ def main():
     outs = [out.rstrip("/") for out in given.pop("OUT") if not Path(out).is_file()]  # e.g. in out/*
     server = Chat(**{k: given.pop(k) for k in SERVER})
     o, runs = Config(**given), {}
-    o.samples = (1 if o.ask else 8) if o.samples is None else o.samples
     o.against = o.against.rstrip("/")
+    o.samples = (1 if o.ask else 8) if o.samples is None else o.samples
     for wrong, words in (
             (not outs, "OUT must name folders or a model such as chat:gpt-4o"),
             ((o.judge or o.embeddings) and not o.samples, "--judge, --embeddings need --samples"),
@@ -691,11 +686,9 @@ def main():
         try:
             runs[out] = measure(out, o, client, device)
         except (ValueError, OSError, FloatingPointError) as e:
-            if len(outs) == 1:
-                raise
             say(f"left out: {out}: {e}")
     if not runs:
-        raise ValueError("none of these could be measured")
+        raise ValueError("nothing could be measured")
     on_first_rank(lambda: finish(runs, o, client, device))
     leave()
 
