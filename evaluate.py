@@ -614,7 +614,6 @@ def print_opinions(question, found):
     if len({str(f["classes"]) for f in found.values()}) > 1:
         raise ValueError("these models have different classes: ask them one at a time")
     clean = lambda text: "".join(c if c.isprintable() else " " for c in text)
-    bar = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     print("\n" + textwrap.fill(clean(question), 80))
     for i, label in enumerate(next(iter(found.values()))["classes"]):
         lines = {}                                     # show a shared group's line once
@@ -623,7 +622,7 @@ def print_opinions(question, found):
                 lines["the group", f["group_shares"][i]] = ""
             lines[str(Path(*Path(out).parts[-2:]))[-20:], f["shares"][i]] = f["beliefs"][i] or ""
         for (name, share), text in lines.items():
-            print(f"{label:6.6} {name:20} {share:.2f} {bar * round(20 * share):20} "
+            print(f"{label:6.6} {name:20} {share:.2f} {'█' * round(20 * share):20} "
                   f"{clean(text):.26}".rstrip())
             label = ""
     for out, f in found.items():

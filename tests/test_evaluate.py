@@ -12,9 +12,9 @@ from conftest import SMALL, cli, golden
 
 import evaluate
 from data import class_ids, load_dataset, prompt_text
-from evaluate import (answer_metrics, differences, expressed_opinion, group_shares, interval,
-                      mean_over_seeds, ordinal_metrics, parse_answer, preference_metrics,
-                      print_report, reference_distributions, summary)
+from evaluate import (answer_metrics, answer_parser, expressed_opinion, group_shares, interval,
+                      mean_over_seeds, ordinal_metrics, preference_metrics, print_report,
+                      reference_distributions, summary)
 from losses import RESPONSE, Scores
 from model import Tokenizer, load_model, save_model
 from train import jsd
@@ -92,14 +92,14 @@ def test_vote_and_flip_are_read_from_four_branches():
 
 
 def test_sampled_beliefs_and_cbc_agree_with_golden_11_and_opinion_takes_the_first_stance():
-    answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
+    parse = answer_parser(META)
+    answers = [[*map(parse, row)] for row in zip(*SAMPLED["samples"])]
     m = answer_metrics(answers, np.array(SAMPLED["probabilities"]), META)
     np.testing.assert_allclose(m["sampled_jsd"], SAMPLED["sampled_jsd"], atol=1e-9)
     assert m["cbc"].mean() == pytest.approx(SAMPLED["cbc"])
     meta = META | {"stances": {"not at all": "1", "mostly": "4"}}
     texts = ("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.", "Mostly")
-    answers = [[parse_answer(t, meta) for t in texts]]
-    assert expressed_opinion(answers, meta).tolist() == [[1, 0, 0, 0]]
+    assert expressed_opinion([[*map(parse, texts)]], meta).tolist() == [[1, 0, 0, 0]]
 
 
 def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
@@ -122,9 +122,10 @@ def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
     ("4.5 stars", (None, None, "4.5 stars")), ("4. Good", ("4", None, ". Good"))])
 def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     meta = {"classes": ["Well", "We", "4"], "belief_to_class": {"a > b": "4", "a": "We"}}
-    assert parse_answer(text, meta) == parsed
-    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):      # of few-shot prompts
-        assert parse_answer(f"\n\n 4<a>Yes{rest}", meta, few_shot=True) == ("4", "a", "Yes.")
+    assert answer_parser(meta)(text) == parsed
+    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):
+        text = f"\n\n 4<a>Yes{rest}"
+        assert answer_parser(meta)(text, few_shot=True) == ("4", "a", "Yes.")
 
 
 def test_the_bootstrap_resamples_questions_not_rows():
@@ -142,12 +143,12 @@ def test_the_bootstrap_resamples_questions_not_rows():
 def test_seen_and_unseen_questions_groups_and_the_worst_of_them_are_kept_apart():
     r = measured([1, 1, 1, 5], seen=[True, True, True, False], groups="xxyy")
     r.rows[1]["question_id"] = "0"
-    out = summary(r, r.metrics | {"cbc": np.array([1.0, 1, 0, 0]), "rs": np.full(4, np.nan)})
+    r.metrics |= {"cbc": np.array([1.0, 1, 0, 0]), "rs": np.full(4, np.nan)}
+    out = summary(r)
     assert [*out] == ["unseen", "seen", "group x", "group y", "worst group"]
     assert out["seen"]["rows"] == 3 and out["seen"]["questions"] == 2 and out["seen"]["jsd"][0] == 1
-    assert out["unseen"]["jsd"][0] == 5
-    assert out["worst group"]["jsd"][0] == 3 and out["worst group"]["cbc"][0] == 0
-    assert out["worst group"]["rs"] is None
+    assert out["unseen"]["jsd"][0] == 5 and out["worst group"]["jsd"][0] == 3
+    assert out["worst group"]["cbc"][0] == 0 and out["worst group"]["rs"] is None
 
 
 def test_seeds_are_averaged_and_the_larger_interval_stands(capsys):
@@ -167,11 +168,11 @@ def test_paired_differences_are_narrower_than_two_intervals():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=200)
     a, b = hard + 0.1 * rng.normal(size=200), hard - 0.2 + 0.1 * rng.normal(size=200)
-    found = differences(measured(b), measured(a), "a")["unseen, difference to a"]["jsd"]
-    assert found[0] == pytest.approx(-0.2, abs=0.05)
-    _, low, high = interval(a, np.arange(200))
-    assert found[2] - found[1] < 0.2 * (high - low)
-    assert differences(measured(b[:100]), measured(a), "a") == {}
+    value, low, high = summary(measured(b), measured(a), "a")["unseen, difference to a"]["jsd"]
+    assert value == pytest.approx(-0.2, abs=0.05)
+    whole = interval(a, np.arange(200))
+    assert high - low < 0.2 * (whole[2] - whole[1])
+    assert [*summary(measured(b[:100]), measured(a), "a")] == ["unseen"]
 
 
 def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
@@ -204,48 +205,35 @@ def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
                                      v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
 
 
-def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, tmp_path):
-    """A failed start, a file, a broken config and a diverged model beside a good run whose first
-    checkpoint was trained again; in ASCII."""
+def test_what_cannot_be_measured_is_left_out_with_a_line(runs, tmp_path):
+    """A failed start, a file and a diverged model beside a good run whose first checkpoint was
+    trained again; in ASCII."""
     cwd, (diverged, gdpo) = tmp_path, runs[1]
     shutil.copytree(runs[0] / "out", cwd / "out")
-    for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
-        (cwd / "out" / name).mkdir()
-        (cwd / "out" / name / "config.json").write_text(text)
-        (cwd / "out" / name / "metrics.jsonl").write_text("")
+    (cwd / "out/begun").mkdir()
+    (cwd / "out/begun/config.json").write_text("{")
     (cwd / "out/answers.jsonl").write_text("")
     model = load_model(cwd / diverged / "best")
     torch.nn.init.constant_(model.ln_f.bias, float("nan"))
     save_model(model, cwd / diverged / "best", 0)
-    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", gdpo, diverged,
-            "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
-    assert "left out: out/begun is not a finished run" in p.stderr
-    assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and gdpo in p.stdout
+    p = cli("evaluate.py", "out/begun", "out/answers.jsonl", gdpo, diverged, "--samples", 0,
+            cwd=cwd, PYTHONIOENCODING="ascii")
+    assert "left out: out/begun: out/begun is no run" in p.stderr and gdpo in p.stdout
     assert "no reference, no margins" in p.stderr and "given maj" not in p.stdout
     assert f"left out: {diverged}: " in p.stderr and diverged not in p.stdout
-    assert "JSD ?" in p.stdout and p.stdout.isascii()
-    p = call(evaluate, "out/odd", cwd=cwd, check=2)
-    assert len(p.stderr.strip().splitlines()) == 1
+    assert "JSD ?" in p.stdout and p.stdout.isascii() and "answers.jsonl" not in p.stderr
 
 
 @pytest.mark.parametrize("args, message", [
-    (["nowhere"], "nowhere is not a finished run of train.py"),
-    ([], "the following arguments are required: OUT"),
-    (["x", "--samples", "many"], "'many' is not of type int"),
-    (["x", "--samples", "-1"], "-1 is not a finite number >= 0"),
-    (["x", "--device", "mars"], "invalid choice: 'mars'"),
+    (["nowhere"], "nothing could be measured"),
     (["x", "--judge", "j", "--samples", "0"], "--judge, --embeddings need --samples"),
     (["x", "--against", "y"], "--against y is not one of the runs"),
     (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
     (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
-    (["x", "--belief", "4", "--shares", "1,0", "--ask", "Why?"], "give one"),
-    (["x", "--ask", " "], "question is empty"),
-    (["chat:gpt-4o", "--ask", "Why?"], "which chat:MODEL does not give"),
-    (["chat:"], "such as chat:gpt-4o")])
+    (["chat:gpt-4o", "--ask", "Why?"], "no folder chat:gpt-4o")])
 def test_bad_input_is_one_line_and_exit_2(args, message, call, tmp_path):
     err = call(evaluate, *args, cwd=tmp_path, check=2).stderr
-    assert message in err and len(err.strip().splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert message in err.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
 def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path):
@@ -306,6 +294,14 @@ def test_a_belief_is_held_and_shares_are_drawn(ask):
     assert firsts(ask(*flags, "--seed", 1)["answers"]) != firsts(drawn)
 
 
+@pytest.mark.parametrize("flags", [
+    *([f"--shares={x}"] for x in ("1", "0,0,0,0,0,x", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5",
+                                  "-1,1,0,0,0,1")),
+    ["--belief", "9<Great>"], ["--group", "Atlantis"]])
+def test_what_does_not_fit_is_one_line(ask, flags):
+    assert len(ask(*flags, check=2).strip().splitlines()) == 1
+
+
 def test_the_dataset_knows_a_question_in_any_wording():
     rows = [{"prompt": prompt, "probabilities": p, "group": group} for prompt, p, group in (
         ("Tell me: How is tea?", [1, 0], ""), ("How is coffee?", [0, 1], "x"),
@@ -323,8 +319,6 @@ def test_it_is_shown_in_80_columns_of_plain_text(runs, call, world):
     assert max(map(len, p.stdout.splitlines())) <= 80 and "\033" not in p.stdout
     assert "█" in p.stdout and p.stdout.count("JSD to the group") == 2
     assert p.stdout.count("the group  ") == 6 and p.stdout.count(outs[0][4:]) == 6 + 1
-    p = cli("evaluate.py", outs[0], "--ask", question, cwd=cwd, PYTHONIOENCODING="ascii")
-    assert p.stdout.isascii() and "#" in p.stdout
 
 
 def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, call, monkeypatch):
@@ -336,14 +330,3 @@ def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, c
     assert [x["question"] for x in found] == ["How is tea?", "How is rum?"]
     one, other = found[0]["models"].values()
     assert one == other and one["classes"] == list("012345") and one["group_shares"] is None
-
-
-@pytest.mark.parametrize("flags, message", [
-    *[([f"--shares={x}"], f"--shares {x} must be 6 numbers that sum to 1") for x in (
-        "1", "0,0,0,0,0,x", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5", "-1,1,0,0,0,1")],
-    (["--belief", "9<Great>"], "--belief '9<Great>' must be one of the classes 0, 1, 2, 3, 4, 5"),
-    (["--belief", "4<Good>yes"], "must be one of the classes"),
-    (["--group", "Atlantis"], "--group must be one that")])
-def test_what_does_not_fit_is_one_line(ask, flags, message):
-    err = ask(*flags, check=2)
-    assert message in err and len(err.strip().splitlines()) == 1

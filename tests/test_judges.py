@@ -46,35 +46,31 @@ def test_bpc_asks_appendix_h_and_counts_failures_as_null(server, client):
     np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, 0]])
 
 
-@pytest.mark.parametrize("belief, label, replies", [
-    ("Good", "Yes", ["Yes", "**Yes**\nIt does.", '{ "answer" : "Yes" }']),
-    ("Good", "No", ["no. It does not", "No, never", '{"answer": "No"}']),
-    ("Good", None, ["Yes or No\nNo", "Yes/No", "Yes and no.", "Maybe yes", "Yesterday"]),
-    (None, "3", ["3", "The rating is 3.", "3/3", "3.0"]),
-    (None, "2", [" 2. ", "Rating: 2", '{"answer": "2"}']),
-    (None, None, ["-1", "4", "1 or 2", "3 stars", "1. The film is good", "Yes"])])
-def test_a_judgement_is_never_guessed(server, client, belief, label, replies):
+@pytest.mark.parametrize("labels, label, replies", [
+    (["Yes", "No"], "Yes", ["Yes", "**Yes**\nIt does.", '{ "answer" : "Yes" }']),
+    (["Yes", "No"], "No", ["no. It does not", "No, never", '{"answer": "No"}']),
+    (["Yes", "No"], None, ["Yes or No\nNo", "Yes/No", "Yes and no.", "Maybe yes", "Yesterday"]),
+    ([*"123"], "3", ["3", "The rating is 3.", "3/3", "3.0"]),
+    ([*"123"], "2", [" 2. ", "Rating: 2", '{"answer": "2"}']),
+    ([*"123"], None, ["-1", "4", "1 or 2", "3 stars", "1. The film is good", "Yes"])])
+def test_a_judgement_is_never_guessed(server, client, labels, label, replies):
     for reply in replies:
         server.answer = lambda r: (200, completion(reply))
-        found, line = judge(client(), "j", [("q", belief, reply)])
+        found, line = judge(client(), "j", [reply], labels)
         assert found == [label], reply
         assert ("no mean is given" in line) == (label is None)
 
 
-def test_a_judge_of_whom_nothing_can_be_read_is_asked_no_more_than_twenty_times(server, client):
+def test_a_judge_that_cannot_be_read_is_not_asked_on_and_a_refusal_is_a_failure(server, client):
     server.answer = lambda r: (200, completion("Perhaps"))
-    found, line = judge(client(), "j", [("q", "Good", str(n)) for n in range(50)])
+    found, line = judge(client(), "j", [*map(str, range(50))], ["Yes", "No"])
     assert found == [None] * 50 and len(server.requests) == 20
     assert line.startswith("j: 20 of 20 judgements failed (one: 'Perhaps'), more than 5%")
-
-
-def test_a_refusal_is_a_failure_and_is_shown_once(server, client, capsys):
     answer = completion(None)
     answer["choices"][0]["message"]["refusal"] = "Yes, but I can't."
-    server.answer = lambda r: (200, answer if "Answer: 1" in prompt(r) else completion("Yes"))
-    found, line = judge(client(), "j", [("q", "Good", "a"), ("q", "Good", "1")])
-    assert found == [None, None] and "1 of 2 judgements failed, more than 5%" in line
-    assert (line + capsys.readouterr().err).count("I can't") == 1
+    server.answer = lambda r: (200, answer if prompt(r) == "b" else completion("Yes"))
+    found, line = judge(client(), "j", ["a", "b"], ["Yes", "No"])
+    assert found == [None, None] and "1 of 2 judgements failed" in line and "I can't" in line
 
 
 def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
@@ -97,9 +93,9 @@ def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(runs, call, serv
     monkeypatch.setattr(evaluate, "sample_rows", lambda model, items, *rest: [
         ["4<Approve>Mostly."] * 2 for _ in items])
     (cwd / out / "eval.json").unlink(missing_ok=True)
+    flags = (out, *FAST, "--judge", "j", "--base_url", server.url)
     server.answer = lambda r: (200, completion("yes"))
-    p = call(evaluate, out, *FAST, "--judge", "j", "--judge_check", 5, "--base_url", server.url,
-             cwd=cwd, check=2)
+    p = call(evaluate, *flags, "--judge_check", 5, cwd=cwd, check=2)
     assert "--judge_check is for reviews" in p.stderr and not (cwd / out / "eval.json").exists()
     server.requests.clear()
     (cwd / "out/answers.jsonl").unlink()
@@ -107,7 +103,7 @@ def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(runs, call, serv
     for good in (0, 2):
         server.answer = lambda r: (
             (200, completion("yes")) if 1 < len(server.requests) <= good else (401, words))
-        p = call(evaluate, out, *FAST, "--judge", "j", "--base_url", server.url, cwd=cwd, check=2)
+        p = call(evaluate, *flags, cwd=cwd, check=2)
         assert "Incorrect API key" in p.stderr and (good or len(server.requests) == 1)
         assert (cwd / out / "eval.json").exists() == ("JSD" in p.stdout) == bool(good)
     assert saved(cwd, out)["seen"]["opinion"] and "bpc" not in saved(cwd, out)["seen"]
