@@ -219,18 +219,18 @@ def judge(client, model, prompts, labels):
 def belief_preference_consistency(answers, rows, client, model):
     """BPC (B, k): does an LLM find the announced belief (for reviews, the class) in the response?
     NaN where the judge failed; 0, without asking, if either is missing. And a summary line."""
-    reviews, prompts = not rows[0].get("accept_choice"), {}        # prompts of Appendix H
+    reviews, asked = not rows[0].get("accept_choice"), {}
+    form, labels = ("rating", ["1", "2", "3"]) if reviews else ("expresses", ["Yes", "No"])
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (label, belief, response) in enumerate(parsed):
-            if (label if reviews else belief) and response.strip():
-                prompts[i, k] = PROMPTS["rating" if reviews else "expresses"].format(
-                    question=row["prompt"], belief=belief, answer=response)
-    labels = ["1", "2", "3"] if reviews else ["Yes", "No"]
-    found, line = judge(client, model, [*prompts.values()], labels)
+            expected = THREE.get(label) if reviews else belief and "Yes"
+            if expected and response.strip():
+                asked[i, k] = expected, PROMPTS[form].format(question=row["prompt"], belief=belief,
+                                                             answer=response)
+    found, line = judge(client, model, [prompt for _, prompt in asked.values()], labels)
     bpc = np.full((len(answers), len(answers[0])), np.nan if {*found} == {None} else 0.0)
-    for (i, k), label in zip(prompts, found):
-        expected = THREE.get(answers[i][k][0]) if reviews else "Yes"
-        bpc[i, k] = label == expected if label else np.nan
+    for (at, (expected, _)), label in zip(asked.items(), found):
+        bpc[at] = label == expected if label else np.nan
     return bpc, line
 
 
@@ -545,6 +545,8 @@ def ask(outs, o):
     """Ask each model the questions; print bars and answers, or JSON."""
     runs = {out: read_run(out, o) for out in outs}     # a bare checkpoint counts as an opinion run
     for out, r in runs.items():
+        if o.belief and not o.belief.startswith(tuple(r.meta["classes"])):
+            raise ValueError(f"--belief must begin with a class: {', '.join(r.meta['classes'])}")
         r.rows = sum(r.splits.values(), [])
         groups = {row["group"] for row in r.rows if row.get("group")}
         if (o.group or "{group}" in r.meta["form"]) and o.group not in groups:
@@ -578,26 +580,17 @@ def opinion_of(question, r, o):
     # The likeliest belief text of a class is what the model writes greedily after it.
     texts = [r.parse(c + x)[1] for c, x in zip(classes, generate(classes, 0))]
     beliefs = {c: f"{c}<{text}>" if text else c for c, text in zip(classes, texts)}
-    starts = [beliefs.get(x, x) for x in labels_to_speak(r, o)]
+    starts = [c for c in classes for _ in range(o.samples)]
+    if o.belief:                       # a class (for its likeliest belief), or class and belief
+        starts = [o.belief] * o.samples
+    elif o.shares:
+        shares, rng = np.array(o.shares.split(","), float), np.random.default_rng(o.seed)
+        starts = sorted(rng.choice(classes, len(starts), p=shares).tolist())
+    starts = [beliefs.get(x, x) for x in starts]
     shares, group = logps.softmax(-1).tolist(), group_shares(question, r.rows, o.group)
     return {"classes": classes, "beliefs": texts, "shares": shares, "group_shares": group,
             "class_mass": float(logps.exp().sum()), "jsd": group and float(jsd(shares, group)),
             "answers": [*zip(starts, generate(starts, 1.0))]}
-
-
-def labels_to_speak(r, o):
-    """The class, or the whole --belief, that each sampled answer starts from."""
-    classes = r.meta["classes"]
-    if o.belief:
-        label, text, _ = r.parse(o.belief)
-        if not label:
-            raise ValueError(f"--belief {o.belief!r} must be one of the classes "
-                             f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
-        return [o.belief if text else label] * o.samples
-    if o.shares:
-        shares, n = np.array(o.shares.split(","), float), len(classes) * o.samples
-        return sorted(np.random.default_rng(o.seed).choice(classes, n, p=shares).tolist())
-    return [c for c in classes for _ in range(o.samples)]
 
 
 def group_shares(question, rows, group):
