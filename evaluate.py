@@ -165,12 +165,10 @@ def expressed_opinion(answers, meta):
     """Whether each response expresses the class that the model announced, (B, k). The templates'
     rule: its first stance phrase must belong to that class. No phrase: not expressed."""
     stances = {phrase.lower(): str(label) for phrase, label in meta["stances"].items()}
-    find = re.compile(rf"\b({either(stances)})\b")
-
-    def expresses(label, response):
-        phrase = find.search(response.lower())
-        return float(phrase is not None and stances[phrase[0]] == label)
-    return np.array([[expresses(label, text) for label, _, text in x] for x in answers])
+    find = re.compile(rf"\b({either(stances)})\b|$")
+    stances[""] = ""                                   # no phrase: no class
+    return np.array([[float(stances[find.search(text.lower())[0]] == label)
+                      for label, _, text in x] for x in answers])
 
 
 def answer_metrics(answers, target, meta):
@@ -348,7 +346,7 @@ def read_run(out, o):
         vars(r).update(read_json(folder / "config.json"), folder=folder, weights=weights,
                        began=first["init"])
     elif not (o.data or o.ask):
-        raise ValueError(f"{out} is no run of train.py; a checkpoint or chat:MODEL needs --data")
+        raise ValueError("it is no run of train.py; a checkpoint or chat:MODEL needs --data")
     r.meta, r.splits = {"classes": list("012345"), "form": FORM}, {}       # if there is no data
     if o.data or r.data:
         splits = ("train", "eval", o.split)
@@ -637,17 +635,16 @@ def check_servers(out, o, client, device):
 def finish(runs, o, client, device):
     """Add RS and BPC if requested, and print all tables, even if a judge fails."""
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
-    vectors = lambda texts: encode(texts, o.embeddings, client, device)
+    vectors = lambda texts: encode(texts, o.embeddings, client, device)           # (N, C)
     try:
         for out, r in runs.items():
             if o.embeddings and all(row.get("accept_choice") for row in r.rows):
                 r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, vectors))
                 save(r)
             if o.judge:
-                bpc, r.about["judged"] = belief_preference_consistency(
-                    r.answers, r.rows, client, o.judge)
-                r.metrics["bpc"] = mean(bpc)
-                print(f"{out}: BPC by {r.about['judged']}")
+                bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
+                r.metrics["bpc"], r.about["judged"] = mean(bpc), line
+                print(f"{out}: BPC by {line}")
                 save(r)
     finally:
         print_report({out: summary(r, runs.get(o.against), o.against) for out, r in runs.items()})
