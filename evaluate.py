@@ -334,8 +334,7 @@ SEED = re.compile(r"-seed\d+$")        # runs that differ only in this suffix ar
 
 def read_run(out, o):
     """The flags of a run (defaults for a bare checkpoint or a chat model). Adds the folder of its
-    `weights`, the fingerprint it `began` from, the `folder` for results, `meta` and `splits` to
-    measure, and the rows it `trained` on."""
+    `weights`, a `folder` for results, `meta` and `splits` to measure, rows it was `trained` on."""
     r = Flags(data=o.data, dtype="bfloat16" if device_of(o.device) == "cuda" else "float32")
     r.folder = Path(f"out/{dataset_name(o.data)}-{re.sub('[/:]+', '-', out.strip('/'))}")
     r.weights, folder, weights = out, Path(out), Path(out, o.checkpoint)
@@ -344,7 +343,7 @@ def read_run(out, o):
     if (folder / "metrics.jsonl").is_file():
         first = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])
         vars(r).update(read_json(folder / "config.json"), folder=folder, weights=weights,
-                       began=first["init"])
+                       began=first.get("init"))        # the reference's fingerprint
     elif not (o.data or o.ask):
         raise ValueError("it is no run of train.py; a checkpoint or chat:MODEL needs --data")
     r.meta, r.splits = {"classes": list("012345"), "form": FORM}, {}       # if there is no data
@@ -358,9 +357,8 @@ def read_run(out, o):
 
 def measure(out, o, client, device):
     """Compute and save every metric that needs no judge. Returns the run (see read_run) with its
-    rows; r.metrics {name: (B,), or (B, 2) for a ratio of sums}; r.answers [[(label, belief,
-    response), ...], ...]; r.seen (B,), whether training rows ask the question; and r.about, the
-    rest of eval.json."""
+    rows; metrics {name: (B,), or (B, 2) for a ratio of sums}; answers [[(label, belief, response),
+    ...], ...]; seen (B,), whether training rows ask the question; about, the rest of eval.json."""
     r = read_run(out, o)
     r.rows, r.metrics = r.splits[o.split], {}
     if out.startswith("chat:"):

@@ -127,8 +127,7 @@ def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
 def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     meta = {"classes": ["Well", "We", "4"], "belief_to_class": {"a > b": "4", "a": "We"}}
     assert answer_parser(meta)(text) == parsed
-    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):
-        text = f"\n\n 4<a>Yes{rest}"
+    for text in "4<a>Yes.\n\nMore.", "\n\n 4<a>Yes. Question: What?", "4<a>Yes.\n \nx":
         assert answer_parser(meta)(text, few_shot=True) == ("4", "a", "Yes.")
 
 
@@ -209,14 +208,13 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(runs, tmp_path):
     cwd, (diverged, gdpo) = tmp_path, runs[1]
     shutil.copytree(runs[0] / "out", cwd / "out")
     (cwd / "out/begun").mkdir()
-    (cwd / "out/begun/config.json").write_text("{")
     (cwd / "out/answers.jsonl").write_text("")
     model = load_model(cwd / diverged / "best")
     torch.nn.init.constant_(model.ln_f.bias, float("nan"))
     save_model(model, cwd / diverged / "best", 0)
     p = cli("evaluate.py", "out/begun", "out/answers.jsonl", gdpo, diverged, "--samples", 0,
             cwd=cwd, PYTHONIOENCODING="ascii")
-    assert "left out: out/begun: out/begun is no run" in p.stderr and gdpo in p.stdout
+    assert "left out: out/begun: it is no run" in p.stderr and gdpo in p.stdout
     assert "no reference, no margins" in p.stderr and "given maj" not in p.stdout
     assert f"left out: {diverged}: " in p.stderr and diverged not in p.stdout
     assert "JSD ?" in p.stdout and p.stdout.isascii() and "answers.jsonl" not in p.stderr
