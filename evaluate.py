@@ -149,7 +149,7 @@ def either(texts):
 def answer_parser(meta):
     """Return parse(text, few_shot=False) -> (class label, belief text, response) of an answer; a
     missing label or belief is None. The belief is one that the dataset knows, or else the text
-    before the first `>`. A few-shot answer ends where the model starts a question of its own."""
+    before the first `>`. A few-shot answer ends at an empty line or the next "Question:"."""
     belief = rf"<({either(meta.get('belief_to_class') or ())}|.*?)>"
     # "10 out of 10" and "4.5 stars" do not begin with a label
     form = re.compile(rf"(?:({either(meta['classes'])})(?![.,]?[0-9]))?(?:{belief})?(.*)", re.S)
