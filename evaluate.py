@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from data import (FORM, SPLITS, Parser, add_flags, class_ids, dataset_name, encode_rows,
+from data import (FORM, Parser, add_flags, class_ids, dataset_name, encode_rows,
                   find_checkpoint, help_first, load_dataset, normal, progress, prompt_text,
                   question_of, read_json, read_text, run, write)
 from synth import HARMLESS, PROMPTS, Chat, Client, chat, closed, embed, read_label
@@ -141,27 +141,34 @@ def sample_rows(model, items, tokenizer, o, dtype):
     return [[texts[i, k] for k in range(o.samples)] for i in range(len(items))]
 
 
-def parse_answer(text, meta, few_shot=False):
-    """Split an answer into (class label, belief text, response); a missing label or belief is None.
-    The belief is one that the dataset knows, or else the text before the first `>`. A few_shot
-    answer ends at an empty line, or where the model starts a question of its own."""
-    text = re.split(r"\n\s*\n|Question:", text.strip())[0].strip() if few_shot else text
-    labels = "|".join(map(re.escape, sorted(meta["classes"], key=len, reverse=True)))
+def either(texts):
+    """A regular expression that matches any of these texts, the longest that fits."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+
+
+def answer_parser(meta):
+    """Return parse(text, few_shot=False) -> (class label, belief text, response) of an answer; a
+    missing label or belief is None. The belief is one that the dataset knows, or else the text
+    before the first `>`. A few-shot answer ends at an empty line or the next "Question:"."""
+    belief = rf"<({either(meta.get('belief_to_class') or ())}|.*?)>"
     # "10 out of 10" and "4.5 stars" do not begin with a label
-    label = (re.match(f"({labels})(?![.,]?[0-9])", text) or [None, None])[1]
-    rest = text[len(label or ""):]
-    known = [t for t in meta.get("belief_to_class") or () if rest.startswith(f"<{t}>")]
-    belief = max(known, key=len) if known else (re.match("<(.*?)>", rest, re.S) or [None, None])[1]
-    return label, belief, rest if belief is None else rest[len(belief) + 2:]
+    form = re.compile(rf"(?:({either(meta['classes'])})(?![.,]?[0-9]))?(?:{belief})?(.*)", re.S)
+
+    def parse(text, few_shot=False):
+        if few_shot:
+            text = re.split(r"\n\s*\n|Question:", text.strip())[0].strip()
+        return form.match(text).groups()
+    return parse
 
 
 def expressed_opinion(answers, meta):
     """Whether each response expresses the class that the model announced, (B, k). The templates'
     rule: its first stance phrase must belong to that class. No phrase: not expressed."""
     stances = {phrase.lower(): str(label) for phrase, label in meta["stances"].items()}
-    find = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in sorted(stances, key=len)[::-1]))
-    found = [[(label, find.search(text.lower())) for label, _, text in x] for x in answers]
-    return np.array([[float(m is not None and stances[m[0]] == c) for c, m in x] for x in found])
+    find = re.compile(rf"\b({either(stances)})\b|$")
+    stances[""] = ""                                   # no phrase: no class
+    return np.array([[float(stances[find.search(text.lower())[0]] == label)
+                      for label, _, text in x] for x in answers])
 
 
 def answer_metrics(answers, target, meta):
@@ -187,50 +194,41 @@ YES_OR_NO = re.compile(r"(?i)[\W_]*(?:answer[\W_]+)?(yes|no)\b(?![\s,]*(/|or\b|a
 THREE = dict(zip("12345", "11233"))    # Appendix H: ratings 1 to 5 as three classes
 
 
-def judge(client, model, asked, desc="judging"):
-    """Ask an LLM about [(question, belief, answer), ...] with Appendix H's prompts: does the
-    answer express the belief or, if the belief is None, which rating does the review give? Returns
-    labels, None where the judge failed (all None if over 5% failed), and a summary line."""
-    name, labels = ("expresses", ["Yes", "No"]) if asked and asked[0][1] else ("rating", [*"123"])
-    prompts = [PROMPTS[name].format(question=q, belief=b, answer=a) for q, b, a in asked]
-
-    def judged(prompts):
-        """[(label or None, reply), ...]"""
-        pairs = []
-        for reply in chat(client, prompts, desc, closed(answer={"enum": labels}), llm=model,
-                          temperature=0.0, max_tokens=64):
-            words = YES_OR_NO.match(reply.text)
-            label = read_label(reply.text, labels) or words and words[1].title()
-            good = label in labels and reply.ended != "refused"
-            pairs.append((label if good else None, reply))
-        return pairs
-
-    found = judged(prompts[:20])
-    if prompts[20:] and any(label for label, _ in found):    # else more requests are wasted
-        found += judged(prompts[20:])
-    unread = [text for label, (text, ended) in found if not label and ended != "refused"]
-    failed = sum(label is None for label, _ in found)
-    line = f"{model}: {failed} of {len(found)} judgements failed"
-    if unread:                         # chat() has already shown refusals
-        line += f" (one: {unread[0]!r:.80})"
-    if failed > 0.05 * len(found):
-        return [None] * len(asked), f"{line}, more than 5%: no mean is given"
-    return [label for label, _ in found], line
+def judge(client, model, prompts, labels):
+    """Ask an LLM for a label per prompt, None where it failed (everywhere, if over 5% failed).
+    Returns the labels and a summary line. Stops after 20 prompts if no reply can be read."""
+    found, failed = [], []
+    for part in filter(None, (prompts[:20], prompts[20:])):
+        for text, ended in chat(client, part, "judging", closed(answer={"enum": labels}), llm=model,
+                                temperature=0.0, max_tokens=64):
+            words = YES_OR_NO.match(text)
+            label = read_label(text, labels) or words and words[1].title()
+            found.append(label if label in labels and ended != "refused" else None)
+            failed += [text] if found[-1] is None else []
+        if not any(found):
+            break
+    line = f"{model}: {len(failed)} of {len(found)} judgements failed"
+    line += f" (one: {failed[0]!r:.80})" if failed else ""
+    if len(failed) > 0.05 * len(found):
+        return [None] * len(prompts), f"{line}, more than 5%: no mean is given"
+    return found, line
 
 
 def belief_preference_consistency(answers, rows, client, model):
     """BPC (B, k): does an LLM find the announced belief (for reviews, the class) in the response?
     NaN where the judge failed; 0, without asking, if either is missing. And a summary line."""
     reviews, asked = not rows[0].get("accept_choice"), {}
+    form, labels = ("rating", ["1", "2", "3"]) if reviews else ("expresses", ["Yes", "No"])
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (label, belief, response) in enumerate(parsed):
-            if (label if reviews else belief) and response.strip():
-                asked[i, k] = row["prompt"], None if reviews else belief, response
-    found, line = judge(client, model, [*asked.values()])
+            expected = THREE.get(label) if reviews else belief and "Yes"
+            if expected and response.strip():
+                asked[i, k] = expected, PROMPTS[form].format(question=row["prompt"], belief=belief,
+                                                             answer=response)
+    found, line = judge(client, model, [prompt for _, prompt in asked.values()], labels)
     bpc = np.full((len(answers), len(answers[0])), np.nan if {*found} == {None} else 0.0)
-    for (i, k), label in zip(asked, found):
-        expected = THREE.get(answers[i][k][0]) if reviews else "Yes"
-        bpc[i, k] = label == expected if label else np.nan
+    for (at, (expected, _)), label in zip(asked.items(), found):
+        bpc[at] = label == expected if label else np.nan
     return bpc, line
 
 
@@ -240,14 +238,16 @@ def check_judge(rows, client, model, n):
     truth = [THREE.get(str(row["accept_choice_id"])) for row in rows]
     if None in truth or rows[0].get("accept_choice"):
         raise ValueError("--judge_check is for reviews, whose classes are the ratings 1 to 5")
-    found, line = judge(client, model, [("", None, r["accept_response"]) for r in rows], "checking")
-    pairs, f1 = np.array([pair for pair in zip(found, truth) if pair[0]]), 0.0
-    if not len(pairs):
+    prompts = [PROMPTS["rating"].format(answer=row["accept_response"]) for row in rows]
+    found, line = judge(client, model, prompts, ["1", "2", "3"])
+    if not any(found):
         return line
-    for told, true in ((pairs == c).T for c in "123"):   # weighted by a class's true frequency
-        f1 += true.mean() * 2 * (told & true).sum() / max(1, told.sum() + true.sum())
-    hits = (pairs[:, 0] == pairs[:, 1]).mean()
-    return f"{line}; in 3 classes accuracy {hits:.3f}, weighted F1 {f1:.3f}"
+    said, true = np.array([pair for pair in zip(found, truth) if pair[0]]).T
+    f1 = 0.0
+    for c in "123":                    # each class weighs as much as its true frequency
+        told, held = said == c, true == c
+        f1 += held.mean() * 2 * (told & held).sum() / max(1, told.sum() + held.sum())
+    return f"{line}; in 3 classes accuracy {(said == true).mean():.3f}, weighted F1 {f1:.3f}"
 
 
 def response_similarity(answers, rows, encode):
@@ -255,14 +255,13 @@ def response_similarity(answers, rows, encode):
     if possible. 0 if the belief is not an option or the response empty; NaN if there is none."""
     known, pairs, rs = {}, {}, np.zeros((len(answers), len(answers[0])))
     for row, side in product(rows, ("accept", "reject")):
-        belief, text = row.get(f"{side}_choice"), row[f"{side}_response"]
-        known.setdefault((row["prompt"], belief), text)
-        known.setdefault((question_of(row), belief), text)             # for any other wording
+        for key in (row["prompt"], question_of(row)):
+            known.setdefault((key, row.get(f"{side}_choice")), row[f"{side}_response"])
     for i, (row, parsed) in enumerate(zip(rows, answers)):
         for k, (_, belief, response) in enumerate(parsed):
             if belief in row["options"] and response.strip():
-                first = known.get((question_of(row), belief))
-                pairs[i, k] = response, known.get((row["prompt"], belief), first)
+                other = known.get((question_of(row), belief))          # of any wording
+                pairs[i, k] = response, known.get((row["prompt"], belief), other)
     texts = list(dict.fromkeys(text for pair in pairs.values() for text in pair if text))
     vectors = dict(zip(texts, encode(texts))) if texts else {}
     for at, (response, theirs) in pairs.items():
@@ -277,27 +276,28 @@ def encode(texts, name, client=None, device="cpu"):
     if name.startswith("api:"):
         return embed(client, texts, name[4:])
     folder = find_checkpoint(name)
-    c, vocab = (read_json(folder / f"{file}.json") for file in ("config", "tokenizer"))
+    c = read_json(folder / "config.json")
     if (c.get("model_type"), c.get("hidden_act")) != ("bert", "gelu"):
         raise ValueError(f"{folder} is not a BERT with exact GELUs, as all-MiniLM-L6-v2 is")
+    vocab = read_json(folder / "tokenizer.json")["model"]["vocab"]
     w = {k.removeprefix("bert."): v.float().to(device) for k, v in read_weights(folder).items()}
-    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"],
-                                        c["layer_norm_eps"])
+    both = lambda name: (w[f"{name}.weight"], w[f"{name}.bias"])
+    linear = lambda x, name: F.linear(x, *both(name))
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], *both(name), c["layer_norm_eps"])
     heads = lambda x: x.unflatten(1, (c["num_attention_heads"], -1)).transpose(0, 1)  # (H, T, D)
-    table = lambda name: w[f"embeddings.{name}_embeddings.weight"]
+    word, position, kind = (w[f"embeddings.{k}_embeddings.weight"]
+                            for k in ("word", "position", "token_type"))
     vectors = []
     for text in texts:                                 # one at a time, so nothing is padded
-        ids = torch.tensor(wordpiece(text, vocab["model"]["vocab"]), device=device)
-        x = table("word")[ids] + table("position")[:len(ids)] + table("token_type")[0]    # (T, C)
-        x = norm(x, "embeddings.LayerNorm")
-        for at in (f"encoder.layer.{i}" for i in range(c["num_hidden_layers"])):
-            qkv = (heads(linear(x, f"{at}.attention.self.{k}")) for k in ("query", "key", "value"))
-            y = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)             # (T, C)
-            y = linear(y, f"{at}.attention.output.dense")
-            x = norm(x + y, f"{at}.attention.output.LayerNorm")
-            y = F.gelu(linear(x, f"{at}.intermediate.dense"))
-            x = norm(x + linear(y, f"{at}.output.dense"), f"{at}.output.LayerNorm")
+        ids = wordpiece(text, vocab)
+        x = norm(word[ids] + position[:len(ids)] + kind[0], "embeddings.LayerNorm")     # (T, C)
+        for at in (f"encoder.layer.{i}." for i in range(c["num_hidden_layers"])):
+            qkv = (heads(linear(x, f"{at}attention.self.{k}")) for k in ("query", "key", "value"))
+            y = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)           # (T, C)
+            y = linear(y, f"{at}attention.output.dense")
+            x = norm(x + y, f"{at}attention.output.LayerNorm")
+            y = F.gelu(linear(x, f"{at}intermediate.dense"))
+            x = norm(x + linear(y, f"{at}output.dense"), f"{at}output.LayerNorm")
         vectors.append(F.normalize(x.mean(0), dim=0).cpu())
     return torch.stack(vectors).numpy()
 
@@ -312,13 +312,16 @@ def wordpiece(text, vocab, most=256):
     text = regex.sub(r"(?V1)\p{Mn}|[\p{C}--[\t\n\r]]|\ufffd", "", text)  # no accents, controls
     ids = [vocab["[CLS]"]]
     for word in regex.findall(rf"{MARK}|(?:(?!{MARK})\S)+", text):
-        pieces, prefix = [None] if len(word) > 100 else [], ""         # None: unknown, as in BERT
-        while word and None not in pieces:
+        pieces, prefix = [], ""
+        while word:
             ends = (n for n in range(len(word), 0, -1) if prefix + word[:n] in vocab)
-            end = next(ends, 1)
-            pieces.append(vocab.get(prefix + word[:end]))
+            end = next(ends, None)
+            if not end or len(word) > 100:             # as in BERT
+                pieces = [vocab["[UNK]"]]
+                break
+            pieces.append(vocab[prefix + word[:end]])
             word, prefix = word[end:], "##"
-        ids += [vocab["[UNK]"]] if None in pieces else pieces
+        ids += pieces
     return ids[:most - 1] + [vocab["[SEP]"]]
 
 
@@ -330,40 +333,39 @@ SEED = re.compile(r"-seed\d+$")        # runs that differ only in this suffix ar
 
 
 def read_run(out, o):
-    """Read a run's flags (defaults for a bare checkpoint). Adds the folder of its `weights`, the
-    fingerprint it `began` from, `meta` and `splits` to measure, and the rows it `trained` on."""
+    """The flags of a run (defaults for a bare checkpoint or a chat model). Adds the folder of its
+    `weights`, a `folder` for results, `meta` and `splits` to measure, rows it was `trained` on."""
     r = Flags(data=o.data, dtype="bfloat16" if device_of(o.device) == "cuda" else "float32")
-    r.weights, r.began, r.splits = out, None, {}
-    r.meta = {"classes": list("012345"), "form": FORM}     # the opinion task's, if there is no data
-    folder, weights = Path(out), Path(out, o.checkpoint)
-    if o.ask and not o.data and Path(out, "../metrics.jsonl").is_file():          # OUT/best
-        folder, weights = Path(out, ".."), Path(out)
-    if Path(folder, "metrics.jsonl").is_file() or not (o.data or o.ask):
-        try:
-            read_json(weights / "config.json")
-            began = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])["init"]
-            vars(r).update(read_json(folder / "config.json"), weights=weights, began=began)
-        except (LookupError, TypeError, ValueError, OSError) as e:
-            why = f"no {e.filename}" if getattr(e, "filename", None) else f"{type(e).__name__}: {e}"
-            raise ValueError(f"{out} is not a finished run of train.py ({why}): finish it with "
-                             "--resume; a checkpoint or chat:MODEL needs --data") from None
+    r.folder = Path(f"out/{dataset_name(o.data)}-{re.sub('[/:]+', '-', out.strip('/'))}")
+    r.weights, folder, weights = out, Path(out), Path(out, o.checkpoint)
+    if o.ask and (folder / "../metrics.jsonl").is_file():      # OUT/best
+        folder, weights = folder.parent, folder
+    if (folder / "metrics.jsonl").is_file():
+        first = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])
+        vars(r).update(read_json(folder / "config.json"), folder=folder, weights=weights,
+                       began=first.get("init"))        # the reference's fingerprint
+    elif not (o.data or o.ask):
+        raise ValueError("it is no run of train.py; a checkpoint or chat:MODEL needs --data")
+    r.meta, r.splits = {"classes": list("012345"), "form": FORM}, {}       # if there is no data
     if o.data or r.data:
-        splits = SPLITS if o.ask else ("train", "eval", o.split)
+        splits = ("train", "eval", o.split)
         r.meta, r.splits = load_once(o.data or r.data, splits, r.form)
         r.trained = load_once(r.data, splits, r.form)[1]["train"]
+    r.parse = answer_parser(r.meta)
     return r
 
 
-def measure(out, r, o, client, device):
-    """Compute and save every metric that needs no judge. Adds r.metrics {name: (B,), or (B, 2) for
-    a ratio of sums}; r.answers [[(label, belief, response), ...], ...]; r.seen (B,), whether
-    training rows ask the question; and r.about, the rest of eval.json."""
-    r.rows, r.metrics, data = r.splits[o.split], {}, o.data or r.data
+def measure(out, o, client, device):
+    """Compute and save every metric that needs no judge. Returns the run (see read_run) with its
+    rows; metrics {name: (B,), or (B, 2) for a ratio of sums}; answers [[(label, belief, response),
+    ...], ...]; seen (B,), whether training rows ask the question; about, the rest of eval.json."""
+    r = read_run(out, o)
+    r.rows, r.metrics = r.splits[o.split], {}
     if out.startswith("chat:"):
-        texts = on_first_rank(lambda: chat_answers(out[5:], r, o, client))
+        texts = chat_answers(out[5:], r, o, client)
     else:
         texts = measure_weights(out, r, o, device)
-    r.answers = [[parse_answer(text, r.meta, few_shot=bool(row.get("context"))) for text in k]
+    r.answers = [[r.parse(text, few_shot=bool(row.get("context"))) for text in k]
                  for row, k in zip(r.rows, texts)]
     target, known = (np.array([row["probabilities"] for row in rows])
                      for rows in (r.rows, r.splits["eval"]))
@@ -372,10 +374,9 @@ def measure(out, r, o, client, device):
     wordings = lambda row: {question_of(row), normal(row["prompt"])}
     trained = set().union(*map(wordings, r.trained))
     r.seen = np.array([bool(wordings(row) & trained) for row in r.rows])     # (B,)
-    name = f"out/{dataset_name(data)}-{re.sub('[/:]+', '-', out.strip('/'))}"
-    r.folder = Path(out if r.began else name)
-    r.about = {"split": o.split, "checkpoint": o.checkpoint, "data": data, "reference_jsd": {
-        k: float(jsd(q, known).mean()) for k, q in reference_distributions(known).items()}}
+    reference = {k: float(jsd(q, known).mean()) for k, q in reference_distributions(known).items()}
+    r.about = {"split": o.split, "checkpoint": o.checkpoint, "data": o.data or r.data,
+               "reference_jsd": reference}
     if rank_and_size()[0] == 0:
         lines = [{"prompt": row["prompt"], "answers": k} for row, k in zip(r.rows, texts)]
         write(r.folder / "samples.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
@@ -388,7 +389,8 @@ def chat_answers(model, r, o, client):
     if not all(row.get("context") for row in r.rows):
         raise ValueError("the rows have no few-shot context: make them with `synth.py icf`")
     prompts = ["".join(row["context"]) + prompt_text(row, r.meta["form"]) for row in r.rows]
-    replies = chat(client, prompts, model, llm=model, temperature=0.0, max_tokens=o.max_new_tokens)
+    replies = on_first_rank(lambda: chat(client, prompts, model, llm=model, temperature=0.0,
+                                         max_tokens=o.max_new_tokens))
     return [["" if ended == "refused" else text] for text, ended in replies]
 
 
@@ -404,7 +406,6 @@ def measure_weights(out, r, o, device):
     s = score(model)
     q = s.class_logps.double().exp().numpy()           # (B, K), sums to the class mass
     r.metrics = belief_metrics(s) | ordinal_metrics(q, s.target.numpy(), r.meta)
-    texts = sample_rows(model, items, tokenizer, o, r.dtype) if o.samples else []
     if r.init:
         try:
             reference, _ = load_checkpoint(r.init, device)
@@ -415,11 +416,11 @@ def measure_weights(out, r, o, device):
         except (ValueError, OSError) as e:
             say(f"{out}: no reference, no margins: {e}")
     r.metrics |= preference_metrics(s, items, r.beta)
-    return texts
+    return sample_rows(model, items, tokenizer, o, r.dtype) if o.samples else []
 
 
 def save(r):
-    write(r.folder / "eval.json", json.dumps(r.about | summary(r, r.metrics), indent=1) + "\n")
+    write(r.folder / "eval.json", json.dumps(r.about | summary(r), indent=1) + "\n")
 
 
 METRICS = {  # name: (header, whose arrow points to better; explanation for the legend)
@@ -459,33 +460,31 @@ def interval(values, questions):
     return [value, *np.percentile((picks @ top) / (picks @ bottom), [2.5, 97.5]).tolist()]
 
 
-def summary(r, metrics):
-    """{part: {metric: [value, low, high]}}. The parts are questions "unseen" and "seen" in training
-    and, if there is more than one group, each group and the worst group for each metric."""
+def summary(r, base=None, name=""):
+    """{part: {metric: [value, low, high]}}. The parts are questions "unseen" and "seen" in
+    training; if there are several groups, each of them, and the worst value of each metric; and
+    the paired differences to a baseline run `base` on the same rows."""
     questions = np.array([question_of(row) for row in r.rows])
     groups = np.array([row.get("group") or "" for row in r.rows])
     parts, names = {"unseen": ~r.seen, "seen": r.seen}, sorted(set(groups))
+
+    def intervals(metrics, mask):
+        return {"rows": int(mask.sum()), "questions": len(set(questions[mask]))} | {
+            k: interval(metrics[k][mask], questions[mask]) for k in METRICS if k in metrics}
     if len(names) > 1:
         parts |= {f"group {g}": groups == g for g in names}
-    out = {part: {"rows": int(mask.sum()), "questions": len(set(questions[mask])), **{
-        k: interval(metrics[k][mask], questions[mask]) for k in METRICS if k in metrics}}
-        for part, mask in parts.items() if mask.any()}
+    out = {part: intervals(r.metrics, mask) for part, mask in parts.items() if mask.any()}
     for k in METRICS if len(names) > 1 else ():
-        values = [v for g in names if (v := out[f"group {g}"].get(k))]
         worst = max if "↓" in METRICS[k][0] else min
+        values = filter(None, [out[f"group {g}"].get(k) for g in names])
         out.setdefault("worst group", {})[k] = worst(values, key=lambda v: v[0], default=None)
+    if base and base is not r and base.rows == r.rows:
+        # For a ratio of sums: the difference of the numerators over the same denominator.
+        gains = {k: v - base.metrics[k] * (1 if v.ndim == 1 else [1, 0])
+                 for k, v in r.metrics.items() if k in base.metrics}
+        out |= {f"{part}, difference to {name}": intervals(gains, parts[part])
+                for part in ("unseen", "seen") if part in out}
     return out
-
-
-def differences(r, base, name):
-    """Paired differences to a baseline run on the same rows, as extra parts of the tables."""
-    if base is None or base is r or base.rows != r.rows:
-        return {}
-    # For a ratio of sums: the difference of the numerators over the same denominator.
-    metrics = {k: v - base.metrics[k] * (1 if v.ndim == 1 else [1, 0])
-               for k, v in r.metrics.items() if k in base.metrics}
-    return {f"{part}, difference to {name}": v for part, v in summary(r, metrics).items()
-            if part in ("unseen", "seen")}
 
 
 def mean_over_seeds(values):
@@ -498,37 +497,36 @@ def mean_over_seeds(values):
     return [np.mean(means), np.mean(means) - half, np.mean(means) + half]
 
 
-def over_seeds(results):
-    """Results by run, with the seeds of a method merged into one entry."""
-    methods, out = {}, {}
-    for name, result in results.items():
-        methods.setdefault(SEED.sub("", name), {})[name] = result
-    for method, runs in methods.items():
-        first, *others = runs.values()
-        mean = lambda part, k: mean_over_seeds([r.get(part, {}).get(k) for r in runs.values()])
-        out |= runs if not others else {f"{method} ({len(runs)} seeds)": {
-            part: values | {k: mean(part, k) for k in METRICS} for part, values in first.items()}}
-    return out
+def cell(runs, part, k):
+    """A metric of a run, or its mean over the seeds of a method, as printed in the tables."""
+    values = [r.get(part, {}).get(k) for r in runs]
+    v = mean_over_seeds(values) if len(values) > 1 else values[0]
+    if not v:
+        return "-"
+    return f"{v[0]:.3f} {'*':6}" if v[1] is None else f"{v[0]:.3f} ±{(v[2] - v[1]) / 2:.3f}"
 
 
 def print_report(results):
-    """Print a line per run for each part, in blocks 100 characters wide, and a legend."""
-    results, shown = over_seeds(results), {}
-    width = min(30, max(map(len, results)))
+    """Print a line per method (or run) for each part, in blocks 100 characters wide; a legend."""
+    methods, shown = {}, {}
+    for name in results:
+        methods.setdefault(SEED.sub("", name), []).append(name)
+    methods = {f"{method} ({len(names)} seeds)" if names[1:] else names[0]: [
+        results[name] for name in names] for method, names in methods.items()}
+    width = min(30, max(map(len, methods)))
     per_block = (100 - width) // 14                    # each column takes 14 characters
-    half = lambda v: f"{'*':6}" if v[1] is None else f"±{(v[2] - v[1]) / 2:.3f}"
-    cell = lambda v: f"{v[0]:.3f} {half(v)}" if v else "-"
     for part in dict.fromkeys(part for r in results.values() for part in r):
-        runs = {name: r[part] for name, r in results.items() if part in r}
-        columns = [k for k in METRICS if any(r.get(k) for r in runs.values())]
+        runs = {name: rs for name, rs in methods.items() if part in rs[0]}
+        columns = [k for k in METRICS if any(r[part].get(k) for rs in runs.values() for r in rs)]
         shown |= dict.fromkeys(columns)
-        first = next(iter(runs.values()))              # the worst group has no rows of its own
+        first = next(iter(runs.values()))[0][part]     # the worst group has no rows of its own
         size = f": {first['rows']} rows, {first['questions']} questions" if "rows" in first else ""
         print(f"\n{part}{size}")
         for block in (columns[n:n + per_block] for n in range(0, len(columns), per_block)):
             print("\n" + " " * width + "".join(f" {METRICS[k][0]:>13}" for k in block))
-            for name, r in runs.items():
-                print(f"{name[-width:]:{width}}" + "".join(f" {cell(r.get(k)):>13}" for k in block))
+            for name, rs in runs.items():
+                cells = "".join(f" {cell(rs, part, k):>13}" for k in block)
+                print(f"{name[-width:]:{width}}{cells}")
     print("\nunseen: questions that no training row asks in any wording; seen: the others\n"
           "±: half of the 95% bootstrap interval over questions, or the standard deviation "
           "over seeds\nif that is larger; *: fewer than 20 questions, too few for an interval")
@@ -541,26 +539,23 @@ def print_report(results):
 
 def ask(outs, o):
     """Ask each model the questions; print bars and answers, or JSON."""
-    models = {out: open_model(out, o) for out in outs}
+    runs = {out: read_run(out, o) for out in outs}     # a bare checkpoint counts as an opinion run
+    for out, r in runs.items():
+        if o.belief and not o.belief.startswith(tuple(r.meta["classes"])):
+            raise ValueError(f"--belief must begin with a class: {', '.join(r.meta['classes'])}")
+        r.rows = sum(r.splits.values(), [])
+        groups = {row["group"] for row in r.rows if row.get("group")}
+        if (o.group or "{group}" in r.meta["form"]) and o.group not in groups:
+            raise ValueError(f"--group must be one that {out} was trained for: "
+                             f"{', '.join(sorted(groups)) or 'there is none'}")
+        r.model, r.tokenizer = load_checkpoint(r.weights, device_of(o.device))
     lines = (line.strip() for text in o.ask for line in (sys.stdin if text == "-" else [text]))
     for question in filter(None, lines):
-        found = {out: opinion_of(question, r, o) for out, r in models.items()}
+        found = {out: opinion_of(question, r, o) for out, r in runs.items()}
         if o.json:
             print(json.dumps({"question": question, "group": o.group, "models": found}), flush=True)
         else:
             print_opinions(question, found)
-
-
-def open_model(out, o):
-    """Load a run with its `model` and `tokenizer`; a bare checkpoint counts as an opinion run."""
-    r = read_run(out, o)
-    r.rows = sum(r.splits.values(), [])
-    groups = {row["group"] for row in r.rows if row.get("group")}
-    if (o.group or "{group}" in r.meta["form"]) and o.group not in groups:
-        raise ValueError(f"--group must be one that {out} was trained for: "
-                         f"{', '.join(sorted(groups)) or 'there is none'}")
-    r.model, r.tokenizer = load_checkpoint(r.weights, device_of(o.device))
-    return r
 
 
 @torch.no_grad()
@@ -578,36 +573,20 @@ def opinion_of(question, r, o):
     hidden = model(torch.tensor([prompt], device=model.head.device))[0, -1]           # (C,)
     logps = F.linear(hidden, model.head).log_softmax(-1).double().cpu()               # (V,)
     logps = logps[class_ids(tokenizer, classes)]                                      # (K,)
-    if not torch.isfinite(logps).all():
-        raise FloatingPointError("the model's log-probs are not finite: its training diverged")
     # The likeliest belief text of a class is what the model writes greedily after it.
-    texts = [parse_answer(c + x, r.meta)[1] for c, x in zip(classes, generate(classes, 0))]
-    beliefs = [f"{c}<{x}>" if x else c for c, x in zip(classes, texts)]
-    starts = beliefs_to_speak(beliefs, r.meta, o)
+    texts = [r.parse(c + x)[1] for c, x in zip(classes, generate(classes, 0))]
+    beliefs = {c: f"{c}<{text}>" if text else c for c, text in zip(classes, texts)}
+    starts = [c for c in classes for _ in range(o.samples)]
+    if o.belief:                       # a class (for its likeliest belief), or class and belief
+        starts = [o.belief] * o.samples
+    elif o.shares:
+        shares, rng = np.array(o.shares.split(","), float), np.random.default_rng(o.seed)
+        starts = sorted(rng.choice(classes, len(starts), p=shares).tolist())
+    starts = [beliefs.get(x, x) for x in starts]
     shares, group = logps.softmax(-1).tolist(), group_shares(question, r.rows, o.group)
     return {"classes": classes, "beliefs": texts, "shares": shares, "group_shares": group,
             "class_mass": float(logps.exp().sum()), "jsd": group and float(jsd(shares, group)),
             "answers": [*zip(starts, generate(starts, 1.0))]}
-
-
-def beliefs_to_speak(likeliest, meta, o):
-    """The belief that each sampled answer starts from: the likeliest of each class, --belief, or
-    the likeliest of classes drawn from --shares. likeliest: a belief for each class."""
-    classes, belief = meta["classes"], o.belief.strip()
-    if belief:
-        label, text, more = parse_answer(belief, meta)
-        if not label or more:
-            raise ValueError(f"--belief {o.belief!r} must be one of the classes "
-                             f"{', '.join(classes)}, alone or as in \"{classes[-1]}<Yes>\"")
-        return [belief if text else likeliest[classes.index(label)]] * o.samples
-    if not o.shares:
-        return [belief for belief in likeliest for _ in range(o.samples)]
-    p = np.genfromtxt([o.shares], delimiter=",", ndmin=1)              # NaN if it is not a number
-    if len(p) != len(classes) or min(p) < 0 or not abs(p.sum() - 1) < 0.01:
-        raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, for "
-                         f"the classes {', '.join(classes)}")
-    drawn = np.random.default_rng(o.seed).choice(len(p), len(p) * o.samples, p=p / p.sum())
-    return [likeliest[i] for i in sorted(drawn)]
 
 
 def group_shares(question, rows, group):
@@ -624,7 +603,6 @@ def print_opinions(question, found):
     if len({str(f["classes"]) for f in found.values()}) > 1:
         raise ValueError("these models have different classes: ask them one at a time")
     clean = lambda text: "".join(c if c.isprintable() else " " for c in text)
-    bar = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     print("\n" + textwrap.fill(clean(question), 80))
     for i, label in enumerate(next(iter(found.values()))["classes"]):
         lines = {}                                     # show a shared group's line once
@@ -633,7 +611,7 @@ def print_opinions(question, found):
                 lines["the group", f["group_shares"][i]] = ""
             lines[str(Path(*Path(out).parts[-2:]))[-20:], f["shares"][i]] = f["beliefs"][i] or ""
         for (name, share), text in lines.items():
-            print(f"{label:6.6} {name:20} {share:.2f} {bar * round(20 * share):20} "
+            print(f"{label:6.6} {name:20} {share:.2f} {'█' * round(20 * share):20} "
                   f"{clean(text):.26}".rstrip())
             label = ""
     for out, f in found.items():
@@ -642,79 +620,62 @@ def print_opinions(question, found):
             print(textwrap.fill("  " + clean(" ".join(answer)), 80, subsequent_indent=" " * 6))
 
 
-def each(action, outs):
-    """{out: action(out)}. A run that cannot be measured is reported and left out."""
-    done, problems = {}, []
-    for out in outs:
-        try:
-            done[out] = action(out)
-        except (ValueError, OSError, FloatingPointError) as e:
-            problems.append(str(e) if out in str(e) else f"{out}: {e}")
-    if not done:
-        raise ValueError(problems[0])
-    for problem in problems:
-        say("left out:", problem)
-    return done
-
-
-def try_servers(rows, o, client, device):
+def check_servers(out, o, client, device):
     """Check that the judge and the encoder work before hours of other work."""
     if o.judge:
         chat(client, [HARMLESS], "checking the server", llm=o.judge, max_tokens=64)
     if o.embeddings:
         encode(["test"], o.embeddings, client, device)
     if o.judge_check:
-        print(check_judge(rows, client, o.judge, o.judge_check))
+        print(check_judge(read_run(out, o).splits[o.split], client, o.judge, o.judge_check))
 
 
 def finish(runs, o, client, device):
-    """Add RS and BPC if requested, and print all tables."""
+    """Add RS and BPC if requested, and print all tables, even if a judge fails."""
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
-    vectors = lambda texts: encode(texts, o.embeddings, client, device)
+    vectors = lambda texts: encode(texts, o.embeddings, client, device)           # (N, C)
     try:
-        for r in runs.values():
+        for out, r in runs.items():
             if o.embeddings and all(row.get("accept_choice") for row in r.rows):
                 r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, vectors))
                 save(r)
-        for out, r in runs.items() if o.judge else ():
-            bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
-            r.metrics["bpc"], r.about["judged"] = mean(bpc), line
-            print(f"{out}: BPC by {line}")
-            save(r)
-    finally:                                           # even if a judge fails
-        print_report({out: summary(r, r.metrics) | differences(r, runs.get(o.against), o.against)
-                      for out, r in runs.items()})
+            if o.judge:
+                bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
+                r.metrics["bpc"], r.about["judged"] = mean(bpc), line
+                print(f"{out}: BPC by {line}")
+                save(r)
+    finally:
+        print_report({out: summary(r, runs.get(o.against), o.against) for out, r in runs.items()})
 
 
 def main():
     given = vars(flags().parse_args())
-    outs = [x if x.startswith("chat:") else str(Path(x)) for x in given.pop("OUT")]
-    outs = list(dict.fromkeys(x for x in outs if not Path(x).is_file()))     # e.g. in out/*
+    outs = [out.rstrip("/") for out in given.pop("OUT") if not Path(out).is_file()]  # e.g. in out/*
     server = Chat(**{k: given.pop(k) for k in SERVER})
-    o = Config(**given)
+    o, runs = Config(**given), {}
+    o.against = o.against.rstrip("/")
     o.samples = (1 if o.ask else 8) if o.samples is None else o.samples
-    o.against = o.against and str(Path(o.against))
     for wrong, words in (
-            (not outs or "chat:" in outs, "OUT must name folders or a model such as chat:gpt-4o"),
+            (not outs, "OUT must name folders or a model such as chat:gpt-4o"),
             ((o.judge or o.embeddings) and not o.samples, "--judge, --embeddings need --samples"),
             (o.judge_check and not o.judge, "--judge_check needs a --judge"),
             (o.against and o.against not in outs, f"--against {o.against} is not one of the runs"),
-            ("" in map(str.strip, o.ask or ()), "--ask: a question is empty"),
             ((o.belief or o.shares or o.group or o.json) and not o.ask,
-             "--belief, --shares, --group and --json need --ask"),
-            (o.belief and o.shares, "--belief fixes the belief, --shares draws it: give one"),
-            (o.ask and any(x.startswith("chat:") for x in outs),
-             "--ask reads probabilities, which chat:MODEL does not give")):
+             "--belief, --shares, --group and --json need --ask")):
         if wrong:
             raise ValueError(words)
     if o.ask:
         return ask(outs, o)
     device = setup(device_of(o.device))
     client = Client(server, Path(outs[0]).parent / "answers.jsonl")
-    runs = each(lambda out: read_run(out, o), outs)
-    rows = next(iter(runs.values())).splits[o.split]
-    on_first_rank(lambda: try_servers(rows, o, client, device))
-    runs = each(lambda out: measure(out, runs[out], o, client, device), runs)
+    on_first_rank(lambda: check_servers(outs[0], o, client, device))
+    for out in outs:
+        try:
+            runs[out] = measure(out, o, client, device)
+        except (ValueError, OSError, FloatingPointError) as e:
+            say(f"left out: {out}: {e}")
+    if not runs:
+        raise ValueError("nothing could be measured")
     on_first_rank(lambda: finish(runs, o, client, device))
     leave()
 

@@ -6,8 +6,9 @@ Runs whose folders differ only in -seedN are one method, shown by their mean and
 """
 import json
 import sys
-from itertools import zip_longest
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 try:
@@ -21,25 +22,28 @@ from evaluate import METRICS, SEED, mean_over_seeds
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 COLUMNS = ("jsd", "opinion", "cbc", "bpc", "rs", "flip", "w1", "sampled_jsd")      # of Table 2
+BARS = ("jsd", "bpc", "opinion", "cbc")                # of Figure 5
 
 
 def read_run(out):
-    """(loss, {examples: eval metrics}, eval.json or {}, {prompt: a sampled answer}) of a run."""
+    """What the figures need of a run: evals are {examples: metrics}, answers {prompt: text}, and
+    measured is eval.json's part for unseen questions, if there are any."""
     text = {x.name: x.read_text(encoding="utf-8") for x in out.glob("*.json*")}
-    config, lines = json.loads(text["config.json"]), text["metrics.jsonl"].split("\n")[:-1]
-    evals = {x["step"] * config["batch_size"]: x["eval"] for x in map(json.loads, lines)
-             if "eval" in x}
-    if len(evals) < 2:
-        raise ValueError("it has fewer than two evaluations")
-    rows = [json.loads(x) for x in text.get("samples.jsonl", "").splitlines()]
-    answers = {row["prompt"]: row["answers"][0] for row in rows[::max(1, len(rows) // 3)][:3]}
-    return config["loss"], evals, json.loads(text.get("eval.json", "{}")), answers
+    config, result = json.loads(text["config.json"]), json.loads(text.get("eval.json", "{}"))
+    log, rows = ([json.loads(x) for x in text.get(name, "").splitlines()]
+                 for name in ("metrics.jsonl", "samples.jsonl"))
+    return SimpleNamespace(
+        loss=config["loss"], tuned="joint_majority" in log[0]["eval"],
+        reference=result.get("reference_jsd"),
+        measured=result.get("unseen") or result.get("seen"),
+        evals={x["step"] * config["batch_size"]: x["eval"] for x in log if "eval" in x},
+        answers={x["prompt"]: x["answers"][0] for x in rows[::max(1, len(rows) // 3)][:3]})
 
 
 def plot_curve(ax, runs, metric, **style):
     """An eval metric over training: the mean over seeds, and a band from lowest to highest."""
-    steps = sorted(set.intersection(*(set(evals) for _, evals, *_ in runs)))
-    y = np.array([[evals[x].get(metric) for x in steps] for _, evals, *_ in runs], float)
+    steps = sorted(set.intersection(*(set(r.evals) for r in runs)))
+    y = np.array([[r.evals[x].get(metric) for x in steps] for r in runs], float)
     ax.plot(steps, y.mean(0), **style)
     ax.fill_between(steps, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
     ax.set_xlabel("training examples")
@@ -47,13 +51,13 @@ def plot_curve(ax, runs, metric, **style):
 
 def draw_margins(ax, method, runs):
     """Figures 2 and 3: the margin that the method trains, for majority and minority."""
-    given = "gdpo" in runs[0][0]
+    kind, what = "joint", "belief and answer"
+    if "gdpo" in runs[0].loss:
+        kind, what = "given", "answer given the belief"
     for side, colour, dash in zip(("majority", "minority"), COLOURS, "-:"):
-        plot_curve(ax, runs, f"{'given' if given else 'joint'}_{side}", color=colour,
-                   linestyle=dash, label=side)
+        plot_curve(ax, runs, f"{kind}_{side}", color=colour, linestyle=dash, label=side)
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.set_title(f"{method}: {'answer given the belief' if given else 'belief and answer'}")
-    ax.set_ylabel("reward margin (nats)")
+    ax.set(title=f"{method}: {what}", ylabel="reward margin (nats)")
     ax.legend()
 
 
@@ -63,8 +67,8 @@ def draw_jsd(ax, title, methods):
         plot_curve(ax, runs, "jsd", color=COLOURS[n % 8], marker="osD^v<>*"[n % 8],
                    linestyle=["-", "--", "-."][n // 8 % 3], markersize=4, label=method)
     top = 1.05 * ax.get_ylim()[1]
-    found = [result for runs in methods.values() for _, _, result, _ in runs if result]
-    for name, value in found[0]["reference_jsd"].items() if found else ():
+    found = [r.reference for runs in methods.values() for r in runs if r.reference]
+    for name, value in found[0].items() if found else ():
         if value < top:
             ax.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
             ax.text(1.01, value / top, name, transform=ax.transAxes, fontsize=8, va="center")
@@ -80,20 +84,14 @@ def draw_bars(ax, metric, values):
     ax.set_title(METRICS[metric][0])
 
 
-def measured(runs, metric):
-    """[mean, low, high] over a method's runs, on unseen questions if there are any, or None."""
-    results = [result.get("unseen") or result["seen"] for _, _, result, _ in runs if result]
-    return mean_over_seeds([result.get(metric) for result in results])
-
-
 def tables(methods, values):
     """Markdown: Table 2, a row per method and a column per metric, and Table 3, answers."""
     rows = [["Table 2", *(METRICS[k][0] for k in values)], ["---"] * (len(values) + 1)]
     cell = lambda v: f"{v[0]:.3f} ± {(v[2] - v[1]) / 2:.3f}" if v else ""
     rows += [[m, *(cell(v.get(m)) for v in values.values())] for m in methods]
-    for prompt in dict.fromkeys(prompt for runs in methods.values() for prompt in runs[0][3]):
+    for prompt in dict.fromkeys(prompt for runs in methods.values() for prompt in runs[0].answers):
         rows += [[], ["Table 3", prompt], ["---", "---"]]
-        rows += [[method, runs[0][3].get(prompt, "")] for method, runs in methods.items()]
+        rows += [[method, runs[0].answers.get(prompt, "")] for method, runs in methods.items()]
     clean = lambda text: " ".join(text.split()).replace("|", "\\|")
     return "".join(f"| {' | '.join(map(clean, row))} |\n" if row else "\n" for row in rows)
 
@@ -103,34 +101,32 @@ def main():
     parser.add_argument("OUT", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--to", default="figures", type=Path, help="folder to write")
     o, methods = parser.parse_args(), {}
-    pyplot.rcParams.update({"axes.titlesize": 9, "legend.fontsize": 8})
     for out in filter(Path.is_dir, o.OUT):
         try:
             found = read_run(out)
             methods.setdefault(SEED.sub("", out.name), []).append(found)
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, LookupError) as e:
             print(f"left out, not a finished run: {out} ({type(e).__name__}: {e})", file=sys.stderr)
-    if not methods:
-        raise ValueError("none of these folders holds a finished run")
-    tuned = {m: runs for m, runs in methods.items() if "joint_majority" in runs[0][1][0]}
-    others = {m: runs for m, runs in methods.items() if m not in tuned}
-    panels = {"from the SFT checkpoint": tuned, "SFT": others}
-    values = {k: {m: v for m, runs in methods.items() if (v := measured(runs, k))} for k in COLUMNS}
-    values = {k: v for k, v in values.items() if v}
-    bars = {k: values[k] for k in ("jsd", "bpc", "opinion", "cbc") if k in values}
+    tuned = {m: runs for m, runs in methods.items() if runs[0].tuned}
+    curves = {"from the SFT checkpoint": tuned,
+              "SFT": {m: runs for m, runs in methods.items() if m not in tuned}}
+    values = {}                        # {metric: {method: [mean, low, high]}}
+    for k, (method, runs) in product(COLUMNS, methods.items()):
+        if v := mean_over_seeds([r.measured.get(k) for r in runs if r.measured]):
+            values.setdefault(k, {})[method] = v
     o.to.mkdir(parents=True, exist_ok=True)
-    for name, draw, shown, width, height in (
-            ("margins", draw_margins, tuned, 3.6, 2.8), ("bars", draw_bars, bars, 3.4, 3.2),
-            ("jsd", draw_jsd, {k: v for k, v in panels.items() if v}, 5.5, 4.5)):
-        if not shown:
-            continue
-        columns, rows = min(3, len(shown)), -(-len(shown) // 3)
-        figure, axes = pyplot.subplots(rows, columns, sharey=name == "margins", squeeze=False,
-                                       figsize=(width * columns, height * rows),
-                                       layout="constrained")
-        for ax, panel in zip_longest(axes.flat, shown.items()):
-            draw(ax, *panel) if panel else ax.remove()
-        figure.savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
+    pyplot.rcParams.update({"axes.titlesize": 9, "legend.fontsize": 8})
+    for name, draw, panels, width, height in (
+            ("margins", draw_margins, tuned, 3.6, 2.8),
+            ("bars", draw_bars, {k: values[k] for k in BARS if k in values}, 3.4, 3.2),
+            ("jsd", draw_jsd, {k: v for k, v in curves.items() if v}, 5.5, 4.5)):
+        columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+        figure = pyplot.figure(figsize=(width * columns, height * rows), layout="constrained")
+        for n, panel in enumerate(panels.items(), 1):
+            shared = figure.axes[0] if name == "margins" and figure.axes else None
+            draw(figure.add_subplot(rows, columns, n, sharey=shared), *panel)
+        if panels:
+            figure.savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
     (o.to / "tables.md").write_text(tables(methods, values), encoding="utf-8")
     print(f"{o.to}: " + ", ".join(sorted(x.name for x in o.to.iterdir())))
 

@@ -1,20 +1,26 @@
-"""python -m pytest tests/test_evaluate.py: metrics, intervals, tables, figures, --ask."""
+"""python -m pytest tests/test_evaluate.py: metrics, intervals, tables, figures, judges, --ask."""
 import io
 import json
+import random
+import re
 import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_client
 import torch
-from conftest import SMALL, cli, golden
+from conftest import SMALL, cli, completion, golden
+from test_client import question as prompt
 
 import evaluate
+import synth
 from data import class_ids, load_dataset, prompt_text
-from evaluate import (answer_metrics, differences, expressed_opinion, group_shares, interval,
-                      mean_over_seeds, ordinal_metrics, parse_answer, preference_metrics,
-                      print_report, reference_distributions, summary)
+from evaluate import (answer_metrics, answer_parser, belief_preference_consistency, check_judge,
+                      encode, expressed_opinion, group_shares, interval, judge, mean_over_seeds,
+                      ordinal_metrics, preference_metrics, print_report, reference_distributions,
+                      response_similarity, summary, wordpiece)
 from losses import RESPONSE, Scores
 from model import Tokenizer, load_model, save_model
 from train import jsd
@@ -22,6 +28,7 @@ from train import jsd
 BASELINES, SAMPLED = golden("11")
 META = {"classes": [str(k) for k in range(6)], "off_scale": "0",
         "belief_to_class": {k: str(v) for k, v in SAMPLED["belief_map"].items()}}
+client = test_client.client
 FAST = ("--samples", 2, "--max_new_tokens", 12, "--device", "cpu")
 
 
@@ -92,24 +99,21 @@ def test_vote_and_flip_are_read_from_four_branches():
 
 
 def test_sampled_beliefs_and_cbc_agree_with_golden_11_and_opinion_takes_the_first_stance():
-    answers = [[parse_answer(t, META) for t in row] for row in zip(*SAMPLED["samples"])]
+    parse = answer_parser(META)
+    answers = [[*map(parse, row)] for row in zip(*SAMPLED["samples"])]
     m = answer_metrics(answers, np.array(SAMPLED["probabilities"]), META)
     np.testing.assert_allclose(m["sampled_jsd"], SAMPLED["sampled_jsd"], atol=1e-9)
     assert m["cbc"].mean() == pytest.approx(SAMPLED["cbc"])
     meta = META | {"stances": {"not at all": "1", "mostly": "4"}}
     texts = ("4<Yes>Mostly. Not at all a burden.", "4<Yes>Well, not at all.", "4<Yes>Hm.", "Mostly")
-    answers = [[parse_answer(t, meta) for t in texts]]
-    assert expressed_opinion(answers, meta).tolist() == [[1, 0, 0, 0]]
+    assert expressed_opinion([[*map(parse, texts)]], meta).tolist() == [[1, 0, 0, 0]]
 
 
 def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
-    rng, p, floors = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0]), {}
-    for k in (8, 32):
-        answers = [[(str(c), None, "") for c in rng.choice(6, k, p=p)] for _ in range(2000)]
-        m = answer_metrics(answers, np.tile(p, (2000, 1)), {"classes": META["classes"]})
-        floors[k] = m["sampling_floor"].mean()
-        assert m["sampled_jsd"].mean() == pytest.approx(floors[k], rel=0.02)
-    assert floors[8] > floors[32] > 0
+    rng, p = np.random.default_rng(0), np.array([0.5, 0.3, 0.15, 0.05, 0, 0])
+    answers = [[(str(c), None, "") for c in rng.choice(6, 8, p=p)] for _ in range(2000)]
+    m = answer_metrics(answers, np.tile(p, (2000, 1)), {"classes": META["classes"]})
+    assert m["sampled_jsd"].mean() == pytest.approx(m["sampling_floor"].mean(), rel=0.02)
     answers = [[(None, None, "junk")] * 8]               # where no class is off the scale
     m = answer_metrics(answers, np.full((1, 5), 0.2), {"classes": list("12345")})
     assert m["sampled_jsd"] == pytest.approx(np.sqrt(np.log(2)))
@@ -122,9 +126,9 @@ def test_a_perfect_sampler_has_the_floors_jsd_and_junk_the_largest():
     ("4.5 stars", (None, None, "4.5 stars")), ("4. Good", ("4", None, ". Good"))])
 def test_an_answer_is_cut_where_label_and_belief_end(text, parsed):
     meta = {"classes": ["Well", "We", "4"], "belief_to_class": {"a > b": "4", "a": "We"}}
-    assert parse_answer(text, meta) == parsed
-    for rest in (".\n\nMore.", ". Question: What?", ".\n \nx"):      # of few-shot prompts
-        assert parse_answer(f"\n\n 4<a>Yes{rest}", meta, few_shot=True) == ("4", "a", "Yes.")
+    assert answer_parser(meta)(text) == parsed
+    for text in "4<a>Yes.\n\nMore.", "\n\n 4<a>Yes. Question: What?", "4<a>Yes.\n \nx":
+        assert answer_parser(meta)(text, few_shot=True) == ("4", "a", "Yes.")
 
 
 def test_the_bootstrap_resamples_questions_not_rows():
@@ -142,12 +146,12 @@ def test_the_bootstrap_resamples_questions_not_rows():
 def test_seen_and_unseen_questions_groups_and_the_worst_of_them_are_kept_apart():
     r = measured([1, 1, 1, 5], seen=[True, True, True, False], groups="xxyy")
     r.rows[1]["question_id"] = "0"
-    out = summary(r, r.metrics | {"cbc": np.array([1.0, 1, 0, 0]), "rs": np.full(4, np.nan)})
+    r.metrics |= {"cbc": np.array([1.0, 1, 0, 0]), "rs": np.full(4, np.nan)}
+    out = summary(r)
     assert [*out] == ["unseen", "seen", "group x", "group y", "worst group"]
     assert out["seen"]["rows"] == 3 and out["seen"]["questions"] == 2 and out["seen"]["jsd"][0] == 1
-    assert out["unseen"]["jsd"][0] == 5
-    assert out["worst group"]["jsd"][0] == 3 and out["worst group"]["cbc"][0] == 0
-    assert out["worst group"]["rs"] is None
+    assert out["unseen"]["jsd"][0] == 5 and out["worst group"]["jsd"][0] == 3
+    assert out["worst group"]["cbc"][0] == 0 and out["worst group"]["rs"] is None
 
 
 def test_seeds_are_averaged_and_the_larger_interval_stands(capsys):
@@ -167,11 +171,11 @@ def test_paired_differences_are_narrower_than_two_intervals():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=200)
     a, b = hard + 0.1 * rng.normal(size=200), hard - 0.2 + 0.1 * rng.normal(size=200)
-    found = differences(measured(b), measured(a), "a")["unseen, difference to a"]["jsd"]
-    assert found[0] == pytest.approx(-0.2, abs=0.05)
-    _, low, high = interval(a, np.arange(200))
-    assert found[2] - found[1] < 0.2 * (high - low)
-    assert differences(measured(b[:100]), measured(a), "a") == {}
+    value, low, high = summary(measured(b), measured(a), "a")["unseen, difference to a"]["jsd"]
+    assert value == pytest.approx(-0.2, abs=0.05)
+    whole = interval(a, np.arange(200))
+    assert high - low < 0.2 * (whole[2] - whole[1])
+    assert [*summary(measured(b[:100]), measured(a), "a")] == ["unseen"]
 
 
 def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
@@ -183,69 +187,49 @@ def test_the_command_prints_tables_and_writes_the_same_numbers(runs, call):
         assert f"{saved(cwd, out)['unseen']['jsd'][0]:.3f}" == line.split()[1]
     assert table.index(gdpo) < table.index(sft) and gdpo in differences and sft not in differences
     assert max(map(len, p.stdout.splitlines())) <= 100
-    legend = p.stdout.split("unseen: questions")[1]
-    for header in ("JSD ↓", "given maj ↑", "minority →1"):
-        assert header in table and f"\n{header}: " in legend
+    assert "given maj ↑" in table and "\ngiven maj ↑: " in p.stdout       # and its explanation
     result = saved(cwd, gdpo)
     names = ("jsd", "cbc", "opinion", "flip", "vote", "given_majority", "minority")
     assert all(result["seen"][name] for name in names)
     assert "flip" in saved(cwd, sft)["seen"] and "given_majority" not in saved(cwd, sft)["seen"]
     assert result["reference_jsd"].keys() == reference_distributions(np.eye(6)).keys()
-    answers = [json.loads(x) for x in (cwd / gdpo / "samples.jsonl").read_text().splitlines()]
-    assert len(answers) == 20 and len(answers[0]["answers"]) == 2
-    call(evaluate, gdpo, *FAST, cwd=cwd)
-    assert saved(cwd, gdpo) == result
-    # two processes
     texts = (cwd / gdpo / "samples.jsonl").read_text()
+    assert [len(json.loads(x)["answers"]) for x in texts.splitlines()] == [2] * 20
+    # two processes
     p = cli("evaluate.py", gdpo, *FAST, cwd=cwd, nproc=2)
     assert (cwd / gdpo / "samples.jsonl").read_text() == texts and p.stdout.count("±: half") == 1
     for k, v in saved(cwd, gdpo)["seen"].items():
-        assert result["seen"][k] == (pytest.approx(v, abs=1e-5) if isinstance(v, int) else
-                                     v and [x and pytest.approx(x, abs=1e-5) for x in v]), k
+        assert result["seen"][k] == (v if isinstance(v, int) else pytest.approx(v, abs=1e-5)), k
 
 
-def test_what_cannot_be_measured_is_left_out_with_a_line(runs, call, tmp_path):
-    """A failed start, a file, a broken config and a diverged model beside a good run whose first
-    checkpoint was trained again; in ASCII."""
+def test_what_cannot_be_measured_is_left_out_with_a_line(runs, tmp_path):
+    """A failed start, a file and a diverged model beside a good run whose first checkpoint was
+    trained again; in ASCII."""
     cwd, (diverged, gdpo) = tmp_path, runs[1]
     shutil.copytree(runs[0] / "out", cwd / "out")
-    for name, text in (("begun", "{"), ("odd", json.dumps({"loss": "dpo"}))):
-        (cwd / "out" / name).mkdir()
-        (cwd / "out" / name / "config.json").write_text(text)
-        (cwd / "out" / name / "metrics.jsonl").write_text("")
+    (cwd / "out/begun").mkdir()
     (cwd / "out/answers.jsonl").write_text("")
     model = load_model(cwd / diverged / "best")
     torch.nn.init.constant_(model.ln_f.bias, float("nan"))
     save_model(model, cwd / diverged / "best", 0)
-    p = cli("evaluate.py", "out/begun", "out/odd", "out/answers.jsonl", gdpo, diverged,
-            "--samples", 0, cwd=cwd, PYTHONIOENCODING="ascii")
-    assert "left out: out/begun is not a finished run" in p.stderr
-    assert "out/odd" in p.stderr and "answers.jsonl" not in p.stderr and gdpo in p.stdout
+    p = cli("evaluate.py", "out/begun", "out/answers.jsonl", gdpo, diverged, "--samples", 0,
+            cwd=cwd, PYTHONIOENCODING="ascii")
+    assert "left out: out/begun: it is no run" in p.stderr and gdpo in p.stdout
     assert "no reference, no margins" in p.stderr and "given maj" not in p.stdout
     assert f"left out: {diverged}: " in p.stderr and diverged not in p.stdout
-    assert "JSD ?" in p.stdout and p.stdout.isascii()
-    p = call(evaluate, "out/odd", cwd=cwd, check=2)
-    assert len(p.stderr.strip().splitlines()) == 1
+    assert "JSD ?" in p.stdout and p.stdout.isascii() and "answers.jsonl" not in p.stderr
 
 
 @pytest.mark.parametrize("args, message", [
-    (["nowhere"], "nowhere is not a finished run of train.py"),
-    ([], "the following arguments are required: OUT"),
-    (["x", "--samples", "many"], "invalid int value: 'many'"),
-    (["x", "--samples", "-1"], "-1 is not a finite number >= 0"),
-    (["x", "--device", "mars"], "invalid choice: 'mars'"),
+    (["nowhere"], "nothing could be measured"),
     (["x", "--judge", "j", "--samples", "0"], "--judge, --embeddings need --samples"),
     (["x", "--against", "y"], "--against y is not one of the runs"),
     (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
     (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
-    (["x", "--belief", "4", "--shares", "1,0", "--ask", "Why?"], "give one"),
-    (["x", "--ask", " "], "question is empty"),
-    (["chat:gpt-4o", "--ask", "Why?"], "which chat:MODEL does not give"),
-    (["chat:"], "such as chat:gpt-4o")])
+    (["chat:gpt-4o", "--ask", "Why?"], "no folder chat:gpt-4o")])
 def test_bad_input_is_one_line_and_exit_2(args, message, call, tmp_path):
     err = call(evaluate, *args, cwd=tmp_path, check=2).stderr
-    assert message in err and len(err.strip().splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert message in err.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
 def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path):
@@ -265,6 +249,189 @@ def test_figures_and_tables_are_drawn_from_the_files_alone(runs, call, tmp_path)
     assert p.stderr == "figures.py: error: the figures need matplotlib: pip install matplotlib\n"
 
 
+# ---------------------------------------------------------------------------------------------
+# Judges, encoders, chat models
+
+ROWS = [{"prompt": "How is it?", "options": ["Good", "Bad"], "question_id": "q",
+         "accept_choice": "Good", "accept_response": "It is fine.",
+         "reject_choice": "Bad", "reject_response": "It is poor."}]
+
+
+def test_bpc_asks_appendix_h_and_counts_failures_as_null(server, client):
+    """A belief or a response that is missing is inconsistent, without asking."""
+    replies = {"A": "Yes\nIt does.", "B": "No.\nIt does not.", "C": "Perhaps", "D": "**Yes**"}
+    server.answer = lambda r: (200, completion(replies[re.search("Answer: (.)", prompt(r))[1]]))
+    good = [("4", "Good", f"{x} {n}") for n in range(7) for x in "ABD"]
+    answers = [good + [("4", "Good", "C"), ("4", None, "A"), ("4", "Good", " ")]]
+    bpc, line = belief_preference_consistency(answers, ROWS, client(), "gpt-4o")
+    np.testing.assert_array_equal(bpc, [[1, 0, 1] * 7 + [np.nan, 0, 0]])
+    assert line == "gpt-4o: 1 of 22 judgements failed (one: 'Perhaps')"
+    body = server.requests[0].body
+    assert body["model"] == "gpt-4o" and body["temperature"] == 0 and body["max_tokens"] == 64
+    form = body["response_format"]["json_schema"]["schema"]["properties"]["answer"]
+    assert form["enum"] == ["Yes", "No"] and len(server.requests) == 22
+    assert prompt(server.requests[0]).startswith(
+        "For the following QA pair, does the answer express the opinion of the selection: Good\n\n"
+        "Question: How is it?\n\nAnswer: ")
+    # reviews, in three classes
+    server.answer = lambda r: (200, completion(prompt(r).split("comment: ")[1]))
+    answers = [[(label, None, said) for label, said in zip([*"12354", None], "112311")]]
+    bpc, _ = belief_preference_consistency(answers, [{"prompt": "Film"}], client(), "j")
+    np.testing.assert_array_equal(bpc, [[1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("labels, label, replies", [
+    ("Yes No", "Yes", ["Yes", "**Yes**\nIt does.", '{ "answer" : "Yes" }']),
+    ("Yes No", "No", ["no. It does not", "No, never", '{"answer": "No"}']),
+    ("Yes No", None, ["Yes or No\nNo", "Yes/No", "Yes and no.", "Maybe yes", "Yesterday"]),
+    ("1 2 3", "3", ["3/3", "Rating: 3"]), ("1 2 3", None, ["4", "1. The film is good", "Yes"])])
+def test_a_judgement_is_never_guessed(server, client, labels, label, replies):
+    for reply in replies:
+        server.answer = lambda r: (200, completion(reply))
+        found, line = judge(client(), "j", [reply], labels.split())
+        assert found == [label] and ("no mean is given" in line) == (label is None), reply
+
+
+def test_a_judge_that_cannot_be_read_is_not_asked_on_and_a_refusal_is_a_failure(server, client):
+    server.answer = lambda r: (200, completion("Perhaps"))
+    found, line = judge(client(), "j", [*map(str, range(50))], ["Yes", "No"])
+    assert found == [None] * 50 and len(server.requests) == 20
+    assert line.startswith("j: 20 of 20 judgements failed (one: 'Perhaps'), more than 5%")
+    refusal = completion(None)
+    refusal["choices"][0]["message"]["refusal"] = "Yes, but I can't."
+    server.answer = lambda r: (200, refusal if prompt(r) == "b" else completion("Yes"))
+    found, line = judge(client(), "j", ["a", "b"], ["Yes", "No"])
+    assert found == [None, None] and "1 of 2 judgements failed" in line and "I can't" in line
+
+
+def test_the_judge_itself_is_checked_on_labelled_reviews(server, client):
+    said = {"0": "1", "1": "1", "2": "2", "3": "1", "4": "3"}
+    rows = [{"accept_choice_id": t, "accept_response": f"text {n}"} for n, t in enumerate("12345")]
+    server.answer = lambda r: (200, completion(said[prompt(r)[-1]]))
+    line = check_judge(rows, client(), "j", 5)
+    # class 1: 2 hits of 2 true, 3 told: 0.8; class 2: 1; class 3: 1 hit of 2 true, 1 told: 2/3
+    assert f"accuracy 0.800, weighted F1 {0.4 * 0.8 + 0.2 * 1 + 0.4 * 2 / 3:.3f}" in line
+    server.answer = lambda r: (200, completion("no idea" if prompt(r)[-1] == "0" else "1"))
+    assert check_judge(rows, client(), "k", 5).endswith("more than 5%: no mean is given")
+
+
+def test_a_judge_that_fails_is_found_at_once_or_costs_no_number(runs, call, server, monkeypatch):
+    """A wrong key or rows without ratings before anything is measured; a server that is lost midway
+    after all is kept."""
+    cwd, (_, out) = runs
+    monkeypatch.setattr(evaluate, "sample_rows", lambda model, items, *rest: [
+        ["4<Approve>Mostly."] * 2 for _ in items])
+    (cwd / out / "eval.json").unlink(missing_ok=True)
+    flags = (out, *FAST, "--judge", "j", "--base_url", server.url)
+    server.answer = lambda r: (200, completion("yes"))
+    p = call(evaluate, *flags, "--judge_check", 5, cwd=cwd, check=2)
+    assert "--judge_check is for reviews" in p.stderr and not (cwd / out / "eval.json").exists()
+    server.requests.clear()
+    (cwd / "out/answers.jsonl").unlink()
+    words = {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}
+    for good in (0, 2):
+        server.answer = lambda r: (
+            (200, completion("yes")) if 1 < len(server.requests) <= good else (401, words))
+        p = call(evaluate, *flags, cwd=cwd, check=2)
+        assert "Incorrect API key" in p.stderr and (good or len(server.requests) == 1)
+        assert (cwd / out / "eval.json").exists() == ("JSD" in p.stdout) == bool(good)
+    assert saved(cwd, out)["seen"]["opinion"] and "bpc" not in saved(cwd, out)["seen"]
+
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789",
+         *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"), *"!,.?'中é", "the", "film",
+         "##s", "good", "un", "##good"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A tiny random BERT and its tokenizer in Hugging Face's form."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(VOCAB)), encoding="utf-8")
+    BertWordPieceTokenizer(str(folder / "vocab.txt")).save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=120, hidden_size=32, num_hidden_layers=3,
+                                 num_attention_heads=4, intermediate_size=64,
+                                 max_position_embeddings=256)).eval()
+    for p in model.parameters():                            # no trivial LayerNorm or bias
+        p.data += 0.2 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_the_sentence_encoder_agrees_with_transformers(bert, tmp_path):
+    from tokenizers import Tokenizer
+    folder, theirs = bert
+    rng, alphabet = random.Random(0), (
+        "abz the films ungood 09 ,.!?'\"-_()#@$+<=>^`|~\t\n"
+        "ÉéßİΣ中国カ한ﬁ½–…“”€\u200b\u00ad\x00\ufffd🙂")
+    texts = ["".join(rng.choice(alphabet) for _ in range(rng.randrange(40))) for _ in range(3000)]
+    oracle = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert [t for t in texts if wordpiece(t, vocab, 10 ** 6) != oracle.encode(t).ids] == []
+    texts = [t for t in texts if t.strip()][:7] + ["the film", "a " * 200]
+    for text, vector in zip(texts, encode(texts, str(folder))):
+        with torch.no_grad():
+            mean = theirs(torch.tensor([wordpiece(text, vocab)])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.from_numpy(vector), mean / mean.norm(), rtol=1e-4,
+                                   atol=1e-5)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_act": "relu"}')
+    with pytest.raises(ValueError, match="is not a BERT with exact GELUs"):
+        encode(["x"], str(tmp_path))
+
+
+def test_rs_compares_with_a_response_of_the_announced_belief():
+    rows = ROWS + [ROWS[0] | {"prompt": "And how is it?", "accept_response": "Fine!"}]
+    vectors = {"x": [1, 0], "It is fine.": [0.6, 0.8], "It is poor.": [0, 1], "Fine!": [1, 0]}
+    encode = lambda texts: np.array([vectors[t] for t in texts], float)
+    answers = [[("4", "Good", "x"), ("2", "Bad", "x"), ("4", "Other", "x"), ("4", "Good", "")],
+               [("4", "Good", "x")] * 4]
+    rs = response_similarity(answers, rows, encode)
+    np.testing.assert_allclose(rs, [[0.6, 0, 0, 0], [1, 1, 1, 1]])
+    missing = [ROWS[0] | {"options": ["Good", "Bad", "Rare"]}]
+    assert np.isnan(response_similarity([[("5", "Rare", "x")]], missing, encode)).all()
+
+
+def test_bpc_and_rs_stand_in_the_table_and_in_the_file(runs, call, bert, server):
+    """RS by a local encoder and by an endpoint."""
+    cwd, (_, out) = runs
+    server.answer = lambda r: (200, completion("Yes\nIt does") if "messages" in r.body else {
+        "data": [{"index": i, "embedding": [len(t), 4.0, 0]}
+                 for i, t in enumerate(r.body["input"])]})
+    for model in (bert[0], "api:text-embedding-3-small"):
+        p = call(evaluate, out, *FAST, "--judge", "gpt-4o-mini", "--embeddings", model,
+                 "--base_url", server.url, cwd=cwd)
+        result = saved(cwd, out)
+        assert result["judged"].startswith("gpt-4o-mini: 0 of ") and result["judged"] in p.stdout
+        assert 0 <= result["seen"]["bpc"][0] <= 1 and -1 <= result["seen"]["rs"][0] <= 1
+        assert " BPC" in p.stdout and " RS" in p.stdout
+    assert {"text-embedding-3-small", "gpt-4o-mini"} == {r.body["model"] for r in server.requests}
+
+
+def test_a_chat_model_is_prompted_with_shots_and_measured(runs, call, server, world, tmp_path):
+    call(synth, "icf", "--data", world, "--shots", 2, "--out", tmp_path / "icf", cwd=tmp_path)
+
+    def answer(r):
+        assert prompt(r).startswith("You are a helpful assistant") and prompt(r).endswith("Answer:")
+        assert prompt(r).count("Question: ") == 3 and r.body["max_tokens"] == 64
+        return 200, completion(" 4<Approve>Mostly. Such is life.\n\nQuestion: And then?")
+    server.answer = answer
+    measure = lambda out, folder, *flags, check=0: call(
+        evaluate, out, "--data", folder, *flags, cwd=tmp_path, check=check)
+    p = measure("chat:gpt-4o", tmp_path / "icf", "--base_url", server.url)
+    assert len(server.requests) == 20 and "sampled ↓" in p.stdout and "JSD ↓" not in p.stdout
+    result = saved(tmp_path, "out/icf-chat-gpt-4o")
+    assert result["seen"]["sampled_jsd"] and "jsd" not in result["seen"]
+    p = measure(runs[0] / runs[1][0] / "best", tmp_path / "icf", *FAST)
+    assert "mass ↑" in p.stdout
+    p = measure("chat:gpt-4o", world, "--base_url", server.url, check=2)
+    assert "have no few-shot context: make them with `synth.py icf`" in p.stderr
+
+
+# ---------------------------------------------------------------------------------------------
 # --ask
 
 QUESTION = "How do you rate night buses?"
@@ -306,6 +473,14 @@ def test_a_belief_is_held_and_shares_are_drawn(ask):
     assert firsts(ask(*flags, "--seed", 1)["answers"]) != firsts(drawn)
 
 
+@pytest.mark.parametrize("flags", [
+    *([f"--shares={x}"] for x in ("1", "0,0,0,0,0,x", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5",
+                                  "-1,1,0,0,0,1")),
+    ["--belief", "9<Great>"], ["--group", "Atlantis"]])
+def test_what_does_not_fit_is_one_line(ask, flags):
+    assert len(ask(*flags, check=2).strip().splitlines()) == 1
+
+
 def test_the_dataset_knows_a_question_in_any_wording():
     rows = [{"prompt": prompt, "probabilities": p, "group": group} for prompt, p, group in (
         ("Tell me: How is tea?", [1, 0], ""), ("How is coffee?", [0, 1], "x"),
@@ -323,8 +498,6 @@ def test_it_is_shown_in_80_columns_of_plain_text(runs, call, world):
     assert max(map(len, p.stdout.splitlines())) <= 80 and "\033" not in p.stdout
     assert "█" in p.stdout and p.stdout.count("JSD to the group") == 2
     assert p.stdout.count("the group  ") == 6 and p.stdout.count(outs[0][4:]) == 6 + 1
-    p = cli("evaluate.py", outs[0], "--ask", question, cwd=cwd, PYTHONIOENCODING="ascii")
-    assert p.stdout.isascii() and "#" in p.stdout
 
 
 def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, call, monkeypatch):
@@ -336,14 +509,3 @@ def test_questions_come_from_standard_input_and_checkpoints_need_no_data(runs, c
     assert [x["question"] for x in found] == ["How is tea?", "How is rum?"]
     one, other = found[0]["models"].values()
     assert one == other and one["classes"] == list("012345") and one["group_shares"] is None
-
-
-@pytest.mark.parametrize("flags, message", [
-    *[([f"--shares={x}"], f"--shares {x} must be 6 numbers that sum to 1") for x in (
-        "1", "0,0,0,0,0,x", "0,0,0,0,0.5,0.6", "nan,0,0,0,0.5,0.5", "-1,1,0,0,0,1")],
-    (["--belief", "9<Great>"], "--belief '9<Great>' must be one of the classes 0, 1, 2, 3, 4, 5"),
-    (["--belief", "4<Good>yes"], "must be one of the classes"),
-    (["--group", "Atlantis"], "--group must be one that")])
-def test_what_does_not_fit_is_one_line(ask, flags, message):
-    err = ask(*flags, check=2)
-    assert message in err and len(err.strip().splitlines()) == 1
