@@ -580,8 +580,11 @@ def opinion_of(question, r, o):
     if o.belief:                       # a class (for its likeliest belief), or class and belief
         starts = [o.belief] * o.samples
     elif o.shares:
-        shares, rng = np.array(o.shares.split(","), float), np.random.default_rng(o.seed)
-        starts = sorted(rng.choice(classes, len(starts), p=shares).tolist())
+        p, rng = np.array(o.shares.split(","), float), np.random.default_rng(o.seed)
+        if len(p) != len(classes) or not abs(p.sum() - 1) < 0.01:
+            raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, "
+                             f"for the classes {', '.join(classes)}")
+        starts = sorted(rng.choice(classes, len(starts), p=p / p.sum()).tolist())
     starts = [beliefs.get(x, x) for x in starts]
     shares, group = logps.softmax(-1).tolist(), group_shares(question, r.rows, o.group)
     return {"classes": classes, "beliefs": texts, "shares": shares, "group_shares": group,
@@ -660,6 +663,8 @@ def main():
             ((o.judge or o.embeddings) and not o.samples, "--judge, --embeddings need --samples"),
             (o.judge_check and not o.judge, "--judge_check needs a --judge"),
             (o.against and o.against not in outs, f"--against {o.against} is not one of the runs"),
+            ("" in map(str.strip, o.ask or ()), "--ask: a question is empty"),
+            (o.belief and o.shares, "--belief fixes the belief, --shares draws it: give one"),
             ((o.belief or o.shares or o.group or o.json) and not o.ask,
              "--belief, --shares, --group and --json need --ask")):
         if wrong:

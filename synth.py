@@ -40,7 +40,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from data import (FIELDS, FORM, SPLITS, TEXTS, TRIES, Parser, Refused, TryAgain, add_flags,
-                  check_address, hub_file, hub_headers, key_from, load_dataset, normal, problem_of,
+                  check_address, check_row, hub_file, hub_headers, key_from, load_dataset, normal,
                   progress, prompt_text, question_of, read_json, read_text, request, run, write)
 
 CLASSES = ["0", "1", "2", "3", "4", "5"]  # Appendix B: 1 (least) to 5 (most agreement); 0 off scale
@@ -270,11 +270,13 @@ class Reply(NamedTuple):
 HARMLESS = "Reply with yes."
 OF_PROMPT = (400, 403, 413, 422, 451)  # statuses that may be about one prompt: flagged or too long
 # How servers name a parameter that they do not take, if not as we do.
-NAMES = {"response_format": "response_format|schema|structured|grammar|json.?mode|guided"}
-# Finish reasons that mean refused, failed and cut off. The rest are good endings.
-REFUSED = re.compile("filter|safety|refus|recitation|sensitive|prohibit|blocklist|spii|guardrail")
-FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|malformed|interrupt|other")
-CUT = re.compile("length|max.*token|context|incomplete")
+ALIASES = {"response_format": "response_format|schema|structured|grammar|json.?mode|guided"}
+# What finish reasons say if an answer was refused, failed or cut off. The rest are good endings.
+REFUSED = re.compile("filter|flagged|content.?policy|moderat|safety|unsafe|refus|recitation|violat|"
+                     "inappropriate|harmful|sensitive|prohibit|block|spii|guardrail")
+FAILED = re.compile("error|abort|cancel|fail|tool|function|timeout|insufficient|malformed|overload|"
+                    "interrupt|exception|unavail|other|unknown|preempt|kill|disconnect|reject")
+CUT = re.compile("length|max.*token|context|incomplete|time_limit")
 # Thinking runs to its last closing tag, or to the end of the text if it is never closed.
 TAG = r"(\w+:)?(think|thinking|thought|reasoning|scratchpad)\s*>"
 OPENED = rf"<{TAG}|\[THINK\]|<\|channel\|>analysis"
@@ -395,9 +397,11 @@ class Client:
         try:
             return get(fit)
         except Refused as e:
-            named = [k for k in fit if k not in ("model", "messages", "input")
-                     and re.search(NAMES.get(k, rf"\b{k}\b"), e.words, re.I)]
-            if not named and e.status in OF_PROMPT and "messages" in body:
+            if "messages" not in body:                 # not a chat
+                raise
+            named = [k for k in fit if k not in ("model", "messages")
+                     and re.search(ALIASES.get(k, rf"\b{k}\b"), e.words, re.I)]
+            if not named and e.status in OF_PROMPT:
                 return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
             if not named:
                 raise
@@ -445,7 +449,8 @@ def read_json_answer(response, field):
 def tokens_of(answer):
     """[tokens in, tokens out] of an answer; 0 where the server does not count them."""
     usage = answer.get("usage") or {}
-    return [int(usage.get(f"{k}_tokens") or 0) for k in ("prompt", "completion")]
+    counts = [usage.get(f"{k}_tokens") for k in ("prompt", "completion")]
+    return [int(n) if isinstance(n, (int, float)) and n == n else 0 for n in counts]
 
 
 def read_chat(response):
@@ -456,7 +461,8 @@ def read_chat(response):
     ended = str(choice.get("finish_reason") or "stop").lower()
     error = answer.get("error") or choice.get("error")         # despite the status 200
     code = error.get("code") if isinstance(error, dict) else None
-    if (error or FAILED.search(ended)) and code not in OF_PROMPT:
+    flagged = code in OF_PROMPT or REFUSED.search(str(error or "").lower())
+    if (error or FAILED.search(ended)) and not flagged:
         tries = 2 if error and not code else TRIES     # a mere text will hardly change
         raise TryAgain(f"the answer ended with {error or ended}"[:300], tries)
     text = message.get("content") or ""
@@ -468,7 +474,8 @@ def read_chat(response):
     if text and not error and not REFUSED.search(ended):
         return Reply(text, "length" if CUT.search(ended) else "stop"), tokens_of(answer)
     hint = " (raise --max_tokens: a model that thinks needs more)" if CUT.search(ended) else ""
-    words = f"no content, finish_reason {ended}{hint}: {error or message or answer}"
+    said = message.get("refusal") or error or message or answer
+    words = f"no content, finish_reason {ended}{hint}: {said}"
     return Reply(words[:500], "refused"), tokens_of(answer)
 
 
@@ -706,6 +713,8 @@ def opinions(o, flags):
     client, problems, most = Client(flags, f"{o.out}.answers.jsonl"), [], o.max_questions or None
     belief_map = read_json(o.map) if o.map else {}             # {option: class}
     belief_map = belief_map.get("belief_to_class", belief_map)
+    if {*map(str, belief_map.values())} - {*CLASSES}:
+        raise ValueError(f"{o.map} must map options to the classes {', '.join(CLASSES)}")
     table = read_opinions(o.csv or hub_file("datasets/Anthropic/llm_global_opinions",
                                             "data/global_opinions.csv"))
     groups = {country: table[country] for country in names_in(o.country, table)}
@@ -757,7 +766,7 @@ def published(o):
         for n, record in enumerate(hub_rows(ask, name, client.cache)):
             try:
                 rows.append(published_row(record, group))
-            except (KeyError, ValueError) as e:
+            except (KeyError, TypeError, ValueError) as e:
                 problems.append({"problem": "a row with an empty or odd cell",
                                  "text": f"{name}, row {n}: {e!r}"})
         counts.update((row.get(f"{side}_choice"), row[f"{side}_choice_id"])
@@ -794,9 +803,9 @@ def published_row(record, group):
     row["probabilities"] = literal(row["probabilities"], list)
     question = repr((row["options"], row["probabilities"])).encode()
     row.setdefault("question_id", hashlib.sha256(question).hexdigest()[:12])
-    problem = problem_of(row, STARS if len(row["probabilities"]) == 5 else CLASSES)
-    if problem or record.get("truncated_cells"):
-        raise ValueError(problem or "its long cells are cut off")
+    check_row(row, STARS if len(row["probabilities"]) == 5 else CLASSES)
+    if record.get("truncated_cells"):
+        raise ValueError("its long cells are cut off")
     return row
 
 
@@ -828,11 +837,12 @@ codecs.register_error("cp1252", lambda e: (
     e.object[e.start:e.end].decode("cp1252", "replace"), e.end))
 
 
-def records_in(path):
-    """Yield the records of a file, plain or .gz, in UTF-8 or else cp1252: JSON lines as text, and
-    as a dict SNAP's lines of one field each (`product/productId: B00...`) up to an empty line."""
+def records_in(path, errors="strict"):
+    """Yield the records of a file, plain or .gz: JSON lines as text, and as a dict SNAP's lines of
+    one field each (`product/productId: B00...`) up to an empty line. errors: for bytes that are
+    not UTF-8, "cp1252" to decode them as that."""
     open_it, record = gzip.open if str(path).endswith(".gz") else open, {}
-    lines = open_it(path, "rt", encoding="utf-8-sig", errors="cp1252", newline="\n")
+    lines = open_it(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n")
     try:
         for line in chain(map(str.strip, lines), [""]):
             if line and not line.startswith("{"):
@@ -841,8 +851,9 @@ def records_in(path):
             elif line or record:
                 yield line or record
                 record = {}
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise ValueError(f"{path} is damaged ({e}): fetch it again") from None
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is not UTF-8 text, or damaged ({e}): save it with that encoding, "
+                         "or fetch it again") from None
 
 
 def review_of(record):
@@ -860,7 +871,7 @@ def collect_reviews(o, titles):
     """Read the file once -> {title: [a row's side, ...]}. The text is None if its length is not
     wanted: the rating counts."""
     sides, seen, skipped = defaultdict(list), set(), Counter()
-    for record in progress(records_in(o.reviews), desc="reviews", unit="review"):
+    for record in progress(records_in(o.reviews, "cp1252"), desc="reviews", unit="review"):
         try:
             review = review_of(record)
         except (KeyError, TypeError, ValueError):
@@ -880,7 +891,7 @@ def collect_reviews(o, titles):
     print("reviews left out: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items() if n),
           file=sys.stderr)
     if not sides:
-        first = str(next(records_in(o.reviews), ""))
+        first = str(next(records_in(o.reviews, "cp1252"), ""))
         raise ValueError(f"{o.reviews} has no review (in SNAP's form or as JSON lines) of any "
                          f"product in {o.titles}. It begins with {first[:200]!r}")
     return sides
@@ -928,9 +939,9 @@ def reviews(o):
     prompts = {title: f"{title}." for title in usable}
     if o.metadata == "omdb":
         named = re.compile(r"(?P<t>.*?)(?: \((?P<y>\d{4})\))?")
+        queries = [named.fullmatch(t).groupdict() | {"plot": "short", "r": "json"} for t in usable]
         answers = Client(Chat(concurrency=4), f"{o.out}.omdb.jsonl").ask(
-            "GET", o.omdb, [named.fullmatch(t).groupdict() | {"plot": "short"} for t in usable],
-            read_omdb, "OMDb", params={"apikey": key_from("OMDB_API_KEY")})
+            "GET", o.omdb, queries, read_omdb, "OMDb", params={"apikey": key_from("OMDB_API_KEY")})
         prompts = {title: prompt for title, prompt in zip(usable, answers) if prompt}
     problems = [{"problem": "a title without metadata or two ratings, or beyond --max_titles",
                  "text": t} for t in sides if t not in prompts]

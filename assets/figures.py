@@ -107,6 +107,8 @@ def main():
             methods.setdefault(SEED.sub("", out.name), []).append(found)
         except (OSError, ValueError, LookupError) as e:
             print(f"left out, not a finished run: {out} ({type(e).__name__}: {e})", file=sys.stderr)
+    if not methods:
+        raise ValueError("none of these folders holds a finished run")
     tuned = {m: runs for m, runs in methods.items() if runs[0].tuned}
     curves = {"from the SFT checkpoint": tuned,
               "SFT": {m: runs for m, runs in methods.items() if m not in tuned}}
@@ -120,13 +122,14 @@ def main():
             ("margins", draw_margins, tuned, 3.6, 2.8),
             ("bars", draw_bars, {k: values[k] for k in BARS if k in values}, 3.4, 3.2),
             ("jsd", draw_jsd, {k: v for k, v in curves.items() if v}, 5.5, 4.5)):
+        if not panels:
+            continue
         columns, rows = min(3, len(panels)), -(-len(panels) // 3)
         figure = pyplot.figure(figsize=(width * columns, height * rows), layout="constrained")
         for n, panel in enumerate(panels.items(), 1):
             shared = figure.axes[0] if name == "margins" and figure.axes else None
             draw(figure.add_subplot(rows, columns, n, sharey=shared), *panel)
-        if panels:
-            figure.savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(o.to / f"{name}.png", dpi=150, bbox_inches="tight")
     (o.to / "tables.md").write_text(tables(methods, values), encoding="utf-8")
     print(f"{o.to}: " + ", ".join(sorted(x.name for x in o.to.iterdir())))
 

@@ -226,6 +226,8 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(runs, tmp_path):
     (["x", "--against", "y"], "--against y is not one of the runs"),
     (["x", "--judge_check", "5"], "--judge_check needs a --judge"),
     (["x", "--belief", "4"], "--belief, --shares, --group and --json need --ask"),
+    (["x", "--ask", " "], "--ask: a question is empty"),
+    (["x", "--ask", "Why?", "--belief", "4", "--shares", "1,0"], "--shares draws it: give one"),
     (["chat:gpt-4o", "--ask", "Why?"], "no folder chat:gpt-4o")])
 def test_bad_input_is_one_line_and_exit_2(args, message, call, tmp_path):
     err = call(evaluate, *args, cwd=tmp_path, check=2).stderr

@@ -280,7 +280,8 @@ def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
     ("/splits", {"error": "busy"}, "busy"), ("/splits", {"splits": []}, "no split eval"),
     ("/splits", [], "unreadable answer"),
     ("/rows", {"rows": [], "num_rows_total": 5}, "0 of 5 rows of train came"),
-    ("options", "Good|Bad", "not a list: 'Good|Bad'"), ("probabilities", [0.5, 0.5], "2 entries")])
+    ("options", "Good|Bad", "not a list: 'Good|Bad'"),
+    ("probabilities", [0.5, 0.5], "a share for each of")])
 def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message):
     rows, good = published_rows(3, **{path: answer}), hub.answer
     hub.rows = {"train": rows, "dev": rows, "test": rows}
@@ -346,7 +347,8 @@ def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(tmp_path, reviews,
                 for side in ("accept", "reject")} == {("5", "Good film &"), ("2", "Bad, bad fi")}
     train = {r[f"{s}_response"] for r in rows["train"] for s in ("accept", "reject")}
     assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
-    assert {"t": "The Ring", "y": "2002", "plot": "short", "apikey": "omdb-secret"} in [
+    query = {"t": "The Ring", "y": "2002", "plot": "short", "r": "json"}
+    assert query | {"apikey": "omdb-secret"} in [
         r.query for r in server.requests]
     assert "secret" not in (tmp_path / "d.omdb.jsonl").read_text() + err
     assert reviews(*flags)[2] == rows
@@ -407,7 +409,8 @@ review/text: Amélie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="
 on the next 3 < 4 “” [[VIDEOID:f6a7]] [[ASIN:B00 The Film]]\r
 \r
 {'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s "o"'}""".encode(encoding))   # 2014's set
-    assert [synth.review_of(record) for record in synth.records_in(tmp_path / "r.txt")] == [
+    assert [synth.review_of(record) for record in synth.records_in(
+            tmp_path / "r.txt", "cp1252")] == [
         {"product": "P1", "rating": "5", "text": 'Amélie is "good" and so on the next 3 < 4 “”'},
         {"product": "P1", "rating": "4", "text": "it's \"o\""}]
 
@@ -531,7 +534,8 @@ def test_pairs_of_any_form_are_read_and_others_left_out(row, tmp_path, capsys):
 
 def test_half_a_download_is_one_line(llm, pairs):
     pairs.write_bytes(pairs.read_bytes()[:400])
-    assert "hh.jsonl.gz is damaged" in llm.make("mine", "--pairs", pairs, check=2)
+    assert "hh.jsonl.gz is not UTF-8 text, or damaged" in llm.make(
+        "mine", "--pairs", pairs, check=2)
 
 
 @real_data

@@ -265,7 +265,7 @@ def test_a_run_goes_on_only_with_its_own_flags_rows_and_state_and_is_never_lost_
         path.write_text(text)
         refused(call, message, *more, cwd=tmp_path)
     for name, message in (("state.pt", "damaged or of another version"),
-                          ("config.json", "not JSON")):
+                          ("config.json", "not a JSON object")):
         whole = (out / name).read_bytes()
         (out / name).write_bytes(b"{")
         refused(call, f"o/{name} is {message}", *again, cwd=tmp_path)
