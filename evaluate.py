@@ -341,7 +341,10 @@ def read_run(out, o):
     if o.ask and (folder / "../metrics.jsonl").is_file():      # OUT/best
         folder, weights = folder.parent, folder
     if (folder / "metrics.jsonl").is_file():
-        first = json.loads(read_text(folder / "metrics.jsonl").split("\n")[0])
+        try:
+            first = dict(json.loads(read_text(folder / "metrics.jsonl").split("\n")[0]))
+        except (ValueError, TypeError):
+            raise ValueError("its metrics.jsonl is empty or damaged: --resume mends it") from None
         vars(r).update(read_json(folder / "config.json"), folder=folder, weights=weights,
                        began=first.get("init"))        # the reference's fingerprint
     elif not (o.data or o.ask):
@@ -515,9 +518,10 @@ def print_report(results):
         results[name] for name in names] for method, names in methods.items()}
     width = min(30, max(map(len, methods)))
     per_block = (100 - width) // 14                    # each column takes 14 characters
-    for part in dict.fromkeys(part for r in results.values() for part in r):
+    for part in dict.fromkeys(part for rs in methods.values() for part in rs[0]):
         runs = {name: rs for name, rs in methods.items() if part in rs[0]}
-        columns = [k for k in METRICS if any(r[part].get(k) for rs in runs.values() for r in rs)]
+        every = [r.get(part, {}) for rs in runs.values() for r in rs]
+        columns = [k for k in METRICS if any(values.get(k) for values in every)]
         shown |= dict.fromkeys(columns)
         first = next(iter(runs.values()))[0][part]     # the worst group has no rows of its own
         size = f": {first['rows']} rows, {first['questions']} questions" if "rows" in first else ""
@@ -541,8 +545,9 @@ def ask(outs, o):
     """Ask each model the questions; print bars and answers, or JSON."""
     runs = {out: read_run(out, o) for out in outs}     # a bare checkpoint counts as an opinion run
     for out, r in runs.items():
-        if o.belief and not o.belief.startswith(tuple(r.meta["classes"])):
-            raise ValueError(f"--belief must begin with a class: {', '.join(r.meta['classes'])}")
+        if o.belief and not re.fullmatch(f"({either(r.meta['classes'])})(<.+>)?", o.belief):
+            raise ValueError(f"--belief must be a class, alone or as in \"4<Yes>\", of "
+                             f"{', '.join(r.meta['classes'])}")
         r.rows = sum(r.splits.values(), [])
         groups = {row["group"] for row in r.rows if row.get("group")}
         if (o.group or "{group}" in r.meta["form"]) and o.group not in groups:
@@ -623,13 +628,14 @@ def print_opinions(question, found):
             print(textwrap.fill("  " + clean(" ".join(answer)), 80, subsequent_indent=" " * 6))
 
 
-def check_servers(out, o, client, device):
+def check_servers(outs, o, client, device):
     """Check that the judge and the encoder work before hours of other work."""
     if o.judge:
         chat(client, [HARMLESS], "checking the server", llm=o.judge, max_tokens=64)
     if o.embeddings:
         encode(["test"], o.embeddings, client, device)
     if o.judge_check:
+        out = next((x for x in outs if Path(x, "metrics.jsonl").is_file()), outs[0])
         print(check_judge(read_run(out, o).splits[o.split], client, o.judge, o.judge_check))
 
 
@@ -638,25 +644,26 @@ def finish(runs, o, client, device):
     mean = lambda values: np.ma.masked_invalid(values).mean(-1).filled(np.nan)    # (B, k) -> (B,)
     vectors = lambda texts: encode(texts, o.embeddings, client, device)           # (N, C)
     try:
-        for out, r in runs.items():
+        for r in runs.values():
             if o.embeddings and all(row.get("accept_choice") for row in r.rows):
                 r.metrics["rs"] = mean(response_similarity(r.answers, r.rows, vectors))
                 save(r)
-            if o.judge:
-                bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
-                r.metrics["bpc"], r.about["judged"] = mean(bpc), line
-                print(f"{out}: BPC by {line}")
-                save(r)
+        for out, r in runs.items() if o.judge else ():
+            bpc, line = belief_preference_consistency(r.answers, r.rows, client, o.judge)
+            r.metrics["bpc"], r.about["judged"] = mean(bpc), line
+            print(f"{out}: BPC by {line}")
+            save(r)
     finally:
         print_report({out: summary(r, runs.get(o.against), o.against) for out, r in runs.items()})
 
 
 def main():
     given = vars(flags().parse_args())
-    outs = [out.rstrip("/") for out in given.pop("OUT") if not Path(out).is_file()]  # e.g. in out/*
+    outs = [x if x.startswith("chat:") else str(Path(x)) for x in given.pop("OUT")]
+    outs = list(dict.fromkeys(x for x in outs if not Path(x).is_file()))     # e.g. in out/*
     server = Chat(**{k: given.pop(k) for k in SERVER})
     o, runs = Config(**given), {}
-    o.against = o.against.rstrip("/")
+    o.against = o.against and str(Path(o.against))
     o.samples = (1 if o.ask else 8) if o.samples is None else o.samples
     for wrong, words in (
             (not outs, "OUT must name folders or a model such as chat:gpt-4o"),
@@ -673,7 +680,7 @@ def main():
         return ask(outs, o)
     device = setup(device_of(o.device))
     client = Client(server, Path(outs[0]).parent / "answers.jsonl")
-    on_first_rank(lambda: check_servers(outs[0], o, client, device))
+    on_first_rank(lambda: check_servers(outs, o, client, device))
     for out in outs:
         try:
             runs[out] = measure(out, o, client, device)

@@ -19,7 +19,7 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -194,11 +194,10 @@ def lr_at(o, step, total):
 def train(o, wait=0):
     """Train from the first or the last saved step to the end, and return the Run. wait: how many
     seconds to wait if another process is using OUT."""
-    device = setup(o.device)
-    with lock(Path(o.out), wait):
-        resuming = on_first_rank(lambda: can_resume(o))
-        r = Run(o, device)
-        if resuming:
+    can_resume(o)                      # if OUT is in use, say so before minutes of other work
+    r = Run(o)
+    with lock(r.out, wait):
+        if on_first_rank(lambda: can_resume(o)):
             r.load_state()
         else:
             r.begin()
@@ -393,18 +392,19 @@ def lock(folder, wait=0):
     sqlite's file lock does that on every platform. wait: seconds before giving up."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock" if rank_and_size()[0] == 0 else ":memory:"     # rank 0 holds it for all
-    try:
-        connection = sqlite3.connect(file, timeout=wait)
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as e:
-        raise ValueError(f"another process is using {folder}, or it is not writable ({e}): wait, "
-                         "or set another --out") from None
-    try:
+    give_up = time.time() + wait
+    while True:                        # sqlite's own waiting would ignore Ctrl-C
+        try:
+            connection = sqlite3.connect(file, timeout=0)
+            connection.execute("BEGIN EXCLUSIVE")
+            break
+        except sqlite3.OperationalError as e:
+            if time.time() >= give_up:
+                raise ValueError(f"another process is using {folder}, or it is not writable ({e}): "
+                                 "wait, or set another --out") from None
+            time.sleep(1)
+    with closing(connection):
         yield
-    finally:
-        connection.close()
-        if [*folder.iterdir()] == [file]:              # a start that failed leaves no folder
-            shutil.rmtree(folder)
 
 
 @contextmanager
@@ -461,8 +461,9 @@ class Run:
     """All that the loop works on. state.pt holds STATE, the model and the optimizer."""
     STATE = ("ref", "step", "best", "sums", "rows", "lines")
 
-    def __init__(self, o, device):
+    def __init__(self, o):
         self.o, self.out, self.loss = o, Path(o.out), LOSSES[o.loss]
+        device = setup(o.device)
         if "data/toy" in o.data.split(","):            # the shipped world, made if it is missing
             make_toy()
         meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
@@ -549,8 +550,14 @@ class Run:
 
 def can_resume(o):
     """True if OUT holds a state to resume, False if it holds no run: one that ended before its
-    first state leaves config.json at most. ValueError if a new run would destroy what it holds."""
-    held = {path.name for path in Path(o.out).glob("[!.]*")} - {"config.json", "state.pt.tmp"}
+    first state leaves config.json at most. ValueError if a new run would destroy what it holds, or
+    could not write there."""
+    out = Path(o.out).absolute()
+    folder = next(path for path in (out, *out.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {o.out}: {folder} is not a folder that can be written to")
+    held = {path.name for path in out.glob("[!.]*")
+            if not path.name.startswith(("config.json", "state.pt.tmp"))}
     if o.resume and "state.pt" in held:
         return True
     if held and not o.overwrite:

@@ -32,11 +32,13 @@ def read_run(out):
     config, result = json.loads(text["config.json"]), json.loads(text.get("eval.json", "{}"))
     log, rows = ([json.loads(x) for x in text.get(name, "").splitlines()]
                  for name in ("metrics.jsonl", "samples.jsonl"))
+    evals = {x["step"] * config["batch_size"]: x["eval"] for x in log if "eval" in x}
+    if len(evals) < 2:
+        raise ValueError("fewer than two evaluations")
     return SimpleNamespace(
         loss=config["loss"], tuned="joint_majority" in log[0]["eval"],
-        reference=result.get("reference_jsd"),
+        reference=result.get("reference_jsd"), evals=evals,
         measured=result.get("unseen") or result.get("seen"),
-        evals={x["step"] * config["batch_size"]: x["eval"] for x in log if "eval" in x},
         answers={x["prompt"]: x["answers"][0] for x in rows[::max(1, len(rows) // 3)][:3]})
 
 
