@@ -16,24 +16,17 @@ import data
 import synth
 
 FINE = (200, completion("fine"))
+question = lambda r: r.body["messages"][0]["content"]
+ask = lambda client, *prompts: [text for text, _ in synth.chat(client, prompts, "asking")]
 
 
 @pytest.fixture
 def client(server, tmp_path, monkeypatch):
     """client(**flags): a Client of the local server, impatient, and one request at a time."""
-    monkeypatch.setattr(data, "PAUSE", 0.001)
     monkeypatch.setenv("API_KEY", "sk-very-secret")
     server.answer = lambda r: (200, completion("said " + question(r)))
     usual = {"base_url": server.url + "/v1", "timeout": 0.5, "concurrency": 1}
     return lambda **flags: synth.Client(synth.Chat(**usual | flags), tmp_path / "c/answers.jsonl")
-
-
-def question(r):
-    return r.body["messages"][0]["content"]
-
-
-def ask(client, *prompts):
-    return [text for text, _ in synth.chat(client, prompts, "asking")]
 
 
 def fails(client, words, *prompts):
@@ -168,29 +161,23 @@ FINAL = [(401, "wrong key"), (404, "no page"), (501, "no"), (429, {"code": "insu
 @pytest.mark.parametrize("bad, times", [(x, n) for n, answers in (
     (8, PASSING), (2, TWICE), (1, FINAL)) for x in answers], ids=lambda x: str(x)[:50])
 def test_what_may_pass_is_asked_again_and_the_rest_ends_the_run(client, server, bad, times):
-    asked, broken = Counter(), {"bad": 99, "twice": times // 3}
-
-    def answer(r):
-        asked[question(r)] += 1
-        return bad if asked[question(r)] <= broken.get(question(r), 0) else FINE
-    server.answer = answer
+    asked = lambda: Counter(map(question, server.requests))
+    broken = {"bad": 99, "twice": times // 3}
+    server.answer = lambda r: bad if asked()[question(r)] <= broken.get(question(r), 0) else FINE
     fails(client(), "the answers so far are kept", "a", "twice", "bad", "d")
-    assert asked == {"a": 1, "twice": times // 3 + 1, "bad": times}     # and nothing after it
+    assert asked() == {"a": 1, "twice": times // 3 + 1, "bad": times}     # and nothing after it
     assert len(client().answers) == 2
 
 
-def test_the_wait_that_a_server_names_is_read():
+def test_a_busy_server_names_a_wait_and_a_slow_or_absent_one_is_tried_less_often(
+        client, server, monkeypatch):
     for headers, seconds in (({"Retry-After": "7"}, 7), ({"Retry-After": "99999"}, 600),
                              ({"ratelimit": '"api";r=0;t=40'}, 40), ({}, 0)):
         assert data.wait_of(SimpleNamespace(headers=headers)) == seconds
-
-
-def test_a_server_that_is_slow_or_out_of_reach_is_tried_less_often_unless_it_had_answered(
-        client, server, monkeypatch):
     server.answer, away = lambda r: time.sleep(0.3) or FINE, client(base_url="http://127.0.0.1:9")
     fails(client(timeout=0.1), "--timeout.*--concurrency, --styles.*--max_tokens.*3 times", "a")
     fails(away, "is the address right.*4 times", "a")
-    monkeypatch.setattr(data, "ANSWERED", {"127.0.0.1:9"})
+    monkeypatch.setattr(data, "ANSWERED", {"127.0.0.1:9"})  # not so if it had answered
     fails(away, "8 times", "a")
 
 
@@ -222,8 +209,7 @@ def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, ans
     *[(200, completion("a", x), "finish_reason " + x.lower()) for x in (
         "content_filter", "SAFETY", "refusal", "RECITATION")],
     (200, completion("<think>hm", "length"), "finish_reason length .raise --max_tokens")], ids=str)
-def test_a_refused_prompt_is_reported_and_asked_again_by_the_next_run(
-        client, server, capsys, status, answer, words):
+def test_a_refused_prompt_is_named_and_asked_again(client, server, capsys, status, answer, words):
     server.answer = lambda r: (status, answer) if question(r) == "bad" else FINE
     for _ in range(2):
         a, bad, b = synth.chat(client(), ["a", "bad", "b"], "asking")
@@ -258,8 +244,7 @@ def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsy
     c = client(extra='{"top_p": 0.5}', temperature=0.7, max_tokens=9)
     synth.chat(c, ["a", "b"], "asking", schema={"type": "object"})
     assert server.requests[-1].body == {"model": c.o.llm, "max_completion_tokens": 9,
-                                        "messages": [{"role": "user", "content": "b"}],
-                                        "temperature": 0.7}
+        "temperature": 0.7, "messages": [{"role": "user", "content": "b"}]}
     assert len(server.requests) == 3 + 2 and capsys.readouterr().err.count("left out") == 3
 
 

@@ -17,11 +17,9 @@ from data import SPLITS, encode_rows, load_dataset, prompt_text
 
 
 @pytest.fixture
-def make(call, monkeypatch, tmp_path):
+def make(call, tmp_path):
     """make(command, *flags) writes tmp_path/d anew -> (what it said, meta, {split: rows}); with
     check=2 it fails, and only what it said comes back."""
-    monkeypatch.setattr(data, "PAUSE", 0.001)
-
     def make(*flags, check=0):
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
         err = call(synth, *flags, "--out", "d/", cwd=tmp_path, check=check).stderr
@@ -32,36 +30,35 @@ def make(call, monkeypatch, tmp_path):
 @pytest.fixture
 def llm(server, make):
     """Writes as Appendix A asks, gives classes, and mines two principles, told by a word of the
-    prompt. .spoil(reply, prompt) -> another reply, or (status, answer). .make runs a command."""
-    server.spoil = lambda reply, prompt: reply
+    prompt. .spoil: {pattern of prompts: another reply, or (status, answer)}. .make: a command."""
+    server.spoil = {}
     server.make = lambda *flags, **kw: make(*flags, "--base_url", server.url, **kw)
 
     def reply(prompt):
         if "Choices:" in prompt:
-            n = int(re.search(r"generate (\d+) different", prompt)[1])
-            options = json.loads(re.search(r"Choices: (.*)", prompt)[1])
-            asked, number = re.search(r"Question: (.*)", prompt)[1], len(server.requests)
-            return "\n".join(f"Style {i}: Style\nQ: {asked} ({number}.{i})\n" + "".join(
-                f"A{k}: [{o}] In {number}.{i} I say: {o}.\n" for k, o in enumerate(options, 1))
-                for i in range(1, n + 1))
+            n, asked, options = re.search(r"generate (\d+) different.*Question: (.*?)\n"
+                                          r"Choices: (.*?)\n", prompt, re.S).groups()
+            dialogue = f"Style 1: Style\nQ: {asked} (@)\n" + "".join(
+                f"A{k}: [{o}] In @ I say: {o}.\n" for k, o in enumerate(json.loads(options), 1))
+            return "\n".join(dialogue.replace("@", f"{len(server.requests)}.{i}")
+                             for i in range(int(n)))
         if option := re.search("Option: (.*)", prompt):
             return {"Maybe": "The class is 3.", "Yes": '{"answer": "4"}'}.get(option[1], "2")
         if "State the one" in prompt:
-            principle = "Do not harm." if "hurt" in prompt else "Be brief."
-            return principle + str(prompt.count("x") % 2)
+            return f'{"Do not harm" if "hurt" in prompt else "Be brief"}.{prompt.count("x") % 2}'
         if "Group the numbered" in prompt:
             listed = re.findall(r"^(\d+)\. (.*)$", prompt, re.M)
             return "\n".join(f"- {k} :: " + ", ".join(n for n, s in listed if s[:5] == k[:5])
                              for k in ("Do not harm", "Be brief"))
         sides = re.search(r"Answer 1: (.*?)\n\nAnswer 2: (.*?)\n\nDoes", prompt, re.S).groups()
-        return "\n".join(f"{n}: " + (
-            "agree" if "good" in side else "neutral" if "so" in side else "disagree")
-            for n, side in enumerate(sides, 1))
+        return "1: {}\n2: {}".format(*(
+            "agree" if "good" in x else "neutral" if "so" in x else "disagree" for x in sides))
 
     def answer(r):
         prompt = r.body["messages"][0]["content"]
-        spoiled = server.spoil(reply(prompt), prompt)
-        return spoiled if isinstance(spoiled, tuple) else (200, completion(spoiled))
+        found = [new for words, new in server.spoil.items() if re.search(words, prompt, re.S)]
+        said = found[0] if found else reply(prompt)
+        return said if isinstance(said, tuple) else (200, completion(said))
     server.answer = answer
     return server
 
@@ -73,7 +70,6 @@ def save(path, *records):
 
 
 # --- The LLM as writer -----------------------------------------------------------------------
-
 REPLY = """Here are two styles:
 
 Style 1: Casual and Friendly
@@ -132,14 +128,20 @@ def test_a_broken_style_is_listed_and_takes_no_other_with_it(ended, reply):
             [("a?", ["y", "n"])], [problem])
 
 
-@pytest.mark.parametrize("label, texts", [
-    ("3", ["The rating is 3.", "3 out of 5", "3.0", "**3**", "The predicted rating is: **3**", "[3",
-           '{"rating": 3}', " 3.\n", "Answer: 3", '{\n\n"answer"\n\n:\n"3"}']),
-    (None, ["1. The film is dull", "1: France", "4 or 5", "2/3", "10", "-3", "", "{}", "agree",
-            "1\n2", '{"a": 1, "b": 2}'])])
-def test_one_of_a_few_labels_is_read_and_never_guessed(label, texts):
-    assert [synth.read_label(t, ["1", "2", "3", "4", "5"]) for t in texts] == [label] * len(texts)
-    assert synth.read_label("answer: yes", ["Yes", "No"]) == "Yes"
+@pytest.mark.parametrize("labels, found, texts", [
+    ("12345", "3", [
+        "The rating is 3.", "3 out of 5", "3.0", "**3**", "The predicted rating is: **3**", "[3",
+        '{"rating": 3}', " 3.\n", "Answer: 3", '{\n\n"answer"\n\n:\n"3"}']),
+    ("12345", None, ["1. The film is dull", "1: France", "4 or 5", "2/3", "10", "-3", "", "{}",
+                     "agree", "1\n2", '{"a": 1, "b": 2}']),
+    (["Yes", "No"], "Yes", ["answer: yes"]), ("stances", ["3", "1"], ["1: agree\n2: disagree"]),
+    ("stances", ["3", "2"], ["Answer 1: **Agrees**.\n2. Neutral",
+                             '{"answer_1": "agree", "answer_2": "neutral"}']),
+    ("stances", None, ["1: agree or disagree\n2: disagree", "1: agree", '{"answer_1": "agree"}',
+                       '{"answer_1": "agree", "answer_2": "maybe"}'])])
+def test_labels_and_stances_are_read_and_never_guessed(labels, found, texts):
+    read = synth.parse_stances if labels == "stances" else partial(synth.read_label, labels=labels)
+    assert [read(text) for text in texts] == [found] * len(texts)
 
 
 def test_an_llm_writes_the_dialogues(table, llm):
@@ -159,14 +161,10 @@ def test_an_llm_writes_the_dialogues(table, llm):
     assert llm.make(*flags)[2] == rows and len(llm.requests) == 3 * 4  # then it asks nothing
 
 
-def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
-    def spoil(reply, prompt):
-        if "How bad" in prompt:
-            return "I'm sorry, I cannot."
-        if "Third" in prompt:
-            return 400, {"error": {"message": "Your prompt was flagged", "code": "invalid_prompt"}}
-        return re.sub(r"\((\d+)\.(1?\d)\)", r"(\2)", reply)      # the same wordings in each reply
-    llm.spoil = spoil
+def test_what_an_llm_spoils_is_counted_and_a_writer_of_nothing_is_stopped(table, llm, tmp_path):
+    flagged = {"error": {"message": "Your prompt was flagged", "code": "invalid_prompt"}}
+    same = "".join(f"Q: So {n}?\n[Yes] y\n[Don't know] d\n[No] n\n" for n in range(10))
+    llm.spoil = {"How bad": "I'm sorry, I cannot.", "Third": (400, flagged), "Is it so": same}
     err, _, rows = llm.make("opinions", *table, "--writer", "llm", "--holdout_questions", 0)
     problem = "a style without a question of its own and one answer to each option"
     for what in (f"4 x {problem} (stop)", f"4 x {problem} (refused)",
@@ -175,10 +173,8 @@ def test_what_an_llm_spoils_is_counted_and_listed(table, llm, tmp_path):
     assert "I'm sorry, I cannot." in (tmp_path / "d/unparsed.jsonl").read_text()
     prompts = [(r["question_id"], r["prompt"]) for r in sum(rows.values(), [])]
     assert len(prompts) == len({*prompts}) == 10 and {q for q, _ in prompts} == {"0"}
-
-
-def test_a_writer_that_gives_nothing_is_stopped_after_twenty_replies(table, llm, tmp_path):
-    llm.spoil = lambda reply, prompt: "As an AI model I have no opinion."
+    llm.spoil = {"": "As an AI model I have no opinion."}
+    llm.requests.clear()
     err = llm.make("opinions", *table, "--writer", "llm", "--styles", 2, check=2)
     assert len(llm.requests) == 20 and "0 of 20 replies could be read" in err
     assert "As an AI model I have no opinion." in err.splitlines()[-1]
@@ -194,7 +190,7 @@ def test_an_option_of_a_used_question_without_a_class_gets_one(table, llm, tmp_p
     assert body["response_format"]["json_schema"]["schema"]["properties"] == {
         "answer": {"type": "string", "enum": synth.CLASSES}}
     save(tmp_path / "map.json", {"No": 1})
-    llm.spoil = lambda reply, prompt: "1. Unsure" if "A bit" in prompt else reply
+    llm.spoil = {"A bit": "1. Unsure"}
     err, meta, _ = llm.make("opinions", *table, "--classify", "llm")   # and what --map lacks
     assert "3 of 4 questions" in err and "1 x an option that the LLM gave no class" in err
     assert len(llm.requests) == 3 + 6 - 2 and meta["belief_to_class"] == {
@@ -212,11 +208,9 @@ def test_the_survey_table_comes_from_the_hub(table, server, make, tmp_path, monk
 
 
 # --- Published sets, by the hub's rows API ---------------------------------------------------
-
 def published_rows(n, **change):
     row = {"prompt": "<Q>How?<A>", "options": "['Good', 'Bad', \"Don't know\"]", "extra": 1,
-           "probabilities": [0.1, 0, 0.3, 0, 0.6, 0],
-           "accept_choice_id": 4, "accept_choice": "Good",
+           "probabilities": [.1, 0, .3, 0, .6, 0], "accept_choice_id": 4, "accept_choice": "Good",
            "reject_choice_id": "2", "reject_choice": "Bad", "reject_response": "no"}
     return [row | {"accept_response": f"ok {i}"} | change for i in range(n)]
 
@@ -243,8 +237,6 @@ def hub(server, monkeypatch, make):
 
 
 def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(hub):
-    """Rows of one question share options and shares; the country is in the set's name. A belief of
-    more than one class counts for its most frequent one. Rows with an empty cell are left out."""
     odd = [published_rows(1, **change)[0] for change in (
         {"reject_response": " "}, {"prompt": ""}, {"accept_choice_id": ""}, {"options": None},
         {"accept_response": None}, {"probabilities": "[0, 0, 0.4, null, 0.6, 0]"})]
@@ -262,7 +254,14 @@ def test_a_published_set_is_fetched_and_its_rows_know_their_question_and_group(h
         "group": "Pakistan", "question_id": train[9]["question_id"]}
     assert len({r["question_id"] for r in train}) == 2 and train[-1]["reject_choice_id"] == "0"
     assert meta["classes"] == synth.CLASSES and meta["off_scale"] == "0"
-    assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}
+    assert meta["belief_to_class"] == {"Good": "4", "Bad": "2"}            # the most frequent ones
+    rows = published_rows(5, probabilities="[0.1, 0.1, 0.2, 0.2, 0.4]", options=[1, 2, 3, 4, 5],
+                          accept_choice=None, reject_choice=None, accept_choice_id=5.0)
+    hub.rows = dict.fromkeys(("train", "dev", "test"), rows)               # reviews: five classes
+    _, meta, rows = hub.fetch()
+    row = rows["train"][0]
+    assert meta["classes"] == row["options"] == [*"12345"] and not meta["off_scale"]
+    assert row["accept_choice_id"] == "5" and not {"accept_choice", "group"} & row.keys()
 
 
 def test_a_killed_fetch_goes_on_where_it_was_unless_the_set_has_changed(hub):
@@ -289,19 +288,7 @@ def test_an_odd_answer_or_set_of_the_hub_is_one_line(hub, path, answer, message)
     assert message in hub.fetch(check=2).replace("\\", "").splitlines()[-1]
 
 
-def test_a_published_set_of_reviews_has_five_classes_and_no_group(hub):
-    rows = published_rows(5, probabilities="[0.1, 0.1, 0.2, 0.2, 0.4]", options=[1, 2, 3, 4, 5],
-                          accept_choice=None, reject_choice=None, accept_choice_id=5.0)
-    hub.rows = {"train": rows, "dev": rows, "test": rows}
-    _, meta, rows = hub.fetch()
-    row = rows["train"][0]
-    assert meta["classes"] == row["options"] == ["1", "2", "3", "4", "5"]
-    assert not meta["off_scale"]
-    assert row["accept_choice_id"] == "5" and not {"accept_choice", "group"} & row.keys()
-
-
 # --- Reviews ---------------------------------------------------------------------------------
-
 SNAP = ("product/productId: P{:d}\nreview/userId: A\nreview/profileName: a: b\n"
         "review/score: {:.1f}\nreview/text: {}")
 GREAT = "Good<br /><br />film &amp; fun. It&#39;s a number {} of all that I have seen."
@@ -330,10 +317,9 @@ def reviews(make, tmp_path, monkeypatch):
 
 
 def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(tmp_path, reviews, server):
-    """Two titles are one film to OMDb."""
     busy = [(503, "busy"), (200, {"Response": "False", "Error": "Error getting data."})]
     server.answer = lambda r: busy.pop() if busy else (200, META)
-    flags = "m.txt.gz", 'P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url
+    flags = "m.txt.gz", 'P0,"The Ring (2002)"\n\nP1, The Ring\n', "--omdb", server.url   # one film
     err, _, rows = reviews(*flags)
     assert {*re.search("left out: (.*)", err)[1].split(", ")} == {
         "1 that repeat the same user's text", "2 that are no review", "2 too short or too long",
@@ -341,22 +327,18 @@ def test_reviews_of_a_film_become_rows_and_omdb_is_asked_once(tmp_path, reviews,
     assert len(rows["train"]) == 32
     for r in sum(rows.values(), []):
         assert r["prompt"] == PROMPT and "accept_choice" not in r
-        assert r["probabilities"] == pytest.approx(         # with those of odd length
-            [1 / 42, 10 / 42, 0, 1 / 42, 30 / 42], abs=1e-6)
+        assert r["probabilities"] == pytest.approx([n / 42 for n in (1, 10, 0, 1, 30)], abs=1e-6)
         assert {(r[f"{side}_choice_id"], r[f"{side}_response"][:11])
                 for side in ("accept", "reject")} == {("5", "Good film &"), ("2", "Bad, bad fi")}
     train = {r[f"{s}_response"] for r in rows["train"] for s in ("accept", "reject")}
     assert not train & {r["accept_response"] for r in rows["eval"] + rows["test"]}
-    query = {"t": "The Ring", "y": "2002", "plot": "short", "r": "json"}
-    assert query | {"apikey": "omdb-secret"} in [
-        r.query for r in server.requests]
+    assert {"t": "The Ring", "y": "2002", "plot": "short", "r": "json",
+            "apikey": "omdb-secret"} in [r.query for r in server.requests]
     assert "secret" not in (tmp_path / "d.omdb.jsonl").read_text() + err
-    assert reviews(*flags)[2] == rows
-    assert len(server.requests) == 4                        # two films, two that were tried again
+    assert reviews(*flags)[2] == rows and len(server.requests) == 4     # two films, two tried again
 
 
-def test_an_unknown_film_is_counted_and_a_failure_of_omdb_is_no_unknown_film(
-        tmp_path, reviews, server, monkeypatch):
+def test_an_unknown_film_is_counted_and_a_failure_is_none(tmp_path, reviews, server, monkeypatch):
     flags = "m.txt.gz", "P0,The Ring (2002)\nP1,Heard, But Not Seen\n", "--omdb", server.url
     for status, words in ((401, "Invalid API key!"), (200, "Request limit reached!")):
         server.answer = lambda r: (status, {"Response": "False", "Error": words})
@@ -384,8 +366,7 @@ def test_broken_json_of_one_film_is_mended_or_its_title_left_out(text, prompt):
         assert synth.read_omdb(SimpleNamespace(text=text))[0] == prompt
 
 
-def test_the_later_amazon_forms_and_the_caps(tmp_path, reviews):
-    """Equal words of different users count, and a user's copies do not."""
+def test_the_later_amazon_forms_the_caps_and_equal_words_of_two_users(tmp_path, reviews):
     records = [
         {"asin": f"P{n % 3}", "overall": 5 - n // 3 % 5, "reviewText": "the same " * 5,
          "reviewerID": n} if n % 2 else
@@ -409,14 +390,17 @@ review/text: Amélie<BR>is &lt;br /&gt;&amp;quot;good&amp;quot; <p>and <a href="
 on the next 3 < 4 “” [[VIDEOID:f6a7]] [[ASIN:B00 The Film]]\r
 \r
 {'asin': 'P1', 'overall': 4, 'reviewText': 'it\\'s "o"'}""".encode(encoding))   # 2014's set
-    assert [synth.review_of(record) for record in synth.records_in(
-            tmp_path / "r.txt", "cp1252")] == [
+    assert [*map(synth.review_of, synth.records_in(tmp_path / "r.txt", "cp1252"))] == [
         {"product": "P1", "rating": "5", "text": 'Amélie is "good" and so on the next 3 < 4 “”'},
         {"product": "P1", "rating": "4", "text": "it's \"o\""}]
 
 
 @pytest.mark.parametrize("text", ["[{}]", "", '{\n "asin": "P1",\n "overall": 5.0\n}\n'])
-def test_a_file_without_readable_reviews_is_refused(reviews, tmp_path, text):
+def test_a_file_without_readable_reviews_and_half_a_download_are_one_line(reviews, tmp_path, text):
+    half = tmp_path / "m.txt.gz"
+    half.write_bytes(half.read_bytes()[:400])
+    last = reviews(half, "P1,One", "--metadata", "none", check=2).splitlines()[-1]
+    assert "m.txt.gz is not UTF-8 text, or damaged" in last
     save(tmp_path / "r.jsonl", text)
     last = reviews("r.jsonl", "P1,One", "--metadata", "none", check=2).splitlines()[-1]
     assert "r.jsonl has no review" in last and text[:1] in last.partition("It begins with")[2]
@@ -435,9 +419,7 @@ def test_the_real_reviews_give_rows(reviews, name, products):
 
 
 # --- Mined beliefs ---------------------------------------------------------------------------
-
-def asked(i):
-    return f"{'hurt' if i % 2 else 'talk'} {i % 30}?\n\nAssistant: Hm.\n\nHuman: And?"
+asked = lambda i: f"{'hurt' if i % 2 else 'talk'} {i % 30}?\n\nAssistant: Hm.\n\nHuman: And?"
 
 
 @pytest.fixture
@@ -457,8 +439,7 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs):
     err, meta, rows = llm.make("mine", "--pairs", pairs)
     assert "70 pairs, of which 10 are left out" in err and meta["classes"] == ["1", "2", "3"]
     prompts = [{r["prompt"] for r in rows[s]} for s in SPLITS]         # each in one split
-    assert [len(p) for p in prompts] == [22, 4, 4]
-    assert sum(map(len, rows.values())) == 60
+    assert [len(p) for p in prompts] == [22, 4, 4] and sum(map(len, rows.values())) == 60
     for r in sum(rows.values(), []):
         i = int(re.search(r"\d+", r["accept_response"])[0])
         assert r["prompt"] == asked(i)
@@ -468,17 +449,14 @@ def test_beliefs_are_mined_from_pairs_that_had_none(llm, pairs):
         assert r["probabilities"] == ([0, 0, 1] if i % 2 else [0, 0.2, 0.8])
     assert [r.body["max_tokens"] for r in llm.requests] == [100] * 60 + [4096] + [60] * 60
     assert ["response_format" in r.body for r in llm.requests] == [False] * 60 + [True] * 61
-    assert llm.make("mine", "--pairs", pairs)[2] == rows
-    assert len(llm.requests) == 121                         # all of it is kept
+    assert llm.make("mine", "--pairs", pairs)[2] == rows and len(llm.requests) == 121    # all kept
 
 
 def test_what_cannot_be_used_costs_one_pair_and_is_counted(llm, pairs, tmp_path):
     flagged = 400, {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}}
-    spoiled = {"State.*good 35": "I'm sorry.\nI cannot.", "State the.*good 37": flagged,
-               "Statement:.*good 36": flagged, "Statement:.*good 38": "both agree",
-               "Statement:.*good 44": "1: agree\n2: agree"}
-    llm.spoil = lambda reply, prompt: next(
-        (r for words, r in spoiled.items() if re.search(words, prompt, re.S)), reply)
+    llm.spoil = {"State.*good 35": "I'm sorry.\nI cannot.", "State the.*good 37": flagged,
+                 "Statement:.*good 36": flagged, "Statement:.*good 38": "both agree",
+                 "Statement:.*good 44": "1: agree\n2: agree"}
     err, _, rows = llm.make("mine", "--pairs", pairs, "--max_statements", 1)
     for what in ("1 x no statement (stop)", "2 x no two different stances (stop)",
                  "1 x no statement (refused)", "1 x no two different stances (refused)",
@@ -495,20 +473,11 @@ def test_statements_are_grouped_in_parts_and_a_refused_part_costs_no_other(llm, 
     group = lambda size: synth.group_statements(client, many, 3, size)
     found = {s: "Do not harm" if "harm" in s else "Be brief" for s in many}
     assert group(6).items() >= found.items() and len(llm.requests) == 3
-    llm.spoil = lambda reply, prompt: (400, "flagged") if "brief 7" in prompt else reply
+    llm.spoil = {"brief 7": (400, "flagged")}
     of = group(8)
     assert many[16] not in of and of[many[15]] == "Be brief"
-    llm.spoil = lambda reply, prompt: '{"groups": ["a :: 2, 1, 99", "- **b** :: 1"]}'
+    llm.spoil = {"": '{"groups": ["a :: 2, 1, 99", "- **b** :: 1"]}'}
     assert group(20) == dict.fromkeys(many[:2], "a")        # the first group wins
-
-
-@pytest.mark.parametrize("text, classes", [
-    ("1: agree\n2: disagree", ["3", "1"]), ("Answer 1: **Agrees**.\n2. Neutral", ["3", "2"]),
-    ("1: agree or disagree\n2: disagree", None), ("1: agree", None),
-    ('{"answer_1": "agree", "answer_2": "neutral"}', ["3", "2"]), ('{"answer_1": "agree"}', None),
-    ('{"answer_1": "agree", "answer_2": "maybe"}', None)])
-def test_stances_are_never_guessed(text, classes):
-    assert synth.parse_stances(text) == classes
 
 
 USER = {"role": "user", "content": "Hi?"}
@@ -532,12 +501,6 @@ def test_pairs_of_any_form_are_read_and_others_left_out(row, tmp_path, capsys):
         synth.read_pairs(tmp_path / "p.jsonl")
 
 
-def test_half_a_download_is_one_line(llm, pairs):
-    pairs.write_bytes(pairs.read_bytes()[:400])
-    assert "hh.jsonl.gz is not UTF-8 text, or damaged" in llm.make(
-        "mine", "--pairs", pairs, check=2)
-
-
 @real_data
 def test_the_real_pairs_are_read():
     pairs = synth.read_pairs(SHARED / "hh_rlhf/helpful-base_test.jsonl.gz")
@@ -546,7 +509,6 @@ def test_the_real_pairs_are_read():
 
 
 # --- In-context rows -------------------------------------------------------------------------
-
 def test_rows_get_shots_of_other_questions_in_the_papers_template(tmp_path, make, world):
     _, meta, rows = make("icf", "--data", world, "--shots", 3)
     _, plain = load_dataset(str(world), SPLITS)

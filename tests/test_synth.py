@@ -1,5 +1,6 @@
 """python -m pytest tests/test_synth.py: the shipped world, and surveys with the template writer"""
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -27,8 +28,11 @@ def whole(tmp_path_factory):
     return toy(tmp_path_factory.mktemp("whole") / "toy")
 
 
-def test_the_same_seed_writes_the_same_rows(whole, tmp_path):
+def test_the_same_seed_writes_the_same_rows_and_over_no_others(whole, tmp_path):
     cli("synth.py", "toy", "--out", "again", cwd=tmp_path)
+    with pytest.raises(OSError):                       # by who calls the function
+        toy(tmp_path / "again", seed=1, paraphrases=3)
+    assert [*tmp_path.iterdir()] == [tmp_path / "again"]
     assert load_dataset(str(tmp_path / "again"), SPLITS)[1] == whole[1]
     assert toy(tmp_path / "other", seed=1, paraphrases=3)[1]["train"][0] != whole[1]["train"][0]
 
@@ -109,14 +113,12 @@ def test_a_question_that_the_table_repeats_is_held_out_in_both_rows(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (["--country", "Chilli"], "no country 'Chilli'; there is Chile (rural), Côte d'Ivoire"),
     (["--writer", "llm"], "no key for api.openai.com: set OPENAI_API_KEY"),
-    (["--csv", "no.csv"], "no.csv"),
     (["--holdout_questions", 3], "must leave some of the 3 for training"),
     (["--paraphrases", 1000], "the templates give 48 different --paraphrases at most"),
-    (["--paraphrases", 2], "a question with fewer than 3 texts"),
+    (["--paraphrases", 2], "a question with fewer than 3 texts"), (["--csv", "no.csv"], "no.csv"),
     (["--map", ""], "each option needs a class: give --map FILE"),
     (["--out", ""], "--out is needed"), (["--out", ".."], "is not empty: give another")])
-def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
-        table, tmp_path, change, message, monkeypatch, call):
+def test_bad_input_is_one_line_and_no_rows(table, tmp_path, change, message, monkeypatch, call):
     for name in ("API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     p = call(synth, "opinions", *table, "--out", "d", *change, cwd=tmp_path, check=2)
@@ -130,15 +132,11 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(
     ("utf-8", "", "['Sí', 'No']", "t.csv, row 0: not a dict.*needs the columns"),
     ("utf-8", "{'Chile': 0.5}", "['Sí', 'No']", "not iterable"),
     ("utf-8", "{'Chile': [0.6, 0.4]}", "Yes", "row 0: not a list")])
-def test_a_survey_of_ones_own_is_read_or_what_is_wrong_with_it_is_named(
-        tmp_path, encoding, selections, options, message):
+def test_a_survey_of_ones_own_is_read_or_one_line(tmp_path, encoding, selections, options, message):
     path = tmp_path / "t.csv"
     path.write_text(f'Question,Selections,Options\n¿Así?,"{selections}","{options}"\n', encoding)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            synth.read_opinions(path)
-    else:
-        asked = synth.Question("0", ["¿Así?"], "this", ["Sí", "No"], [], [0.6, 0.4])
+    asked = synth.Question("0", ["¿Así?"], "this", ["Sí", "No"], [], [0.6, 0.4])
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
         assert synth.read_opinions(path) == {"Chile": [asked]}
 
 
@@ -149,14 +147,6 @@ def test_like_named_countries_are_shown(capsys):
                                        "India: the survey also has India (Old national sample)\n")
     with pytest.raises(ValueError, match="no country 'Korea'; there is S. Korea, South Korea"):
         synth.names_in("India, Korea", known)
-
-
-def test_a_folder_that_holds_something_is_not_overwritten(tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/precious").write_text("x")
-    with pytest.raises(OSError):                       # by who calls the function
-        toy(tmp_path / "d", paraphrases=3)
-    assert [*tmp_path.glob("**/*")] == [tmp_path / "d", tmp_path / "d/precious"]
 
 
 @real_data
