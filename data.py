@@ -279,6 +279,8 @@ def check_row(row, classes):
             raise ValueError(f"field {name!r} is missing, empty or of the wrong type: {value!r}")
         if name.endswith("choice_id") and str(value) not in classes:
             raise ValueError(f"{name} {value!r} is not one of {classes}")
+    if {*map(type, row.get("context") or ())} - {str}:
+        raise ValueError(f"field 'context' must be text or a list of texts: {row['context']!r}")
     shares = row["probabilities"]
     if len(shares) != len(classes) or min(shares) < 0 or not abs(sum(shares) - 1) <= 0.02:
         raise ValueError(f"probabilities must be a share for each of {classes}, with the sum 1")

@@ -381,10 +381,14 @@ class Client:
             self.refused = self.refused + 1 if refused else 0
             self.bar.set_postfix_str(self.spent(), refresh=False)
             self.bar.update()
-            if refused:
-                return self.refused
-            with open(self.cache, "a", newline="\n") as f:
-                f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
+            in_a_row = self.refused
+            if refused:                # its cost is kept, its prompt is asked again
+                key, answer = None, None
+            if not refused or any(tokens):
+                with open(self.cache, "a", newline="\n") as f:
+                    f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
+        if refused:
+            return in_a_row
         if self.o.max_usd and not any(tokens):
             raise ValueError("the server reports no usage, so --max_usd cannot hold")
 
@@ -393,22 +397,24 @@ class Client:
         model = body.get("model")
         fit = {k: v for k, v in body.items() if (model, k) not in self.unfit}
         if "max_tokens" in body.keys() - fit and (model, "max_completion_tokens") not in self.unfit:
-            fit["max_completion_tokens"] = body["max_tokens"]          # its newer name
+            fit.setdefault("max_completion_tokens", body["max_tokens"])        # its newer name
         try:
             return get(fit)
         except Refused as e:
             if "messages" not in body:                 # not a chat
                 raise
             named = [k for k in fit if k not in ("model", "messages")
-                     and re.search(ALIASES.get(k, rf"\b{k}\b"), e.words, re.I)]
+                     and re.search(ALIASES.get(k, rf"\b{k}\b"), e.words, re.I)
+                     and not re.search("context (length|window)", e.words, re.I)]   # too long
             if not named and e.status in OF_PROMPT:
                 return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
             if not named:
                 raise
-            culprit = model, named[-1]                 # of --extra, rather than our own
+            # one of --extra, rather than our own, unless it is the new name of max_tokens
+            culprit = model, "max_tokens" if "max_tokens" in named else named[-1]
             if culprit not in self.unfit:              # the threads may all find out at once
                 self.unfit.add(culprit)
-                self.bar.write(f"{model} refuses {named[-1]}, which is left out from now on: "
+                self.bar.write(f"{model} refuses {culprit[1]}, which is left out from now on: "
                                f"{e.words[:200]}", file=sys.stderr)
         return self.fetch(get, body)
 
@@ -526,7 +532,6 @@ def embed(client, texts, model, size=64):
         raise
     vectors = np.concatenate(parts)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
 
 
 # ---------------------------------------------------------------------------------------------
@@ -794,8 +799,9 @@ def hub_rows(ask, split, cache):
 def published_row(record, group):
     """Convert a record of the hub; KeyError or ValueError if it is not whole. Numbers may come as
     text, lists as literals. The same options and shares are one question, unless it has an id."""
-    row = {name: str(value) for name, value in ({"group": group} | record["row"]).items()
-           if name in (*FIELDS, *TEXTS) and value not in (None, "")}
+    row = {"group": group} if group else {}
+    row |= {name: str(value) for name, value in record["row"].items()
+            if name in (*FIELDS, *TEXTS) and value not in (None, "")}
     for name in ("accept_choice_id", "reject_choice_id"):
         row[name] = re.sub(r"\.0+$", "", row[name])    # 4, "4" and 4.0 are one class
     row["prompt"] = row["prompt"].removeprefix("<Q>").removesuffix("<A>")
@@ -900,7 +906,8 @@ def collect_reviews(o, titles):
 def read_omdb(response):
     """Read OMDb's answer -> the film's prompt as in Table 7: title, year, director (Genre: genre).
     plot. It is empty if OMDb does not know the film, or its JSON is broken for good."""
-    text = re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", response.text)   # plots have stray backslashes
+    # plots have stray backslashes: double those that escape nothing
+    text = re.sub(r'(\\["\\/bfnrtu])|\\', lambda m: m[1] or r"\\", response.text)
     whole = re.fullmatch(r'\{"Title".*\}\s*', text, re.S)
     film = {"Error": "Movie not found!" if whole else text[:200]}
     with suppress(TypeError, ValueError):

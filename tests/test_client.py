@@ -246,6 +246,11 @@ def test_parameters_that_a_model_refuses_are_left_out_once(client, server, capsy
     assert server.requests[-1].body == {"model": c.o.llm, "max_completion_tokens": 9,
         "temperature": 0.7, "messages": [{"role": "user", "content": "b"}]}
     assert len(server.requests) == 3 + 2 and capsys.readouterr().err.count("left out") == 3
+    synth.chat(client(extra='{"max_completion_tokens": 7}', max_tokens=9), ["c"], "asking")
+    assert server.requests[-1].body.items() >= {"max_completion_tokens": 7}.items()
+    assert "max_tokens" not in server.requests[-1].body
+    server.answer = lambda r: (400, "max_tokens is too large for the context length")
+    assert ask(c, "d")[0].startswith("400") and "max_completion_tokens" in server.requests[-1].body
 
 
 def embeddings(r, vector, index=range):

@@ -357,7 +357,7 @@ def test_an_unknown_film_is_counted_and_a_failure_is_none(tmp_path, reviews, ser
 
 
 @pytest.mark.parametrize("text, prompt", [
-    (r'{"Title":"T","Plot":"in\spiritual \"joy\"","Response":"True"}', 'T. in\\spiritual "joy"'),
+    (r'{"Title":"T","Plot":"in\spiritual \"a\\b\"","Response":"True"}', 'T. in\\spiritual "a\\b"'),
     ('{"Title":"T","Year":"N/A","Plot":"The\x1f joy.\tSo.","Response":"True"}', "T. The joy. So."),
     ('{"Title":"T","Plot":"say "yes""}', ""), ('{"Title":"T","Plot":"half a', None),
     ("<html>", None), ("[]", None), ('{"Response":"False"}', None)])
