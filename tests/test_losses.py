@@ -200,6 +200,12 @@ def test_preference_terms_give_the_numbers_worked_by_hand(name, options, value):
     assert PREFS[name].term(*pair(**options)).item() == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ipo", "cal-dpo"])
+def test_a_beta_of_0_has_no_goal(name):
+    with pytest.raises(ValueError, match="--beta must be more than 0"):
+        PREFS[name].term(*pair(beta=0.0))
+
+
 @pytest.mark.parametrize("name", PREFS)
 def test_every_preference_term_raises_chosen_lowers_rejected_and_reads_no_belief(name):
     """Cal-DPO, IPO and PIPA-M stop or turn around past their targets, so near the reference."""

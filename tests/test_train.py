@@ -143,11 +143,11 @@ def test_a_step_under_bf16_changes_float32_weights_and_takes_log_probs_in_float3
     assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["loss"] != b["loss"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update():
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
     r, _, _ = one_step("dpo")
     before = [p.clone() for p in r.model.parameters()]
     r.ref["train"][5, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="is not finite: lower --lr"):
+    with pytest.raises(FloatingPointError, match=r"lower --lr \(rows \[6\] of train.jsonl\)"):
         train_step(r, list(range(8)))
     assert all(torch.equal(p, q) for p, q in zip(r.model.parameters(), before))
 
@@ -240,7 +240,7 @@ def test_a_killed_and_an_interrupted_run_end_like_one_that_was_not(sft, world, c
     assert not list((sft / "part").glob("**/*.tmp"))
     p = call(train, *part, "--resume", cwd=sft)                       # nothing left to do: a table
     for text in ("JSD to the group's shares", "margin of the answer given the belief, majority",
-                 "next: python evaluate.py part"):
+                 "the shares of the classes", "next: python evaluate.py part"):
         assert text in p.stdout
 
 
@@ -323,6 +323,7 @@ def test_a_diverged_run_is_one_line_and_leaves_no_best(sft, world, call, tmp_pat
     (["--beta", "big"], "argument --beta: invalid float value: 'big'"),
     (["--epochs", "nan"], "argument --epochs: nan is not a finite number >= 0"),
     (["--loss", "sft", "--n_layer", "0"], "need sizes > 0"),
+    (["--prior", "1"], "--prior must be between 0 and 1"),
     (["--log_every", "0"], "must be more than 0"), (["--out", "/dev/null"], "/dev/null"),
     (["--data", "nowhere"], "no dataset in nowhere (no meta.json): make one with"),
     (["--init", "no/where/"], "no/where"),
