@@ -268,11 +268,12 @@ def cost(item, branches):
 # =============================================================================================
 # Plumbing: dataset folders and text files; then HTTP, the hub, flags and one-line errors
 
+META = {"classes": list, "form": str, "belief_to_class": dict, "stances": dict}    # of meta.json
 KINDS = FIELDS | dict.fromkeys(TEXTS, (str, type(None))) | {"context": (str, list, type(None))}
 
 
 def check_row(row, classes):
-    """ValueError if a row is not what the model can be trained on."""
+    """Raise ValueError with the first reason why a row cannot be trained on."""
     for name, kind in KINDS.items():
         value = row.get(name)
         if not isinstance(value, kind) or name in FIELDS and str(value).strip() in ("", "[]"):
@@ -312,7 +313,10 @@ def load_meta(folder, form=""):
         raise ValueError(f"no dataset in {folder} (no meta.json): make one with synth.py")
     meta = {"off_scale": None, "belief_to_class": {}, "stances": {}} | read_json(path)
     meta["form"] = form or meta.get("form", FORM)
-    names, classes = re.findall(r"\{(\w+)\}", meta["form"]), meta.get("classes") or []
+    for name, kind in META.items():
+        if not isinstance(meta.get(name), kind):
+            raise ValueError(f"{path}: {name!r} is missing or of the wrong type: {meta.get(name)}")
+    names, classes = re.findall(r"\{(\w+)\}", meta["form"]), meta["classes"]
     if {*map(type, classes)} != {str} or not 1 < len(classes) == len({*classes}):
         raise ValueError(f"{path}: 'classes' must list two or more different labels as strings")
     used = {meta["off_scale"], *meta["belief_to_class"].values(), *meta["stances"].values()}

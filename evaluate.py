@@ -585,8 +585,8 @@ def opinion_of(question, r, o):
     if o.belief:                       # a class (for its likeliest belief), or class and belief
         starts = [o.belief] * o.samples
     elif o.shares:
-        p, rng = np.array(o.shares.split(","), float), np.random.default_rng(o.seed)
-        if len(p) != len(classes) or not abs(p.sum() - 1) < 0.01:
+        p, rng = np.genfromtxt([o.shares], delimiter=",", ndmin=1), np.random.default_rng(o.seed)
+        if len(p) != len(classes) or min(p) < 0 or not abs(p.sum() - 1) < 0.01:   # words: NaN
             raise ValueError(f"--shares {o.shares} must be {len(classes)} numbers that sum to 1, "
                              f"for the classes {', '.join(classes)}")
         starts = sorted(rng.choice(classes, len(starts), p=p / p.sum()).tolist())

@@ -305,8 +305,8 @@ class Client:
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):    # the half line of a killed run
                 entry = json.loads(line)
-                self.answers[entry["key"]] = entry["answer"]
                 self.tokens += entry["tokens"]
+                self.answers[entry["key"]] = entry["answer"]       # a refusal has only its cost
         if lines[-1]:
             with open(self.cache, "a") as f:
                 f.write("\n")
@@ -373,24 +373,21 @@ class Client:
             self.halt.set()
 
     def keep(self, key, answer, tokens):
-        """Append an answer to the cache unless it is a refusal -> number of refusals in a row."""
+        """Append an answer to the cache, but only the cost of a refusal. Returns the number of
+        refusals in a row."""
         refused = isinstance(answer, Reply) and answer.ended == "refused"
+        entry = {"tokens": tokens} | ({} if refused else {"key": key, "answer": answer})
         with self.lock:
             self.tokens += tokens
             self.answers[key] = answer
-            self.refused = self.refused + 1 if refused else 0
+            self.refused = in_a_row = self.refused + 1 if refused else 0
             self.bar.set_postfix_str(self.spent(), refresh=False)
             self.bar.update()
-            in_a_row = self.refused
-            if refused:                # its cost is kept, its prompt is asked again
-                key, answer = None, None
-            if not refused or any(tokens):
-                with open(self.cache, "a", newline="\n") as f:
-                    f.write(json.dumps({"key": key, "answer": answer, "tokens": tokens}) + "\n")
-        if refused:
-            return in_a_row
-        if self.o.max_usd and not any(tokens):
+            with open(self.cache, "a", newline="\n") as f:
+                f.write(json.dumps(entry) + "\n")
+        if self.o.max_usd and not refused and not any(tokens):
             raise ValueError("the server reports no usage, so --max_usd cannot hold")
+        return in_a_row
 
     def fetch(self, get, body):
         """Get one answer, leaving out the parameters that this model has refused before."""
@@ -404,13 +401,14 @@ class Client:
             if "messages" not in body:                 # not a chat
                 raise
             named = [k for k in fit if k not in ("model", "messages")
-                     and re.search(ALIASES.get(k, rf"\b{k}\b"), e.words, re.I)
-                     and not re.search("context (length|window)", e.words, re.I)]   # too long
+                     and re.search(ALIASES.get(k, rf"\b{k}\b"), e.words, re.I)]
+            if re.search("context (length|window)", e.words, re.I):
+                named = []             # the prompt is too long, even if max_tokens is named
             if not named and e.status in OF_PROMPT:
                 return Reply(f"{e.status}: {e.words}", "refused"), [0, 0]
             if not named:
                 raise
-            # one of --extra, rather than our own, unless it is the new name of max_tokens
+            # the last one is of --extra rather than ours; max_tokens is named with its new name
             culprit = model, "max_tokens" if "max_tokens" in named else named[-1]
             if culprit not in self.unfit:              # the threads may all find out at once
                 self.unfit.add(culprit)
@@ -435,8 +433,8 @@ def endpoint(o, path):
 
 
 def read_or_retry(read, response):
-    """read(response). What it cannot read is asked for again: a whole answer of another form once,
-    for it will hardly change; half an answer or a web page until the tries are used up."""
+    """read(response). Asks again for what it cannot read: once for a complete answer of another
+    form, which will hardly change; with all tries for half an answer or a web page."""
     try:
         return read(response)
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -476,7 +474,6 @@ def read_chat(response):
         text = "".join(p["text"] for p in text if p.get("type", "text") == "text")
     text = THINKING.sub("", text, count=1).strip()
     text = re.sub(r"^```\w*\n(.*?)\n?```$", r"\1", text, flags=re.S)         # fenced as a whole
-    text = text.encode("utf-8", "replace").decode()    # no file can hold a lone surrogate
     if text and not error and not REFUSED.search(ended):
         return Reply(text, "length" if CUT.search(ended) else "stop"), tokens_of(answer)
     hint = " (raise --max_tokens: a model that thinks needs more)" if CUT.search(ended) else ""
@@ -1140,10 +1137,10 @@ def icf(o):
     for row in chain(*splits.values()):
         pool, shots = pools[row.get("group")], {}
         for i in rng.integers(len(pool), size=1000) if pool else ():
-            if question_of(pool[i]) != question_of(row):
-                shots[i] = example(pool[i], form)
             if len(shots) == o.shots:
                 break
+            if question_of(pool[i]) != question_of(row):
+                shots[i] = example(pool[i], form)
         else:
             raise ValueError(f"{o.data} has not {o.shots} training rows about other questions for "
                              "each group: lower --shots")

@@ -201,7 +201,7 @@ def train(o, wait=0):
             r.load_state()
         else:
             r.begin()
-        if not r.lines:
+        if not r.lines:                # also if a run was killed before its first evaluation
             r.log(init=fingerprint(r.model), eval=evaluate(r))
         loop(r)
         r.save_weights("last")
@@ -468,7 +468,8 @@ class Run:
             make_toy()
         meta, rows = load_dataset(o.data, ("train", "eval"), o.form)
         o.form = meta["form"]          # saved with the run, so that it no longer needs meta.json
-        o.hash_of_rows = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+        # for check_same: rows, or what their classes mean, must not change under a run
+        o.hash_of_rows = hashlib.sha256(repr((meta["classes"], rows)).encode()).hexdigest()[:16]
         if self.loss.reference and not o.init:
             o.init = f"{sft_run(o)}/best"
         if o.init or o.model != "scratch":

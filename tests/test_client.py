@@ -189,7 +189,7 @@ def test_a_busy_server_names_a_wait_and_a_slow_or_absent_one_is_tried_less_often
         "analysis a assistantfinalanswer",
         "<|channel|>analysis<|message|>a<|end|><|channel|>final<|message|>answer",
         [{"text": "an"}, {"type": "thinking", "thinking": "h"}, {"type": "text", "text": "swer"}])],
-    *[(completion("\ud83d", x), "?", "stop") for x in ("eos", "STOP", "", None, "x")],
+    *[(completion("a", x), "a", "stop") for x in ("eos", "STOP", "", None, "x")],
     *[(completion("a", x), "a", "length") for x in ("length", "MAX_TOKENS", "context_exceeded")]],
     ids=str)
 def test_an_answer_is_read_without_thinking_and_with_its_end(client, server, answer, text, ended):

@@ -141,6 +141,8 @@ def test_datasets_are_mixed_unless_they_contradict_each_other(tmp_path, capsys):
     ({"probabilities": [1.5, -0.5, 0, 0, 0, 0]}, "with the sum 1"),
     ({"probabilities": [float("nan"), 1, 0, 0, 0, 0]}, "with the sum 1"),
     ({"classes": [0, 1]}, "meta.json: 'classes' must list two or more"),
+    ({"classes": 5}, "'classes' is missing or of the wrong type: 5"),
+    ({"stances": None}, "'stances' is missing or of the wrong type"),
     ({"classes": ["1", "1"]}, "meta.json: 'classes' must list two or more"),
     ({"off_scale": "7"}, "meta.json: .*7.* are not among its classes"),
     ({"stances": {"Yes": 4}}, "meta.json: .4. are not among its classes"),
